@@ -1,0 +1,94 @@
+"""Set-up and the main job in one command, on a fresh machine with Python >= 3.11 and nothing else:
+
+python3 start.py          make .venv, fetch ISBI-2012, train, predict the test stack, show the picture
+python3 start.py test     make .venv, run the linter and all tests
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import venv
+import webbrowser
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+RUN = Path("runs") / "start"
+RECIPE = (  # at most 15 minutes on 2 CPU cores, the prediction included
+    *("--protocol", "holdout", "--inner_sections", "0", "--dilate", "0", "--dropout", "0.1", "--augment", "all"),
+    *("--window", "256", "--batch_size", "4", "--epochs", "5", "--steps_per_epoch", "100"),
+    *("--optimizer", "adam", "--clr_mode", "cosine", "--lr", "1e-5", "--max_lr", "1.5e-3", "--ema", "0.98"),
+)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", nargs="?", default="demo", choices=("demo", "test"))
+    job = parser.parse_args().job
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file is what an older Python is told it by
+        sys.exit(f"Python 3.11 or newer is needed. This is {sys.version.split()[0]}.")
+    python = environment("requirements-test.txt" if job == "test" else "requirements.txt")
+    sys.exit(test(python) if job == "test" else demo(python))
+
+
+def environment(requirements):
+    """Make .venv beside this file, or use the one that is there, and install the requirements; its Python."""
+    folder = ROOT / ".venv"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        print(f"making {folder}", flush=True)
+        venv.create(folder, with_pip=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", ROOT / requirements]
+    print(f"installing {requirements}, as tested (requirements.lock)", flush=True)
+    if subprocess.run([*install, "-c", ROOT / "requirements.lock"]).returncode:
+        print("the tested versions do not all install here: taking the ranges of the requirements", flush=True)
+        subprocess.run(install, check=True)
+    return python
+
+
+def test(python):
+    """Linter, formatter, then the tests on TensorFlow and those of the second backend on JAX."""
+    pytest = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal"]
+    jobs = (
+        ([python, "-m", "ruff", "check", "."], {}),
+        ([python, "-m", "ruff", "format", "--check", "."], {}),
+        ([*pytest, "-m", "jax"], {"KERAS_BACKEND": "jax"}),
+        (pytest, {"KERAS_BACKEND": "tensorflow"}),
+    )
+    failed = 0
+    for command, backend in jobs:
+        failed |= subprocess.run(command, cwd=ROOT, env=os.environ | backend).returncode
+    return failed
+
+
+def demo(python):
+    """Fetch or find the data, train, predict the test stack, show the picture."""
+
+    def suite(*words):
+        print("\n$ python dilatedUnet.py", *words, flush=True)
+        return subprocess.run([python, "dilatedUnet.py", *map(str, words)], cwd=ROOT).returncode
+
+    name = "isbi2012"
+    if suite("fetch", name):
+        name = "synthetic"
+        print("ISBI-2012 cannot be fetched here: going on with the built-in synthetic stack", flush=True)
+    weights = RUN / "weights"
+    failed = suite("--image_path", name, *RECIPE, "--run_dir", RUN, "--weight_path", weights, "--force")
+    prediction = RUN / "test-prediction.tif"
+    failed = failed or suite(
+        "predict", "--weight_path", weights, "--image_path", name, "--output", prediction, "--tta", "--force"
+    )
+    if not failed:
+        show(ROOT / RUN / "held_out.png")
+        print(f"\nprediction of the test stack: {prediction}\npicture of the held-out sections: {RUN / 'held_out.png'}")
+    return failed
+
+
+def show(picture):
+    """Open the picture where there is a screen."""
+    if os.name == "nt" or sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open(picture.as_uri())
+
+
+if __name__ == "__main__":
+    main()
