@@ -1,0 +1,241 @@
+"""The data sets: found in the cache, or fetched into it and checked, so that a wrong file never stays there.
+
+`DILATED_UNET_DATA` names another cache folder. `data.py` is the door to all this.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from stacks import DataError, flag, load, open_stack, sha256_pixels
+
+DATA_SETS = ("isbi2012", "synthetic", "dic-hela", "phc-u373")
+ISBI_ROLES = {
+    "image": "train-volume.tif",
+    "mask": "train-labels.tif",
+    "test": "test-volume.tif",
+    "test_mask": "test-labels.tif",
+}
+ISBI_ARCHIVE = "https://downloads.imagej.net/ISBI-2012-challenge.zip"
+ISBI_MIRRORS = (
+    "https://raw.githubusercontent.com/alexklibisz/isbi-2012/238a567ae843f7c03e5cc5d3f233cd3f93f0da17/data",
+    "https://raw.githubusercontent.com/zhixuhao/unet/b45af4d458437d8281cc218a07fd4380818ece4a/data/membrane",
+)
+ISBI_FILES = {  # Git's name of the official file, SHA-256 of the decoded pixels
+    "train-volume.tif": (
+        "358e48bed4f747c20da43251eb7138727d98cec3",
+        "200da3d452d726e6c9ca1ce04b869d4edb727320d23b516d01cce707dc8c4760",
+    ),
+    "train-labels.tif": (
+        "74ab9858c0be80842c94c41c6fb980aab49e9558",
+        "a7cb64000a1a7e542682927e19c91339f58f9f178e0bcce4e207371116f0ca36",
+    ),
+    "test-volume.tif": (
+        "3e3612ff0786d278b4d2712a29383c7ca58288ad",
+        "1b58fa7ec1d0ff9d39a855622db3ff66a97863036339b0d04be51b2f5a99b0e9",
+    ),
+}
+ISBI_SHAPE = (30, 512, 512)
+CELL_ARCHIVES = {  # url, SHA-256 of the zip file
+    "dic-hela": (
+        "http://data.celltrackingchallenge.net/training-datasets/DIC-C2DH-HeLa.zip",
+        "832fed2d05bb7488cf9c51a2994b75f8f3f53b3c3098856211f2d39023c34e1a",
+    ),
+    "phc-u373": (
+        "http://data.celltrackingchallenge.net/training-datasets/PhC-C2DH-U373.zip",
+        "b18185c18fce54e8eeb93e4bbb9b201d757add9409bbf2283b8114185a11bc9e",
+    ),
+}
+TIMEOUT_S = (6, 30)  # to connect, and between two pieces: a machine without network must not wait long
+DOWNLOAD_ERRORS = (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def data_dir():
+    """Return the cache folder: `DILATED_UNET_DATA`, or this user's cache folder on this system."""
+    named = os.environ.get("DILATED_UNET_DATA")
+    if named:
+        return Path(named).expanduser()
+    import pooch
+
+    return Path(pooch.os_cache("dilated-unet"))
+
+
+def is_cached(name):
+    """Tell whether a data set needs no download (its files are there; `fetch` also checks them)."""
+    folder = data_dir() / name
+    if name == "isbi2012":
+        return all((folder / file).is_file() for file in ISBI_FILES)
+    if name in CELL_ARCHIVES:
+        masks = [folder / f"01_{kind}" / "SEG" for kind in ("ST", "GT")]
+        return (folder / "01").is_dir() and any(mask.is_dir() for mask in masks)
+    return name == "synthetic"
+
+
+def fetch(name, *, log=print):
+    """Fetch a data set into the cache, where it is not there already, and return its folder.
+
+    Raises
+    ------
+    DataError
+        Where no source gives the files, with every source's reason and what to do.
+    """
+    if name not in DATA_SETS or name == "synthetic":
+        raise DataError(f"fetch: the data sets are isbi2012, {', '.join(CELL_ARCHIVES)}. Received: {name}")
+    folder = data_dir() / name
+    wanted = [file for file in ISBI_FILES if not is_published(folder / file)] if name == "isbi2012" else []
+    if not wanted and is_cached(name):
+        return folder
+    with _scratch_in(folder) as scratch:
+        if name == "isbi2012":
+            _fetch_isbi(folder, scratch, wanted, log)
+        else:
+            _fetch_cells(name, folder, scratch, log)
+    return folder
+
+
+@contextlib.contextmanager
+def _scratch_in(folder):
+    """Give a temporary folder inside `folder`, so that what is good can be moved by one rename."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise DataError(f"fetch: {folder} cannot be written: {error.strerror or error}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # goes only if nothing came
+
+
+def dataset_path(name, role, *, log=print):
+    """Return the file or folder that plays `role` (image, mask, test, test_mask) in a data set."""
+    return _isbi_path(role, log) if name == "isbi2012" else _cells_path(fetch(name, log=log), role)
+
+
+def _isbi_path(role, log):
+    name = ISBI_ROLES.get(role)
+    if name is None:
+        raise DataError(f"{flag(role)} must be a file or a folder. Received: isbi2012")
+    cached = data_dir() / "isbi2012" / name
+    if name in ISBI_FILES and is_published(cached):
+        return cached
+    path = fetch("isbi2012", log=log) / name
+    if not path.is_file():
+        raise DataError(f"{flag(role)}: {name} comes only with {ISBI_ARCHIVE}, and is not in {path.parent}.")
+    return path
+
+
+def _cells_path(folder, role):
+    sequence = "02" if role.startswith("test") else "01"
+    places = [f"{sequence}_ST/SEG", f"{sequence}_GT/SEG"] if role.endswith("mask") else [sequence]
+    found = [folder / place for place in places if (folder / place).is_dir()]
+    if not found:
+        raise DataError(f"{flag(role)}: {folder} holds no {' or '.join(places)}.")
+    return found[0]
+
+
+# --- ISBI-2012 ----------------------------------------------------------------------------------------------
+
+
+def is_published(file):
+    """Tell whether a file is the official one of its name, or holds the same pixels in another container."""
+    if not file.is_file():
+        return False
+    blob, pixels = ISBI_FILES[file.name]
+    content = file.read_bytes()
+    if hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == blob:
+        return True
+    with contextlib.suppress(DataError):
+        return sha256_pixels(load(open_stack(file)).sections) == pixels
+    return False
+
+
+def _fetch_isbi(folder, scratch, wanted, log):
+    """Ask the archive and then the mirrors for what is still wanted; keep what passes the check."""
+    reasons = []
+    for url in (ISBI_ARCHIVE, *ISBI_MIRRORS):
+        log(f"fetching {', '.join(wanted)} from {url}")
+        try:
+            for name, file in _offers(url, wanted, scratch):
+                if reason := _unfit(file):
+                    reasons.append(f"{url}: {name} {reason}")
+                else:
+                    os.replace(file, folder / name)
+                    log(f"{name}: {'checked' if name in ISBI_FILES else 'kept unchecked, its hash is not known'}")
+        except DOWNLOAD_ERRORS as error:
+            reasons.append(f"{url}: {_in_short(error)}")
+        wanted = [name for name in wanted if not is_published(folder / name)]
+        if not wanted:
+            return
+    raise DataError(
+        f"isbi2012 could not be fetched ({'; '.join(reasons)}): check the connection, or put {', '.join(wanted)} "
+        f"into {folder}, or use the built-in stack: --image_path synthetic --mask_path synthetic."
+    )
+
+
+def _offers(url, wanted, scratch):
+    """Yield (name, downloaded file) from the archive, wherever they lie in it, or from a mirror's folder."""
+    if not url.endswith(".zip"):
+        yield from ((name, _download(f"{url}/{name}", scratch, name)) for name in wanted)
+        return
+    with zipfile.ZipFile(_download(url, scratch, "archive.zip")) as archive:
+        for member in archive.infolist():
+            name = PurePosixPath(member.filename.replace("\\", "/")).name
+            if name in wanted or name == ISBI_ROLES["test_mask"]:
+                with archive.open(member) as packed, open(scratch / name, "wb") as file:
+                    shutil.copyfileobj(packed, file)
+                yield name, scratch / name
+
+
+def _unfit(file):
+    """Say why a downloaded file is not accepted; None where it is."""
+    if file.name in ISBI_FILES:
+        return None if is_published(file) else "is not the published file (cut off or changed)"
+    try:
+        shape = open_stack(file).shape
+        return None if shape == ISBI_SHAPE else f"must have shape {ISBI_SHAPE}. Received: {shape}"
+    except DataError as error:
+        return str(error)
+
+
+# --- Cell Tracking Challenge --------------------------------------------------------------------------------
+
+
+def _fetch_cells(name, folder, scratch, log):
+    url, sha256 = CELL_ARCHIVES[name]
+    log(f"fetching {url}")
+    try:
+        with zipfile.ZipFile(_download(url, scratch, "archive.zip", f"sha256:{sha256}")) as archive:
+            archive.extractall(scratch / "unpacked")
+    except DOWNLOAD_ERRORS as error:
+        raise DataError(
+            f"{name} could not be fetched ({url}: {_in_short(error)}): check the connection, or unpack "
+            f"{url.rsplit('/', 1)[-1]} so that {folder} holds 01 and 01_ST or 01_GT."
+        ) from error
+    for part in sorted((scratch / "unpacked").glob("*/*")):
+        if not (folder / part.name).exists():
+            os.replace(part, folder / part.name)
+
+
+# --- Downloads ----------------------------------------------------------------------------------------------
+
+
+def _download(url, scratch, name, known_hash=None):
+    import pooch
+
+    pooch.get_logger().setLevel("WARNING")  # it would print the hash of every file and advise to keep it
+    (scratch / name).unlink(missing_ok=True)
+    downloader = pooch.HTTPDownloader(timeout=TIMEOUT_S)
+    return Path(pooch.retrieve(url, known_hash, fname=name, path=scratch, downloader=downloader))
+
+
+def _in_short(error):
+    """Say a network error in a few words; the libraries nest the same failure four deep."""
+    kinds = {"ConnectionError": "no connection", "ConnectTimeout": "no answer", "ReadTimeout": "no answer"}
+    return kinds.get(type(error).__name__) or re.sub(r"\s+", " ", str(error))[:160] or type(error).__name__

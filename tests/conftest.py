@@ -1,0 +1,129 @@
+"""What the tests share: the real data where it is, small stacks, and the command line as a user calls it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+if "DILATED_UNET_DATA" not in os.environ and (SHARED / "isbi2012").is_dir():
+    os.environ["DILATED_UNET_DATA"] = str(SHARED)
+
+
+def _real(name):
+    folder = Path(os.environ.get("DILATED_UNET_DATA", "")) / name
+    if not os.environ.get("DILATED_UNET_DATA") or not folder.is_dir():
+        pytest.skip(f"real data: DILATED_UNET_DATA names no folder that holds {name}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def isbi():
+    """Folder with the real ISBI-2012 files, or a skip that says why."""
+    return _real("isbi2012")
+
+
+@pytest.fixture(scope="session")
+def hela():
+    """Folder with real DIC-HeLa frames, or a skip that says why."""
+    return _real("dic-hela")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Folder with images.tif and labels.tif (0/255): ten sections of 64 x 80 px that look like EM."""
+    import tifffile
+
+    import data
+
+    folder = tmp_path_factory.mktemp("small")
+    images, masks = data.synthetic(10, (64, 80), seed=0)
+    tifffile.imwrite(folder / "images.tif", images.sections, imagej=True, metadata={"axes": "ZYX"})
+    tifffile.imwrite(folder / "labels.tif", masks.sections * np.uint8(255), imagej=True, metadata={"axes": "ZYX"})
+    return folder
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """The command line in this process, in a folder of its own; returns the exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: call_here(capsys, *words)
+
+
+def call_here(capsys, *words):
+    import dilatedUnet
+
+    capsys.readouterr()
+    try:
+        code = dilatedUnet.main([str(word) for word in words])
+    except SystemExit as stop:  # argparse's way out
+        code = stop.code
+    return Called(code, *capsys.readouterr())
+
+
+def positive(network, last):
+    """The network up to its layer `last`, every kernel positive: in an impulse test nothing can cancel."""
+    import keras
+
+    for layer in network.layers:
+        if hasattr(layer, "kernel"):
+            layer.kernel.assign(np.full(layer.kernel.shape, 0.3, np.float32))
+    return keras.Model(network.input, network.get_layer(last).output)
+
+
+def with_ctrl_c():
+    """For `preexec_fn`: a shell that runs the tests in the background has its children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class Called(NamedTuple):
+    """What a command did: its exit code, and what it wrote to stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def refuses(call):
+    """A command that must end with exit code 2 and one sentence on stderr that holds certain words."""
+
+    def refuse(words, *argv):
+        done = call(*argv)
+        assert done.code == 2, done.err
+        assert "Traceback" not in done.err + done.out
+        said = [line for line in done.err.splitlines() if line.startswith("dilatedUnet.py")]
+        assert len(said) == 1, done.err
+        assert said[0] == done.err.splitlines()[-1]
+        assert words in said[0], said[0]
+        return said[0]
+
+    return refuse
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """`python dilatedUnet.py ...` in a folder of its own, in a process of its own."""
+
+    def call(*words, code=0, **options):
+        done = subprocess.run(
+            [sys.executable, ROOT / "dilatedUnet.py", *map(str, words)],
+            cwd=options.pop("cwd", tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=600,
+            **options,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return call

@@ -1,0 +1,543 @@
+"""Labels, pairs, normalisation, splits, and what `check` says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+from data import (
+    DataError,
+    Normalisation,
+    Stack,
+    check_window,
+    describe,
+    format_sections,
+    iter_sections,
+    load_pair,
+    montage,
+    parse_sections,
+    read_labels,
+    read_stack,
+    resolve,
+    split_sections,
+)
+
+ROOT = Path(data.__file__).parent
+INTERIOR = np.array([[[1, 1, 0], [1, 1, 1]], [[0, 1, 1], [1, 1, 1]]], bool)
+
+
+def mask_stack(values):
+    return Stack(np.asarray(values), names=[str(i) for i in range(len(values))], source="mask.tif")
+
+
+def image_stack(shape=(30, 64, 64), dtype="uint8"):
+    return Stack(np.random.default_rng(0).integers(0, 200, shape).astype(dtype), source="image.tif")
+
+
+def two_valued(membrane, interior, dtype="uint8"):
+    return mask_stack(np.where(INTERIOR, interior, membrane).astype(dtype))
+
+
+# --- Finding ------------------------------------------------------------------------------------------------
+
+
+def test_import_is_light_and_without_keras():
+    heavy = {"keras", "tensorflow", "jax", "torch", "scipy", "tifffile", "matplotlib", "pooch", "PIL", "requests"}
+    code = f"import sys, data; print(*sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_folder_of_the_challenge_gives_each_role_its_file(tmp_path):
+    for name in ("train-volume.tif", "train-labels.tif", "test-volume.tif"):
+        tifffile.imwrite(tmp_path / name, np.zeros((2, 8, 8), np.uint8))
+    assert resolve(tmp_path, "image") == tmp_path / "train-volume.tif"
+    assert resolve(str(tmp_path), "mask") == tmp_path / "train-labels.tif"
+    assert resolve(tmp_path, "test") == tmp_path / "test-volume.tif"
+    assert resolve(tmp_path, "prediction") == tmp_path
+
+
+def test_stack_and_file_resolve_to_themselves(tmp_path):
+    stack = image_stack()
+    assert resolve(stack, "image") is stack
+    (tmp_path / "a.tif").touch()
+    assert resolve(tmp_path / "a.tif", "image") == tmp_path / "a.tif"
+
+
+def test_unknown_name_is_refused_with_the_names_there_are():
+    with pytest.raises(DataError, match="--mask_path: isbi2013 does not exist; the data sets are isbi2012, synthetic"):
+        resolve("isbi2013", "mask")
+
+
+def test_iterating_over_a_stack_in_memory_gives_its_sections():
+    stack = image_stack((3, 4, 5))
+    with iter_sections(stack) as reader:
+        np.testing.assert_array_equal(list(reader), stack.sections)
+
+
+# --- Labels -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("membrane", "interior", "dtype"),
+    [
+        (0, 1, "uint8"),
+        (0, 255, "uint8"),
+        (False, True, "bool"),
+        (0, -1, "int8"),
+        (1, 2, "uint16"),
+        (0.0, 1.0, "float32"),
+    ],
+)
+@pytest.mark.parametrize("invert", [False, True])
+def test_two_values_become_0_and_1(membrane, interior, dtype, invert):
+    labels, messages = read_labels(two_valued(membrane, interior, dtype), invert=invert)
+    assert labels.sections.dtype == np.uint8
+    np.testing.assert_array_equal(labels.sections, INTERIOR ^ invert)
+    words = {False: f"{interior} = interior", True: f"{interior} = membrane"}
+    assert words[invert] in messages[0]
+    assert ("inverted" in messages[0]) == invert
+
+
+def test_fraction_is_said_and_a_minority_of_interior_is_warned_about():
+    labels, messages = read_labels(two_valued(0, 255))
+    assert messages == ["labels: 0 = membrane, 255 = interior; interior 83.3% of the pixels"]
+    _, messages = read_labels(two_valued(255, 0))
+    assert "interior 16.7%" in messages[0]
+    assert messages[1].startswith("warning: the interior is the minority")
+    assert messages[1].endswith("Try with --invert_mask")
+    fixed, messages = read_labels(two_valued(255, 0), invert=True)
+    np.testing.assert_array_equal(fixed.sections, labels.sections)
+    assert len(messages) == 1
+    assert read_labels(two_valued(0, 255), invert=True)[1][1].endswith("Try without --invert_mask")
+
+
+@pytest.mark.parametrize(
+    ("value", "invert", "expected", "words"),
+    [
+        (0, False, 0, "all background"),
+        (255, False, 1, "all interior"),
+        (0, True, 1, "all interior"),
+        (1, True, 0, "all background"),
+    ],
+)
+def test_mask_of_one_value_is_a_warning(value, invert, expected, words):
+    labels, messages = read_labels(mask_stack(np.full((2, 3, 3), value, np.uint8)), invert=invert)
+    assert (labels.sections == expected).all()
+    assert words in messages[1]
+    assert messages[1].startswith("warning:")
+
+
+def test_sections_without_labels_are_named():
+    sections = np.ones((5, 4, 4), np.uint8)
+    sections[2] = 0
+    sections[[0, 3, 4], 0] = 0
+    messages = read_labels(mask_stack(sections))[1]
+    assert messages[1:] == ["warning: sections without interior: 2", "warning: sections without membrane: 1"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.repeat(np.repeat([[0, 128], [255, 128]], 20, 0), 20, 1), r"holds 3 \(0, 128, 255\)"),
+        (np.repeat(np.repeat(np.arange(36).reshape(6, 6), 9, 0), 9, 1).astype("uint16"), "looks like an instance mask"),
+        (
+            np.random.default_rng(0).integers(0, 256, (40, 40)),
+            r"0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\); it looks like an image",
+        ),
+        (np.random.default_rng(0).random((40, 40)), "or a probability map"),
+        (np.r_[np.zeros(40), np.arange(1, 9), np.full(52, 255)].reshape(10, 10), "blurred by resampling or JPEG"),
+    ],
+)
+def test_more_than_two_values_are_refused_with_the_values_and_a_guess(values, words):
+    with pytest.raises(DataError, match=words):
+        read_labels(mask_stack(values[None]))
+
+
+# --- Pairs --------------------------------------------------------------------------------------------------
+
+
+def folder_of(folder, names, value=lambda i: i):
+    folder.mkdir()
+    for i, name in enumerate(names):
+        section = np.full((6, 5), 255, np.uint8)
+        section.flat[value(i)] = 0
+        Image.fromarray(section).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "words"),
+    [
+        (["a", "b", "c"], ["a", "b", "c"], "a with a"),
+        (["t007", "t008", "t010"], ["man_seg007", "man_seg008", "man_seg010"], "t007 with man_seg007"),
+        (["7", "8", "10"], ["7_label", "8_label", "10_label"], "7 with 7_label"),
+        (["s7", "s8", "s10"], ["m0007", "m0008", "m0010"], "s7 with m0007"),
+        (["10_x", "11_x"], ["10", "11"], "10_x with 10"),
+    ],
+)
+def test_folders_are_paired_by_name_and_it_is_said(tmp_path, images, masks, words):
+    pair = folder_of(tmp_path / "i", images), folder_of(tmp_path / "m", masks)
+    image, mask, messages = load_pair(*pair)
+    np.testing.assert_array_equal(mask.sections, image.sections // 255)
+    assert f"pairs: by name, {words}, and so on" in messages
+
+
+def test_masks_follow_their_names_where_the_orders_differ(tmp_path):
+    images = folder_of(tmp_path / "i", ["cell", "cell-2"])
+    masks = folder_of(tmp_path / "m", ["cell_mask", "cell-2_mask"])
+    assert read_stack(masks).names == ["cell-2_mask", "cell_mask"]
+    image, mask, _ = load_pair(images, masks)
+    np.testing.assert_array_equal(mask.sections, image.sections // 255)
+    assert mask.names == ["cell_mask", "cell-2_mask"]
+
+
+def test_numbers_decide_where_natural_order_would_not(tmp_path):
+    images = folder_of(tmp_path / "i", ["2-first", "10-first"])
+    masks = folder_of(tmp_path / "m", ["02-first", "010-first"])
+    image, mask, _ = load_pair(images, masks)
+    np.testing.assert_array_equal(mask.sections, image.sections // 255)
+
+
+@pytest.mark.parametrize("masks", [["t1", "t3"], ["one", "two"], ["1", "01"]])
+def test_names_that_do_not_pair_are_refused(tmp_path, masks):
+    with pytest.raises(DataError, match=r"--mask_path: the names in .*m \(.*\) must be those in"):
+        load_pair(folder_of(tmp_path / "i", ["t1", "t2"]), folder_of(tmp_path / "m", masks))
+
+
+def test_file_and_folder_are_paired_by_order(tmp_path):
+    folder = folder_of(tmp_path / "m", ["3", "20", "100"])
+    tifffile.imwrite(tmp_path / "i.tif", image_stack((3, 6, 5)).sections, photometric="minisblack")
+    _, mask, messages = load_pair(tmp_path / "i.tif", folder)
+    assert mask.names == ["3", "20", "100"]
+    assert "pairs: sections and masks go together by their order" in messages
+
+
+@pytest.mark.parametrize("shape", [(29, 64, 64), (30, 64, 65)])
+def test_images_and_masks_of_different_shapes_are_refused(shape):
+    masks = mask_stack(np.arange(np.prod(shape)).reshape(shape) % 2)
+    received = f"Received: {shape[0]} sections of 64 x {shape[2]} px"
+    with pytest.raises(DataError, match=f"30 sections of 64 x 64 px. {received}"):
+        load_pair(image_stack(), masks)
+
+
+def test_invert_mask_reaches_the_pair():
+    images = image_stack(INTERIOR.shape)
+    np.testing.assert_array_equal(load_pair(images, two_valued(255, 0), invert_mask=True)[1].sections, INTERIOR)
+
+
+@pytest.mark.parametrize(
+    ("window", "multiple", "words"),
+    [
+        (500, 8, "multiple of 8. Received: 500"),
+        (0, 8, "positive"),
+        (-8, 8, "positive"),
+        (72, 8, "at most 64"),
+        (64, 16, None),
+    ],
+)
+def test_window_must_fit_network_and_sections(window, multiple, words):
+    if words is None:
+        check_window(image_stack(), window, multiple)
+        check_window(iter_sections(image_stack()), window, multiple)
+        return
+    with pytest.raises(DataError, match=words):
+        check_window(image_stack(), window, multiple)
+
+
+def test_the_smaller_side_limits_the_window():
+    with pytest.raises(DataError, match="64 x 41 px, so at most 40"):
+        check_window(image_stack((1, 64, 41)), 48)
+    with pytest.raises(DataError, match="too small"):
+        check_window(image_stack((1, 7, 41)), 8)
+
+
+# --- Normalisation ------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.lists(st.floats(-1e6, 1e6), min_size=4, max_size=4), min_size=1, max_size=5),
+    st.floats(-1e5, 1e5),
+)
+def test_constants_are_those_of_all_pixels_at_once(rows, offset):
+    sections = np.array(rows).reshape(-1, 2, 2) + offset
+    norm = Normalisation.fit(sections)
+    assert norm.mean == pytest.approx(sections.mean(), rel=1e-9, abs=1e-6)
+    assert norm.std == pytest.approx(sections.std(), rel=1e-6, abs=1e-5)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.floats(0, 1e300), st.floats(1e-12, 1))
+def test_constants_survive_json(mean, std, epsilon):
+    norm = Normalisation(mean, std, epsilon)
+    assert Normalisation.from_dict(json.loads(json.dumps(norm.to_dict()))) == norm
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "float64"])
+def test_training_sections_become_zero_mean_and_unit_deviation(dtype):
+    sections = image_stack((4, 32, 32), dtype).sections + np.array(50).astype(dtype)
+    norm = Normalisation.fit(sections)
+    done = norm(sections)
+    assert done.dtype == np.float32
+    assert done.mean(dtype=np.float64) == pytest.approx(0, abs=1e-5)
+    assert done.std(dtype=np.float64) == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(done * norm.std + norm.mean, sections, atol=1e-3)
+
+
+def test_only_the_sections_given_count():
+    sections = np.stack([np.zeros((4, 4)), np.ones((4, 4)), np.full((4, 4), 99.0)])
+    assert Normalisation.fit(sections[[0, 1]]) == Normalisation(0.5, 0.5)
+
+
+def test_flat_stack_becomes_zeros_and_not_noise_over_epsilon():
+    norm = Normalisation.fit(np.full((3, 7, 7), 0.1))
+    assert norm.std == 0
+    assert (norm(np.full((7, 7), 0.1)) == 0).all()
+
+
+def test_large_offsets_are_not_rounded_away():
+    sections = np.array([[[1e9, 1e9 + 1]]])
+    np.testing.assert_allclose(Normalisation.fit(sections)(sections), [[[-1, 1]]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        None,
+        {"mean": 1, "std": 2},
+        {"mean": "x", "std": 1, "epsilon": 1},
+        {"mean": float("nan"), "std": 1, "epsilon": 1},
+        {"mean": 0, "std": 0, "epsilon": 0},
+        {"mean": 0, "std": -1, "epsilon": 1e-10},
+        {"mean": 0, "std": 1, "epsilon": float("inf")},
+    ],
+)
+def test_wrong_constants_are_refused(wrong):
+    with pytest.raises(DataError, match="normalisation must"):
+        Normalisation.from_dict(wrong)
+
+
+def test_nothing_to_fit_is_refused():
+    with pytest.raises(DataError, match="at least one section"):
+        Normalisation.fit([])
+
+
+# --- Splits -------------------------------------------------------------------------------------------------
+
+
+def contiguous(sections):
+    return list(sections) == list(range(sections[0], sections[0] + len(sections)))
+
+
+@given(st.integers(1, 60), st.integers(0, 5), st.integers(0, 6), st.data())
+def test_splits_are_disjoint_complete_and_keep_the_gap(count, gap, inner, draw):
+    folds = draw.draw(st.integers(2, max(2, count)))
+    fold = draw.draw(st.integers(0, folds - 1))
+    protocol = draw.draw(st.sampled_from(["holdout", "kfold"]))
+    try:
+        split = split_sections(count, protocol, fold=fold, folds=folds, gap=gap, inner=inner)
+    except DataError:
+        held = -(-count // folds) if protocol == "kfold" else max(1, round(count / 5))
+        assert count - held - 2 * gap < 2 * inner + 1 or folds > count  # no room, or a hole that is no run
+        return
+    assert sorted(split.train + split.inner + split.held_out + split.gap) == list(range(count))
+    assert contiguous(split.held_out)
+    assert len(split.inner) == inner
+    assert not inner or contiguous(split.inner)
+    assert split.train
+    rest = split.train + split.inner
+    assert min(abs(i - j) for i in rest for j in split.held_out) > gap
+    assert all(min(abs(i - j) for j in split.held_out) <= gap for i in split.gap)
+
+
+@given(st.integers(2, 60), st.data())
+def test_folds_hold_every_section_out_once(count, draw):
+    folds = draw.draw(st.integers(2, count))
+    blocks = [split_sections(count, "kfold", fold=fold, folds=folds).held_out for fold in range(folds)]
+    assert sum(blocks, ()) == tuple(range(count))
+    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
+
+
+def test_holdout_of_thirty_is_the_last_six():
+    split = split_sections(30, "holdout", gap=2, inner=3)
+    assert split.held_out == tuple(range(24, 30))
+    assert split.gap == (22, 23)
+    assert split.inner == (19, 20, 21)
+    assert split.train == tuple(range(19))
+    assert split.describe() == "holdout: train on 0-18 (19), choose weights on 19-21, leave out 22-23, hold out 24-29"
+
+
+def test_published_trains_and_validates_on_everything():
+    split = split_sections(30, "published", inner=2)
+    assert split.train == split.inner == tuple(range(30))
+    assert split.held_out == split.gap == ()
+    assert "none is held out" in split.describe()
+
+
+def test_inner_lies_before_the_held_out_block_or_after_it_where_there_is_no_room():
+    assert split_sections(10, "holdout", val_sections=(4, 5), inner=2).inner == (2, 3)
+    assert split_sections(10, "holdout", val_sections=(0, 1), inner=2, gap=1).inner == (3, 4)
+    assert split_sections(10, "holdout", val_sections=(1, 2), inner=2).inner == (3, 4)
+
+
+def test_train_sections_restrict_training_and_nothing_else():
+    full = split_sections(30, "holdout", gap=1, inner=2)
+    few = split_sections(30, "holdout", gap=1, inner=2, train_sections=range(5))
+    assert few.train == (0, 1, 2, 3, 4)
+    assert (few.inner, few.held_out, few.gap) == (full.inner, full.held_out, full.gap)
+    assert split_sections(30, "published", train_sections=(3, 1)).train == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("count", "protocol", "options", "words"),
+    [
+        (1, "holdout", {}, "too few sections"),
+        (5, "holdout", {"gap": 4}, "too few sections to hold out 1, leave out 4"),
+        (6, "holdout", {"inner": 5}, "too few"),
+        (30, "holdout", {"train_sections": (23,), "gap": 1}, "too few"),
+        (30, "holdout", {"val_sections": (29, 30)}, r"--val_sections must lie in 0-29. Received: 29-30"),
+        (30, "holdout", {"val_sections": ()}, "Received: none"),
+        (
+            30,
+            "holdout",
+            {"train_sections": (20, 24, 25)},
+            "--train_sections must not be held out as well. Received: 24-25",
+        ),
+        (30, "holdout", {"train_sections": (30,)}, "--train_sections must lie in 0-29"),
+        (30, "kfold", {"fold": 5}, "--fold must be from 0 to 4. Received: 5"),
+        (30, "kfold", {"fold": -1}, "--fold"),
+        (4, "kfold", {}, "--folds must be from 2 to the number of sections, 4. Received: 5"),
+        (30, "kfold", {"folds": 1}, "--folds"),
+        (30, "kfold", {"val_sections": (1,)}, "goes with --protocol holdout"),
+        (30, "published", {"val_sections": (1,)}, "goes without --val_sections and --gap"),
+        (30, "published", {"gap": 1}, "goes without"),
+        (30, "random", {}, "must be published, holdout or kfold. Received: random"),
+        (30, "holdout", {"gap": -1}, "--gap and inner >= 0"),
+        (0, "published", {}, "must be >= 1"),
+    ],
+)
+def test_splits_that_cannot_be_are_refused(count, protocol, options, words):
+    with pytest.raises(DataError, match=words):
+        split_sections(count, protocol, **options)
+
+
+@given(st.sets(st.integers(0, 500), min_size=1))
+def test_section_numbers_are_read_as_written(sections):
+    assert parse_sections(format_sections(sections)) == tuple(sorted(sections))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("24-29", tuple(range(24, 30))), (" 0, 3 ,5 - 7", (0, 3, 5, 6, 7)), (4, (4,))]
+)
+def test_section_numbers_as_people_type_them(text, expected):
+    assert parse_sections(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-", "-3", "5-3", "1,,2", "1.5", "1;2", "1-2-3", "0-99999999", "٣"])
+def test_what_is_no_section_number_is_refused(text):
+    with pytest.raises(DataError, match="sections must be numbers and ranges"):
+        parse_sections(text)
+
+
+@pytest.mark.parametrize("text", ["3,3", "1-4,4"])
+def test_sections_named_twice_are_refused(text):
+    with pytest.raises(DataError, match="must be named once each"):
+        parse_sections(text)
+
+
+def test_montage_lays_sections_row_by_row_in_the_order_drawn():
+    sections = np.arange(6)[:, None, None] * np.ones((6, 2, 3), int)
+    picture = montage(sections, 3, 2, [5, 0, 1, 2, 4, 3])
+    assert picture.shape == (6, 6)
+    assert picture[::2, ::3].tolist() == [[5, 0], [1, 2], [4, 3]]
+    np.testing.assert_array_equal(picture[2:4, :3], sections[1])
+
+
+@pytest.mark.parametrize(("rows", "order"), [(2, range(6)), (3, [0, 1, 2, 3, 4, 4]), (3, range(5))])
+def test_montage_shows_every_section_once(rows, order):
+    with pytest.raises(DataError, match="every section once"):
+        montage(np.zeros((6, 2, 2)), rows, 2, list(order))
+
+
+# --- What the files are -------------------------------------------------------------------------------------
+
+
+def saying(lines, *words):
+    text = "\n".join(lines)
+    for word in words:
+        assert word in text, f"{word!r} is not in\n{text}"
+
+
+def test_check_says_what_the_files_are(tmp_path):
+    voxel = {"imagej": True, "resolution": (250, 250), "metadata": {"axes": "ZYX", "spacing": 0.05, "unit": "um"}}
+    sections = image_stack((10, 64, 72), "uint16").sections
+    sections[3] = 7
+    tifffile.imwrite(tmp_path / "i.tif", sections, **voxel)
+    mask = np.where(np.arange(72) % 4, 255, 0) * np.ones((10, 64, 1), np.uint8)
+    tifffile.imwrite(tmp_path / "m.tif", mask.astype(np.uint8), photometric="minisblack")
+    lines = describe(tmp_path / "i.tif", tmp_path / "m.tif", window=64)
+    saying(lines, f"image: {tmp_path / 'i.tif'}", "10 sections of 64 x 72 px, uint16, axes ZYX, ImageJ TIFF")
+    saying(lines, "values 0 to 199", "pixel 4 x 4 nm, section 50 nm", "warning: sections of a single gray value: 3")
+    saying(lines, "0 = membrane, 255 = interior; interior 75.0%", "by their order")
+    saying(lines, "holdout: train on 0-7 (8), hold out 8-9", "crops of 64 x 64 px")
+    assert not any(line.startswith("problem:") for line in lines)
+
+
+def test_check_says_every_problem_and_does_not_stop_at_the_first():
+    lines = describe(image_stack((1, 60, 90)), mask_stack(np.zeros((1, 60, 91), np.uint8)), window=64)
+    problems = [line for line in lines if line.startswith("problem:")]
+    assert len(problems) == 3
+    saying(problems, "must be like the images", "too few sections", "at most 56")
+    saying(lines, "60 x 90 px is no multiple of 8: prediction mirrors the borders")
+
+
+def test_check_turns_label_trouble_into_lines(tmp_path):
+    images = image_stack((5, 64, 64))
+    saying(
+        describe(images, mask_stack(np.arange(5 * 64 * 64).reshape(5, 64, 64) % 3)), "problem: --mask_path", "holds 3"
+    )
+    saying(describe(images, mask_stack(np.zeros((5, 64, 64), np.uint8))), "warning: the mask is all background")
+    saying(describe(images, tmp_path / "no.tif"), "mask: ", "problem: --mask_path", "does not exist")
+    saying(describe(images, window=64), "whole sections")
+
+
+def test_check_of_an_unreadable_image_raises(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        describe(tmp_path / "no.tif")
+
+
+# --- The real files -----------------------------------------------------------------------------------------
+
+
+def test_real_labels_are_78_percent_interior(isbi):
+    images, masks, messages = load_pair(isbi, isbi)
+    assert images.voxel_nm == masks.voxel_nm == (50.0, 4.0, 4.0)
+    assert images.sections.shape == (30, 512, 512)
+    assert messages[0] == "labels: 0 = membrane, 255 = interior; interior 78.0% of the pixels"
+    assert not any(line.startswith("warning") for line in messages)
+    inside, membrane = (images.sections[masks.sections == value].mean() for value in (1, 0))
+    assert inside > membrane + 30
+
+
+def test_check_of_the_real_stack_has_nothing_to_complain_about(isbi):
+    lines = describe(isbi / "train-volume.tif", isbi / "train-labels.tif")
+    saying(lines, "30 sections of 512 x 512 px, uint8", "train on 0-23 (24), hold out 24-29", "whole sections")
+    assert not any(line.startswith(("warning", "problem")) for line in lines)
+
+
+def test_real_instance_masks_are_recognised_and_paired(hela):
+    instances = read_stack("dic-hela", what="mask")
+    assert instances.source == str(hela / "01_ST" / "SEG")
+    assert instances.sections.dtype == np.uint16
+    with pytest.raises(DataError, match="looks like an instance mask"):
+        read_labels("dic-hela")
+    borders = Stack(instances.sections > 0, names=instances.names, source=instances.source)
+    assert "pairs: by name, t000 with man_seg000, and so on" in load_pair("dic-hela", borders)[2]

@@ -1,0 +1,293 @@
+"""Fetching: from a server on this machine, good and bad; nothing wrong ever stays in the cache."""
+
+import hashlib
+import http.server
+import io
+import threading
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import tifffile
+
+import fetching
+from data import DataError, fetch, is_cached, read_stack, resolve, sha256_pixels
+
+NAMES = ("train-volume.tif", "train-labels.tif", "test-volume.tif")
+
+
+def tiff(sections, **options):
+    file = io.BytesIO()
+    tifffile.imwrite(file, sections, photometric="minisblack", **options)
+    return file.getvalue()
+
+
+def blob_id(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def zipped(files):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+class Web:
+    """A web server: `files` is what it has, `cut` what it stops sending half way, `asked` what was asked for."""
+
+    def __init__(self):
+        self.files, self.cut, self.asked = {}, set(), []
+        web = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                web.asked.append(self.path)
+                content = web.files.get(self.path)
+                self.send_response(404 if content is None else 200)
+                self.send_header("Content-Length", str(len(content or b"")))
+                self.end_headers()
+                self.wfile.write((content or b"")[: len(content or b"") // (2 if self.path in web.cut else 1)])
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """A small challenge on a server of this machine, and an empty cache."""
+    web = Web()
+    rng = np.random.default_rng(0)
+    web.stacks = {name: rng.integers(0, 255, (3, 16, 16), np.uint8) for name in (*NAMES, "test-labels.tif")}
+    web.official = {name: tiff(sections) for name, sections in web.stacks.items()}
+    known = {name: (blob_id(web.official[name]), sha256_pixels(web.stacks[name])) for name in NAMES}
+    monkeypatch.setattr(fetching, "ISBI_FILES", known)
+    monkeypatch.setattr(fetching, "ISBI_SHAPE", (3, 16, 16))
+    monkeypatch.setattr(fetching, "ISBI_ARCHIVE", f"{web.url}/archive.zip")
+    monkeypatch.setattr(fetching, "ISBI_MIRRORS", (f"{web.url}/mirror1/data", f"{web.url}/mirror2"))
+    monkeypatch.setenv("DILATED_UNET_DATA", str(tmp_path / "cache"))
+    web.cache = tmp_path / "cache" / "isbi2012"
+    web.said = []
+    yield web
+    web.close()
+
+
+def offer_archive(web, **changed):
+    files = {f"ISBI-2012-challenge/deep/{name}": content for name, content in web.official.items()}
+    files |= {f"ISBI-2012-challenge/deep/{name}": content for name, content in changed.items()}
+    web.files["/archive.zip"] = zipped(files | {"__MACOSX/._train-volume.tif": b"left by a Mac"})
+
+
+def offer_mirror(web, folder, **changed):
+    web.files |= {f"/{folder}/{name}": changed.get(name, web.official[name]) for name in NAMES}
+
+
+def fetched(web, names=NAMES):
+    """Fetch, and check that the cache holds exactly these files, whole."""
+    assert fetch("isbi2012", log=web.said.append) == web.cache
+    assert sorted(path.name for path in web.cache.iterdir()) == sorted(names)
+    for name in names:
+        np.testing.assert_array_equal(read_stack(web.cache / name).sections, web.stacks[name])
+
+
+def test_archive_comes_first_and_its_files_lie_anywhere_in_it(web):
+    offer_archive(web)
+    fetched(web, [*NAMES, "test-labels.tif"])
+    assert web.asked == ["/archive.zip"]
+    assert "test-labels.tif: kept unchecked, its hash is not known" in web.said
+    assert "train-volume.tif: checked" in web.said
+    assert resolve("isbi2012", "test_mask") == web.cache / "test-labels.tif"
+
+
+def test_cached_files_are_not_asked_for_again(web):
+    offer_archive(web)
+    fetch("isbi2012", log=web.said.append)
+    assert is_cached("isbi2012")
+    assert fetch("isbi2012", log=web.said.append) == web.cache
+    assert resolve("isbi2012", "test") == web.cache / "test-volume.tif"
+    assert web.asked == ["/archive.zip"]
+
+
+def test_mirror_follows_where_there_is_no_archive(web):
+    offer_mirror(web, "mirror1/data")
+    fetched(web)
+    assert web.asked == ["/archive.zip", *(f"/mirror1/data/{name}" for name in NAMES)]
+
+
+def test_same_pixels_in_another_container_are_accepted(web):
+    offer_archive(web, **{name: tiff(web.stacks[name], compression="zlib", byteorder=">") for name in NAMES})
+    fetched(web, [*NAMES, "test-labels.tif"])
+    assert web.asked == ["/archive.zip"]
+
+
+def test_official_bytes_are_known_without_decoding_them(web, monkeypatch):
+    monkeypatch.setattr(fetching, "load", None)
+    offer_mirror(web, "mirror2")
+    assert fetch("isbi2012", log=web.said.append) == web.cache
+
+
+def test_one_wrong_pixel_is_refused_and_only_that_file_comes_from_the_mirror(web):
+    wrong = web.stacks["train-labels.tif"].copy()
+    wrong[1, 2, 3] ^= 1
+    offer_archive(web, **{"train-labels.tif": tiff(wrong)})
+    offer_mirror(web, "mirror1/data")
+    fetched(web, [*NAMES, "test-labels.tif"])
+    assert web.asked == ["/archive.zip", "/mirror1/data/train-labels.tif"]
+
+
+def test_wrong_mirror_is_followed_by_the_next(web):
+    offer_mirror(web, "mirror1/data", **{"test-volume.tif": b"<html>not found</html>"})
+    offer_mirror(web, "mirror2")
+    fetched(web)
+    assert web.asked[-1:] == ["/mirror2/test-volume.tif"]
+
+
+def test_cut_off_archive_is_followed_by_the_mirror(web):
+    offer_archive(web)
+    offer_mirror(web, "mirror1/data")
+    web.cut.add("/archive.zip")
+    fetched(web)
+
+
+def test_cut_off_file_never_stays(web):
+    offer_mirror(web, "mirror1/data")
+    web.cut.add("/mirror1/data/train-labels.tif")
+    with pytest.raises(DataError, match=r"put train-labels\.tif, test-volume\.tif into"):
+        fetch("isbi2012", log=web.said.append)
+    assert [path.name for path in web.cache.iterdir()] == ["train-volume.tif"]
+
+
+def test_zip_cut_off_by_its_server_without_a_word_never_stays(web):
+    offer_archive(web)
+    web.files["/archive.zip"] = web.files["/archive.zip"][:-40]
+    with pytest.raises(DataError, match="could not be fetched"):
+        fetch("isbi2012", log=web.said.append)
+    assert not web.cache.exists()
+
+
+def test_all_sources_failing_says_why_and_what_to_do(web):
+    web.files["/mirror2/train-volume.tif"] = b"II*\0 cut"
+    with pytest.raises(DataError) as caught:
+        fetch("isbi2012", log=web.said.append)
+    text = str(caught.value)
+    for words in ("archive.zip: 404", "mirror1/data: 404", "train-volume.tif is not the published file", "put"):
+        assert words in text
+    assert str(web.cache) in text
+    assert "--image_path synthetic" in text
+    assert not web.cache.exists()
+
+
+def test_wrong_file_in_the_cache_is_replaced_but_not_lost_before(web):
+    web.cache.mkdir(parents=True)
+    (web.cache / "train-volume.tif").write_bytes(web.official["train-volume.tif"][:-300])
+    with pytest.raises(DataError):
+        fetch("isbi2012", log=web.said.append)
+    assert (web.cache / "train-volume.tif").exists()
+    offer_mirror(web, "mirror2")
+    fetched(web)
+
+
+def test_file_that_is_there_needs_no_network_even_if_others_are_missing(web):
+    web.cache.mkdir(parents=True)
+    (web.cache / "test-volume.tif").write_bytes(web.official["test-volume.tif"])
+    assert resolve("isbi2012", "test") == web.cache / "test-volume.tif"
+    assert web.asked == []
+
+
+def test_wrong_unchecked_labels_are_left_out(web):
+    offer_archive(web, **{"test-labels.tif": tiff(np.zeros((2, 16, 16), np.uint8))})
+    fetched(web)
+    with pytest.raises(DataError, match=r"test-labels\.tif comes only with"):
+        resolve("isbi2012", "test_mask")
+
+
+def test_no_network_is_told_within_seconds(web):
+    web.close()
+    start = time.perf_counter()
+    with pytest.raises(DataError, match="no connection"):
+        fetch("isbi2012", log=web.said.append)
+    assert time.perf_counter() - start < 10
+
+
+def test_unwritable_cache_is_a_sentence(web, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DILATED_UNET_DATA", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="cannot be written"):
+        fetch("isbi2012", log=web.said.append)
+
+
+@pytest.mark.parametrize("name", ["synthetic", "isbi2013", ""])
+def test_unknown_names_are_refused(name):
+    with pytest.raises(DataError, match="the data sets are isbi2012, dic-hela, phc-u373"):
+        fetch(name)
+
+
+# --- Cell Tracking Challenge --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cells(web, monkeypatch):
+    files = {"DIC/01/t000.tif": b"a", "DIC/01_ST/SEG/man_seg000.tif": b"b", "DIC/02/t000.tif": b"c"}
+    web.files["/cells.zip"] = zipped(files)
+    sha256 = hashlib.sha256(web.files["/cells.zip"]).hexdigest()
+    monkeypatch.setattr(fetching, "CELL_ARCHIVES", {"dic-hela": (f"{web.url}/cells.zip", sha256)})
+    web.cache = web.cache.with_name("dic-hela")
+    return web
+
+
+def test_cells_are_unpacked_without_their_top_folder(cells):
+    assert fetching.fetch("dic-hela", log=cells.said.append) == cells.cache
+    assert sorted(path.name for path in cells.cache.iterdir()) == ["01", "01_ST", "02"]
+    assert resolve("dic-hela", "mask") == cells.cache / "01_ST" / "SEG"
+    assert resolve("dic-hela", "test") == cells.cache / "02"
+    with pytest.raises(DataError, match="02_ST/SEG or 02_GT/SEG"):
+        resolve("dic-hela", "test_mask")
+    assert cells.asked == ["/cells.zip"]
+
+
+def test_cells_with_another_hash_never_stay(cells):
+    cells.files["/cells.zip"] = zipped({"DIC/01/t000.tif": b"other"})
+    with pytest.raises(DataError, match=r"dic-hela could not be fetched.*01 and 01_ST or 01_GT"):
+        fetch("dic-hela", log=cells.said.append)
+    assert not cells.cache.exists()
+
+
+def test_cells_that_are_there_are_used_as_they_are(cells):
+    (cells.cache / "01").mkdir(parents=True)
+    (cells.cache / "01_GT" / "SEG").mkdir(parents=True)
+    assert resolve("dic-hela", "image") == cells.cache / "01"
+    assert resolve("dic-hela", "mask") == cells.cache / "01_GT" / "SEG"
+    assert cells.asked == []
+
+
+def test_what_was_there_before_is_not_overwritten(cells):
+    (cells.cache / "01").mkdir(parents=True)
+    (cells.cache / "01" / "mine.tif").write_text("mine")
+    fetch("dic-hela", log=cells.said.append)
+    assert [path.name for path in (cells.cache / "01").iterdir()] == ["mine.tif"]
+    assert (cells.cache / "01_ST" / "SEG" / "man_seg000.tif").exists()
+
+
+# --- The real files -----------------------------------------------------------------------------------------
+
+
+def test_local_copy_has_the_published_pixels(isbi, monkeypatch):
+    monkeypatch.setenv("DILATED_UNET_DATA", str(isbi.parent))
+    for name, (_, pixels) in fetching.ISBI_FILES.items():
+        stack = read_stack(isbi / name)
+        assert stack.sections.shape == fetching.ISBI_SHAPE
+        assert sha256_pixels(stack.sections) == pixels
+    monkeypatch.setattr(fetching, "_download", None)  # a download would fail
+    assert fetch("isbi2012") == isbi
