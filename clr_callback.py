@@ -1,0 +1,249 @@
+"""Cyclical learning rates (L. N. Smith 2015, arXiv 1506.01186) for any Keras model and backend.
+
+The schedule is a pure function of the update number, counted from 0; the callback and the in-graph schedule are
+thin wrappers around it.
+
+    model.fit(x, y, callbacks=[CyclicLR(base_lr=1e-5, max_lr=1e-2, step_size=2000)])
+
+>>> [triangular(n, base_lr=0.0, max_lr=1.0, step_size=4) for n in range(9)]
+[0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
+"""
+
+import math
+
+import keras
+from keras import ops
+
+MODES = ("triangular", "triangular2", "exp_range")
+
+
+def cycle_number(update, step_size):
+    """Number of the cycle that `update` falls into, from 1; a cycle is two half cycles of `step_size` updates."""
+    return update // (2 * step_size) + 1
+
+
+def wave(update, step_size):
+    """Height of the triangle, 0..1: 0 at the start of a cycle, 1 after `step_size` updates, 0 after two of them."""
+    return 1 - abs(update % (2 * step_size) / step_size - 1)
+
+
+def triangular(update, base_lr, max_lr, step_size):
+    """Learning rate of `update`: from base to max and back, every cycle alike."""
+    return base_lr + (max_lr - base_lr) * wave(update, step_size)
+
+
+def triangular2(update, base_lr, max_lr, step_size):
+    """As `triangular`, the height halved after each cycle."""
+    return base_lr + (max_lr - base_lr) * wave(update, step_size) * 0.5 ** (cycle_number(update, step_size) - 1)
+
+
+def exp_range(update, base_lr, max_lr, step_size, gamma):
+    """As `triangular`, the height times gamma ** update."""
+    return base_lr + (max_lr - base_lr) * wave(update, step_size) * gamma**update
+
+
+def cosine(update, base_lr, max_lr, updates, warm_up=0):
+    """Linear rise to `max_lr` over `warm_up` updates, then half a cosine down to `base_lr` at the last of `updates`.
+
+    Loshchilov & Hutter 2016 (arXiv 1608.03983), without restarts: a schedule that ends low.
+    """
+    rising = (update + 1) / (warm_up + 1)
+    done = (update - warm_up) / max(1, updates - 1 - warm_up)
+    done = _clip01(done)
+    falling = base_lr + (max_lr - base_lr) * 0.5 * (1 + _cos(math.pi * done))
+    return _where(update < warm_up, max_lr * rising, falling)
+
+
+def _is_tensor(x):
+    return keras.ops.is_tensor(x)
+
+
+def _clip01(x):
+    return ops.clip(x, 0.0, 1.0) if _is_tensor(x) else min(1.0, max(0.0, x))
+
+
+def _cos(x):
+    return ops.cos(x) if _is_tensor(x) else math.cos(x)
+
+
+def _where(condition, yes, no):
+    return ops.where(condition, yes, no) if _is_tensor(condition) else (yes if condition else no)
+
+
+class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+    """A pure function of the update number as an in-graph schedule: no callback has to touch the optimizer.
+
+    Parameters
+    ----------
+    rate : callable
+        Update number (int, or float32 tensor; exact up to 2**24 updates) to learning rate.
+    """
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, step):
+        return ops.cast(self.rate(ops.cast(step, "float32")), "float32")
+
+    def get_config(self):
+        raise NotImplementedError("A Schedule wraps a Python function; rebuild it from the run's settings.")
+
+
+class CyclicLR(keras.callbacks.Callback):
+    """Sets the learning rate of every update, and records the rate that was used.
+
+    Parameters
+    ----------
+    base_lr, max_lr : float
+        Lower and upper bound of the rate, 0 < base_lr <= max_lr.
+    step_size : int
+        Half a cycle, in updates (two to ten times the updates of an epoch, says the paper).
+    mode : {"triangular", "triangular2", "exp_range"}
+        Ignored if `scale_fn` is given.
+    gamma : float
+        Base of `exp_range`, in (0, 1].
+    scale_fn : callable, optional
+        Factor on the height of the triangle, a function of the cycle number or of the update number.
+    scale_mode : {"cycle", "iterations"}
+        What `scale_fn` is a function of.
+
+    Attributes
+    ----------
+    history : dict of list
+        "update" and "learning_rate", one entry per update: the rate that this update USED.
+
+    Notes
+    -----
+    Counting starts from `optimizer.iterations`, so a resumed run goes on at the right update. With
+    `steps_per_execution` above 1, or to save the write to the optimizer at each update, compile the optimizer with
+    `learning_rate=callback.schedule()`; the callback then only records.
+    """
+
+    def __init__(
+        self,
+        base_lr=1e-5,
+        max_lr=1e-2,
+        step_size=2000,
+        mode="triangular",
+        gamma=1.0,
+        scale_fn=None,
+        scale_mode="cycle",
+    ):
+        super().__init__()
+        _check(base_lr, max_lr, step_size, mode, gamma, scale_fn, scale_mode)
+        self.base_lr, self.max_lr, self.step_size = base_lr, max_lr, step_size
+        self.mode, self.gamma, self.scale_fn, self.scale_mode = mode, gamma, scale_fn, scale_mode
+        self.update = 0
+        self.history = {"update": [], "learning_rate": []}
+
+    def rate(self, update):
+        """Learning rate of that update, counted from 0."""
+        bounds = (self.base_lr, self.max_lr, self.step_size)
+        if self.scale_fn is None:
+            extra = (self.gamma,) if self.mode == "exp_range" else ()
+            return globals()[self.mode](update, *bounds, *extra)
+        x = cycle_number(update, self.step_size) if self.scale_mode == "cycle" else update
+        return self.base_lr + (self.max_lr - self.base_lr) * wave(update, self.step_size) * self.scale_fn(x)
+
+    def schedule(self):
+        """The same rates as a `LearningRateSchedule`."""
+        return Schedule(self.rate)
+
+    def on_train_begin(self, logs=None):
+        self.update = int(self.model.optimizer.iterations)
+        configured = getattr(self.model.optimizer, "_learning_rate", None)
+        self._in_graph = isinstance(configured, Schedule)
+        if isinstance(configured, keras.optimizers.schedules.LearningRateSchedule) and not self._in_graph:
+            raise ValueError("CyclicLR needs an optimizer with a constant learning rate, or with its own schedule().")
+        if not self._in_graph and getattr(self.model, "steps_per_execution", 1) > 1:
+            raise ValueError(
+                "With steps_per_execution above 1 the rate must be set in the graph: compile the optimizer with "
+                "learning_rate=CyclicLR(...).schedule(). "
+                f"Received: steps_per_execution={self.model.steps_per_execution}"
+            )
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if not self._in_graph:
+            self.model.optimizer.learning_rate = self.rate(self.update)
+
+    def on_train_batch_end(self, batch, logs=None):
+        # `batch` is the last one of an execution, which may hold several updates.
+        for _ in range(getattr(self.model, "steps_per_execution", 1)):
+            self.history["update"].append(self.update)
+            self.history["learning_rate"].append(float(self.rate(self.update)))
+            self.update += 1
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is not None and self.history["learning_rate"]:
+            logs["learning_rate"] = self.history["learning_rate"][-1]
+
+
+def _check(base_lr, max_lr, step_size, mode, gamma, scale_fn, scale_mode):
+    if not base_lr > 0:
+        raise ValueError(f"base_lr must be above 0. Received: {base_lr}")
+    if not max_lr >= base_lr:
+        raise ValueError(f"max_lr must be at least base_lr ({base_lr}). Received: {max_lr}")
+    if step_size < 1 or step_size != int(step_size):
+        raise ValueError(f"step_size must be a whole number of updates, at least 1. Received: {step_size}")
+    if scale_fn is None and mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}. Received: {mode}")
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma must be above 0 and at most 1. Received: {gamma}")
+    if scale_fn is not None and not callable(scale_fn):
+        raise ValueError(f"scale_fn must be a function of one number. Received: {scale_fn!r}")
+    if scale_mode not in ("cycle", "iterations"):
+        raise ValueError(f"scale_mode must be cycle or iterations. Received: {scale_mode}")
+
+
+def describe_schedule(updates, step_size):
+    """What a cyclical schedule amounts to over a run, in words, with a warning if it ends in mid-cycle.
+
+    >>> describe_schedule(8000, 2000)
+    '8000 updates = 2 cycles of 4000 updates'
+    """
+    cycles = updates / (2 * step_size)
+    words = f"{updates} updates = {cycles:.4g} cycle{'' if cycles == 1 else 's'} of {2 * step_size} updates"
+    if updates % (2 * step_size) == 0:
+        return words
+    return words + f"; WARNING: the run ends in mid-cycle, {updates % (2 * step_size)} updates into it"
+
+
+# -- the learning-rate range test -------------------------------------------------------------------------------
+
+
+def exponential_range(count, lowest, highest):
+    """`count` learning rates from lowest to highest, each a constant factor above the last."""
+    if not 0 < lowest < highest:
+        raise ValueError(f"the range test needs 0 < lowest < highest. Received: {lowest}, {highest}")
+    return [lowest * (highest / lowest) ** (i / max(1, count - 1)) for i in range(count)]
+
+
+def smooth(values, momentum=0.9):
+    """Exponential moving average without the bias towards 0 at the start."""
+    smoothed, average = [], 0.0
+    for i, value in enumerate(values, 1):
+        average = momentum * average + (1 - momentum) * value
+        smoothed.append(average / (1 - momentum**i))
+    return smoothed
+
+
+def suggest_range(rates, losses):
+    """Lower and upper learning rate suggested by a range test (Smith 2015, section 3.3).
+
+    Base: where the smoothed loss has made a tenth of its whole fall. Max: a third of the rate at which the smoothed
+    loss is lowest, for beyond it the loss rises again.
+
+    Raises
+    ------
+    ValueError
+        If the loss never fell.
+    """
+    curve = smooth(losses)
+    lowest = min(range(len(curve)), key=curve.__getitem__)
+    if lowest == 0:
+        raise ValueError("the loss never fell in the range test: start it at a lower learning rate")
+    start = max(curve[: lowest + 1])
+    fallen = start - 0.1 * (start - curve[lowest])
+    onset = next(i for i in range(curve.index(start), lowest + 1) if curve[i] <= fallen)
+    high = rates[lowest] / 3
+    return min(rates[onset], high / 3), high

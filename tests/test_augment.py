@@ -1,0 +1,634 @@
+"""augment.py: what each transform does, registration of image and mask, keys, and the pixels' exactness."""
+# ruff: noqa: NPY002  (the legacy generator is global, which is why it is looked at here)
+
+import hashlib
+import itertools
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from scipy import ndimage
+
+import augment
+from augment import RECIPES, Recipe
+
+WINDOW = 48
+SINGLE = {
+    "flips": Recipe(flips=True, quarter_turns=True),
+    "rotation": Recipe(max_rotation_deg=180),
+    "scale": Recipe(scale=(0.5, 2)),
+    "shear": Recipe(max_shear_deg=30),
+    "shift": Recipe(max_shift_px=20),
+    "elastic": Recipe(elastic_sd_px=3, elastic_grid=5),
+    "everything": replace(RECIPES["all"], max_shear_deg=20, elastic_sd_px=4),
+}
+STATIC = pytest.mark.parametrize("made", SINGLE.values(), ids=SINGLE.keys())
+
+
+def stack(sections=4, shape=(70, 90), dtype=np.uint8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (sections, *shape)).astype(dtype)
+
+
+def batch(images, masks, made, *, seed=3, epoch=1, indices=range(6), window=WINDOW):
+    sections = range(len(images))
+    return augment.batch(images, masks, made, seed=seed, epoch=epoch, indices=indices, window=window, sections=sections)
+
+
+def warp(arrays, made, *, window=WINDOW, mean=0.0, std=1.0, **kwargs):
+    image, mask = augment.warp(arrays, made, window=window, mean=mean, std=std, **kwargs)
+    return ops.convert_to_numpy(image)[..., 0], ops.convert_to_numpy(mask)
+
+
+def compiled(function):
+    """As the training step runs it: XLA on TensorFlow, jit on JAX."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow
+
+        return tensorflow.function(function, jit_compile=True)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(function)
+    return function
+
+
+def compiled_warp(arrays, made, *, order="linear"):
+    run = compiled(lambda tensors: augment.warp(tensors, made, window=WINDOW, mean=0.0, std=1.0, order=order))
+    image, mask = run({name: ops.convert_to_tensor(array) for name, array in arrays.items()})
+    return ops.convert_to_numpy(image)[..., 0], ops.convert_to_numpy(mask)
+
+
+def central_draw(made, images, *, window=WINDOW, **changes):
+    """A draw from the middle of a section, with the map of `augment.affine(**changes)`."""
+    _sections, rows, columns = images.shape
+    made_draw = augment.draw(made, seed=0, epoch=0, index=0, sections=[0], shape=(rows, columns), window=window)
+    origin = ((rows - window) // 2, (columns - window) // 2)
+    return replace(made_draw, origin=origin, affine=augment.affine(**changes), grid=made_draw.grid * 0)
+
+
+def transformed(images, made, *, window=WINDOW, **changes):
+    """The central window of section 0 after one given transform, and the same window untransformed."""
+    one = central_draw(made, images, window=window, **changes)
+    image, _ = warp(augment.collate(images, images, [one], made), made, window=window)
+    (row, column) = one.origin
+    return image[0], images[0, row : row + window, column : column + window]
+
+
+def source_map(one, window):
+    """Rows and columns in the section, in float64, written down pixel by pixel from the definition."""
+    nodes = one.grid.shape[-1]
+    padded = np.pad(one.grid.astype(float), ((0, 0), (1, 2), (1, 2)), mode="edge")
+    place = np.arange(window) * (nodes - 1) / (window - 1)
+    first = np.minimum(np.floor(place).astype(int), nodes - 1)
+
+    def keys(t):
+        t = abs(t)
+        return (1.5 * t - 2.5) * t * t + 1 if t <= 1 else ((-0.5 * t + 2.5) * t - 4) * t + 2 if t < 2 else 0.0
+
+    weights = np.array([[keys(p - f - step) for step in (-1, 0, 1, 2)] for p, f in zip(place, first, strict=True)])
+    result = np.empty((2, window, window))
+    for r, c in itertools.product(range(window), repeat=2):
+        near = padded[:, first[r] : first[r] + 4, first[c] : first[c] + 4]
+        pixel = np.array([r, c, np.inf]) - (window - 1) / 2
+        pixel[2] = 1
+        result[:, r, c] = one.affine.astype(float) @ pixel + near @ weights[c] @ weights[r] + (window - 1) / 2
+    return result + np.array(one.origin)[:, None, None]
+
+
+# --- exact pixels
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_a_crop_alone_is_the_sections_pixels_bit_for_bit(dtype):
+    images = stack(dtype=dtype) * dtype(3) / 3 if dtype == np.float32 else stack(dtype=dtype)
+    masks = (stack(seed=1) > 60).astype(np.uint8)
+    arrays = batch(images, masks, RECIPES["none"])
+    assert arrays["image"].dtype == dtype
+    assert arrays["image"].shape == (6, WINDOW, WINDOW)
+    image, mask = warp(arrays, RECIPES["none"])
+    for index in range(6):
+        one = augment.draw(
+            RECIPES["none"], seed=3, epoch=1, index=index, sections=range(4), shape=(70, 90), window=WINDOW
+        )
+        place = np.s_[one.section, one.origin[0] : one.origin[0] + WINDOW, one.origin[1] : one.origin[1] + WINDOW]
+        np.testing.assert_array_equal(image[index], images[place])
+        np.testing.assert_array_equal(mask[index], masks[place])
+
+
+@pytest.mark.parametrize("window", [48, 33])
+@pytest.mark.parametrize("made", [SINGLE["flips"], RECIPES["all"]], ids=["exact", "resampled"])
+def test_flips_and_quarter_turns_move_pixels_without_changing_them(made, window):
+    made = replace(made, gamma=0, noise=0, brightness=0, contrast=0)
+    images = stack()
+    for turns, rows, columns in itertools.product(range(4), (False, True), (False, True)):
+        image, crop = transformed(images, made, window=window, quarter_turns=turns, flip=(rows, columns))
+        expected = np.rot90(crop, turns)
+        expected = expected[::-1] if rows else expected
+        np.testing.assert_array_equal(image, expected[:, ::-1] if columns else expected)
+
+
+@pytest.mark.parametrize(("flips", "turns", "kinds"), [(True, True, 8), (True, False, 4), (False, True, 4)])
+def test_flips_and_quarter_turns_are_drawn_evenly(flips, turns, kinds):
+    made = Recipe(flips=flips, quarter_turns=turns)
+    draws = [augment.draw(made, seed=0, epoch=0, index=i, sections=[0], shape=(64, 64), window=64) for i in range(800)]
+    counts = np.unique([d.affine[:, :2].ravel() for d in draws], axis=0, return_counts=True)[1]
+    assert len(counts) == kinds
+    np.testing.assert_allclose(counts, 800 / kinds, rtol=0.3)
+
+
+def test_normalisation_is_that_of_the_raw_values():
+    images = stack()
+    arrays = batch(images, images, RECIPES["none"])
+    image, _ = warp(arrays, RECIPES["none"], mean=100.5, std=41.25)
+    expected = (arrays["image"].astype(np.float32) - np.float32(100.5)) / np.float32(41.25)
+    np.testing.assert_allclose(image, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_mask_keeps_its_values_whatever_they_are():
+    labels = np.random.default_rng(0).integers(0, 60000, (2, 70, 90)).astype(np.uint16)
+    weights = labels.astype(np.float32) / 7
+    for masks in (labels, weights):
+        _, mask = warp(batch(stack(2), masks, RECIPES["all"]), RECIPES["all"])
+        assert np.isin(mask, masks.astype(np.float32)).all()
+
+
+@STATIC
+def test_uint8_uint16_and_float32_give_the_same_bits(made):
+    first = warp(batch(stack(), stack(), made), made)
+    for dtype in (np.uint16, np.float32):
+        other = warp(batch(stack(dtype=dtype), stack(dtype=dtype), made), made)
+        for a, b in zip(first, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+# --- one map
+
+
+@STATIC
+@pytest.mark.parametrize("run", [warp, compiled_warp], ids=["eager", "compiled"])
+def test_image_and_mask_stay_registered_in_every_pixel(made, run):
+    made = replace(made, gamma=0, noise=0, brightness=0, contrast=0)
+    rows, columns = np.indices((70, 90))
+    grid = (((rows % 8 == 0) | (columns % 8 == 0)) * 200 + (rows * 7 + columns * 3) % 50).astype(np.uint8)
+    grids = np.stack([grid, grid.T[:70, :70].repeat(2, axis=1)[:, :90]])
+    image, mask = run(batch(grids, grids, made, indices=range(8)), made, order="nearest")
+    assert len(np.unique(image)) > 50
+    assert (image == mask).mean() == 1.0
+
+
+@STATIC
+@pytest.mark.parametrize("run", [warp, compiled_warp], ids=["eager", "compiled"])
+def test_the_warp_is_scipys_with_the_same_map_and_mirrored_borders(made, run):
+    made = replace(made, gamma=0, noise=0, brightness=0, contrast=0)
+    images, masks = stack(), stack(seed=1)
+    draws = [
+        augment.draw(made, seed=5, epoch=0, index=i, sections=range(4), shape=(70, 90), window=WINDOW) for i in range(3)
+    ]
+    image, mask = run(augment.collate(images, masks, draws, made), made)
+    for k, one in enumerate(draws):
+        place = source_map(one, WINDOW)
+        section = images[one.section].astype(np.float64)
+        expected = ndimage.map_coordinates(section, place, order=1, mode="mirror")
+        np.testing.assert_allclose(image[k], expected, atol=0.02)  # 1e-4 px of a step of 255
+        nearest = ndimage.map_coordinates(masks[one.section], np.floor(place + 0.5), order=0, mode="mirror")
+        near_tie = (np.abs(place % 1 - 0.5) < 1e-4).any(axis=0)
+        assert near_tie.mean() < 0.01
+        np.testing.assert_array_equal(mask[k][~near_tie], nearest[~near_tie])
+
+
+@STATIC
+def test_a_ramp_reads_back_the_map_to_a_thousandth_of_a_pixel(made):
+    made = replace(made, gamma=0, noise=0, brightness=0, contrast=0)
+    rows, columns = np.indices((240, 260)).astype(np.float32)
+    for index in range(3):
+        one = augment.draw(made, seed=1, epoch=0, index=index, sections=[0], shape=(240, 260), window=WINDOW)
+        one = replace(one, origin=(90, 110))
+        read = [warp(augment.collate(ramp[None], ramp[None], [one], made), made)[0][0] for ramp in (rows, columns)]
+        np.testing.assert_allclose(read, source_map(one, WINDOW), atol=1e-3)
+
+
+def extreme_draws(made, window):
+    """Every combination of a recipe's largest changes, with grids whose displacements add up at a corner or side."""
+    base = augment.draw(made, seed=0, epoch=0, index=0, sections=[0], shape=(window, window), window=window)
+    angles = np.linspace(-made.max_rotation_deg, made.max_rotation_deg, 73)
+    signs = [np.ones_like(base.grid), -np.ones_like(base.grid)]
+    weights = augment.bicubic(window, made.elastic_grid)
+    worst = np.abs(weights).sum(axis=1).argmax()
+    pattern = np.sign(np.outer(weights[worst], weights[worst]))
+    signs += [np.stack([pattern, -pattern]), np.stack([-pattern, pattern])]
+    for angle, shear, shift, sign, scale in itertools.product(angles, (-1, 1), (-1, 1), signs, made.scale):
+        yield replace(
+            base,
+            affine=augment.affine(
+                rotation_deg=angle,
+                scale=scale,
+                shear_deg=shear * made.max_shear_deg,
+                shift_px=(shift * made.max_shift_px, -shift * made.max_shift_px),
+            ),
+            grid=np.float32(sign * augment.CLIP_SD * made.elastic_sd_px),
+        )
+
+
+@STATIC
+@pytest.mark.parametrize("window", [16, 31])
+def test_no_draw_reaches_beyond_the_source_window_and_little_of_it_is_idle(made, window):
+    draws = list(extreme_draws(made, window))
+    arrays = {"affine": np.stack([d.affine for d in draws]), "grid": np.stack([d.grid for d in draws])}
+    places = np.stack([ops.convert_to_numpy(p) for p in augment._coordinates(arrays, made, window)])
+    last = window + 2 * augment.margin(made, window) - 1
+    assert places.min() >= 0
+    assert np.floor(places.max()) + made.resamples <= last  # linear sampling reads the next pixel too
+    idle = min(places.min(), last - places.max())
+    assert idle <= 2 + 0.05 * window + 0.3 * augment.CLIP_SD * made.elastic_sd_px
+
+
+def test_the_margin_is_nothing_without_resampling_and_the_corners_for_any_angle():
+    assert augment.margin(RECIPES["none"], 512) == augment.margin(SINGLE["flips"], 512) == 0
+    any_angle = augment.margin(Recipe(max_rotation_deg=180), 512)
+    assert any_angle == augment.margin(Recipe(max_rotation_deg=45), 512) == 107  # (sqrt(2) - 1) / 2 * 511, and 1
+    assert augment.margin(Recipe(max_rotation_deg=10), 512) < 45
+    assert augment.margin(Recipe(max_shift_px=7), 512) == 8
+
+
+def test_grid_displacements_are_clipped_where_the_margin_ends():
+    made = Recipe(elastic_sd_px=10, elastic_grid=32)
+    grids = [
+        augment.draw(made, seed=s, epoch=0, index=0, sections=[0], shape=(64, 64), window=64).grid for s in range(20)
+    ]
+    assert np.abs(grids).max() == pytest.approx(10 * augment.CLIP_SD)
+
+
+# --- each transform does what it says
+
+
+def test_rotation_by_90_degrees_is_the_quarter_turn():
+    image, crop = transformed(stack(), Recipe(max_rotation_deg=180), rotation_deg=90)
+    np.testing.assert_allclose(image, np.rot90(crop), atol=0.02)
+
+
+def test_rotation_turns_the_content_anticlockwise():
+    images = np.zeros((1, 96, 96), np.float32)
+    images[0, 48, 48 + 20] = 1  # right of the centre
+    made = Recipe(max_rotation_deg=180)
+    image, _ = transformed(ndimage.gaussian_filter(images, (0, 2, 2)), made, rotation_deg=30)
+    centre = np.array([48, 48]) - 24.0  # of rotation it is (23.5, 23.5); the blob's offset from there is (0.5, 20.5)
+    expected = 23.5 + np.array([0.5 * np.cos(np.pi / 6) - 20.5 * 0.5, 0.5 * 0.5 + 20.5 * np.cos(np.pi / 6)])
+    assert expected[0] < centre[0]  # upwards, as seen on a screen
+    np.testing.assert_allclose(ndimage.center_of_mass(image), expected, atol=0.1)
+
+
+def test_scale_magnifies_about_the_centre():
+    rows = np.indices((96, 96))[0][None].astype(np.float32)
+    image, crop = transformed(rows, Recipe(scale=(0.5, 2)), scale=2)
+    np.testing.assert_allclose(image[:, 0], crop.mean() + (np.arange(WINDOW) - 23.5) / 2, atol=1e-4)
+
+
+def test_shift_moves_the_content_by_whole_pixels_exactly():
+    image, crop = transformed(stack(), Recipe(max_shift_px=9), shift_px=(3, -5))
+    np.testing.assert_array_equal(image[3:, :-5], crop[:-3, 5:])
+
+
+def test_shear_slides_the_columns():
+    rows, columns = np.indices((2, 96, 96))[1:].astype(np.float32)
+    made = Recipe(max_shear_deg=30)
+    offset = (np.arange(WINDOW) - 23.5)[:, None] * np.tan(np.deg2rad(20))
+    moved, crop = transformed(columns[:1], made, shear_deg=20)
+    np.testing.assert_allclose(moved - crop, np.broadcast_to(offset, crop.shape), atol=1e-3)
+    np.testing.assert_allclose(*transformed(rows[:1], made, shear_deg=20), atol=1e-3)
+
+
+def test_the_elastic_grids_nodes_are_met_at_corners_sides_and_centre():
+    grid = np.float32(np.random.default_rng(0).normal(size=(3, 3)))
+    weights = augment.bicubic(49, 3)
+    np.testing.assert_allclose((weights @ grid @ weights.T)[::24, ::24], grid, atol=1e-6)
+    np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-6)  # a constant grid is a shift
+    assert np.abs(np.diff(augment.bicubic(512, 3), axis=0)).max() < 0.01  # no jump, and none of slope:
+    assert np.abs(np.diff(augment.bicubic(512, 3), 2, axis=0)).max() < 2e-4
+
+
+def test_row_and_column_displacements_are_independent_gaussians():
+    made = RECIPES["elastic"]
+    grids = np.stack(
+        [
+            augment.draw(made, seed=0, epoch=0, index=i, sections=[0], shape=(64, 64), window=64).grid
+            for i in range(3000)
+        ]
+    )
+    assert grids.shape == (3000, 2, 3, 3)
+    assert grids.std() == pytest.approx(10, abs=0.2)
+    assert abs(grids.mean()) < 0.2
+    correlation = np.corrcoef(grids.reshape(3000, 18).T) - np.eye(18)
+    assert np.abs(correlation).max() < 0.1  # 5 standard deviations of 3000 independent pairs
+
+
+def test_drawn_angles_scales_and_shifts_fill_their_ranges():
+    made = Recipe(max_rotation_deg=20, scale=(0.5, 2))
+    draws = [
+        augment.draw(made, seed=0, epoch=0, index=i, sections=[0], shape=(64, 64), window=64).affine
+        for i in range(1000)
+    ]
+    scales = np.array([np.linalg.det(d[:, :2].astype(float)) ** -0.5 for d in draws])
+    angles = np.array([np.rad2deg(np.arctan2(d[0, 1], d[0, 0])) for d in draws])
+    assert 0.5 <= scales.min() < 0.51
+    assert 1.95 < scales.max() <= 2
+    assert abs(np.log(scales).mean()) < 0.05
+    assert -20 <= angles.min() < -19.5
+    assert 19.5 < angles.max() <= 20
+    assert abs(angles.mean()) < 1.5
+    made = Recipe(max_shift_px=16)
+    shifts = [
+        augment.draw(made, seed=0, epoch=0, index=i, sections=[0], shape=(64, 64), window=64).affine[:, 2]
+        for i in range(1000)
+    ]
+    assert abs(np.corrcoef(np.transpose(shifts))[0, 1]) < 0.15
+    assert 15.5 < np.abs(shifts).max() <= 16
+
+
+@pytest.mark.parametrize("shape", [(20, 33), (1, 9), (2, 2), (50, 64)])
+@pytest.mark.parametrize("margin", [0, 1, 7, 130])
+def test_context_beyond_the_border_is_mirrored_however_far(shape, margin):
+    images = np.random.default_rng(0).integers(0, 255, (2, *shape)).astype(np.uint16)
+    window = min(shape)
+    for index in range(4):
+        one = augment.draw(RECIPES["none"], seed=0, epoch=0, index=index, sections=[0, 1], shape=shape, window=window)
+        padded = np.pad(images[one.section], margin, mode="reflect")
+        rows, columns = (np.s_[start : start + window + 2 * margin] for start in one.origin)
+        source = augment.cut(images, one, margin)
+        assert source.dtype == np.uint16
+        np.testing.assert_array_equal(source, padded[rows, columns])
+
+
+# --- gray values
+
+
+def gray_warp(z, contrast=1.0, brightness=0.0, gamma=1.0):
+    made = Recipe(brightness=0.5, contrast=0.5, gamma=1.0)
+    gray = np.float32([[contrast, brightness, gamma, 0]])
+    return ops.convert_to_numpy(augment._change_gray(np.float32(z)[None, None], gray, made))[0, 0]
+
+
+def test_contrast_and_brightness_act_on_standardised_values():
+    z = np.linspace(-2, 4, 13)
+    np.testing.assert_allclose(gray_warp(z, contrast=1.3, brightness=-0.2), 1.3 * z - 0.2, atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.8, 1.25, 2.0])
+def test_gamma_is_a_power_law_that_keeps_level_and_slope_at_the_mean(gamma):
+    z = np.linspace(-2, 3, 101)
+    power = 3 * ((1 + z / 3) ** gamma - 1) / gamma
+    np.testing.assert_allclose(gray_warp(z, gamma=gamma), power, atol=0.06 if gamma < 0.8 else 0.02)
+    assert gray_warp([0.0], gamma=gamma) == 0
+    assert np.ptp(gray_warp([-0.01, 0.01], gamma=gamma)) == pytest.approx(0.02, rel=1e-3)
+    far = gray_warp(np.linspace(-9, 30, 500), gamma=gamma)
+    assert np.isfinite(far).all()
+    assert (np.diff(far) >= 0).all()
+
+
+def test_gray_values_change_as_drawn_and_only_the_images():
+    made = replace(RECIPES["none"], brightness=0.3, contrast=0.25, gamma=0.25)
+    images = stack()
+    arrays = batch(images, images, made)
+    image, mask = warp(arrays, made, mean=127, std=74)
+    np.testing.assert_array_equal(mask, arrays["image"])
+    for k, (contrast, brightness, gamma, noise) in enumerate(arrays["gray"]):
+        z = (arrays["image"][k] - 127.0) / 74
+        np.testing.assert_allclose(
+            image[k], gray_warp(z.ravel(), contrast, brightness, gamma).reshape(z.shape), atol=1e-4
+        )
+        assert 0.8 <= contrast <= 1.25
+        assert -0.3 <= brightness <= 0.3
+        assert 0.8 <= gamma <= 1.25
+        assert noise == 0
+    assert np.ptp(arrays["gray"][:, :3], axis=0).min() > 0.1
+
+
+def lowbias32(x):
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+@pytest.mark.parametrize("run", [lambda f: f, compiled], ids=["eager", "compiled"])
+def test_noise_is_the_byte_sum_of_the_hash_on_every_backend(run):
+    keys = np.int32([0, 1, -5, 2**31 - 1, -(2**31)])
+    noise = ops.convert_to_numpy(run(lambda key: augment._noise(key, 33))(ops.convert_to_tensor(keys)))
+    counter = np.arange(33 * 33, dtype=np.uint32) * np.uint32(0x9E3779B9)
+    hashed = lowbias32(counter + keys.view(np.uint32)[:, None])
+    sums = hashed.view(np.uint8).reshape(5, 33, 33, 4).sum(axis=-1)
+    np.testing.assert_array_equal(np.round(noise * np.sqrt(21845) + 510), sums)
+
+
+def test_noise_is_nearly_gaussian_and_uncorrelated():
+    noise = ops.convert_to_numpy(augment._noise(np.int32([12, 13, 2**30]), 256)).astype(float)
+    assert np.abs(noise.mean(axis=(1, 2))).max() < 0.02
+    np.testing.assert_allclose(noise.std(axis=(1, 2)), 1, atol=0.01)
+    assert np.mean(noise**4) == pytest.approx(3 - 0.3, abs=0.06)  # the sum of four uniform numbers has 2.7
+    pairs = [(noise[0], noise[1]), (noise[1], noise[2]), (noise[:, 1:], noise[:, :-1])]
+    pairs += [(noise[..., 1:], noise[..., :-1]), (noise[:, 1:, 1:], noise[:, :-1, :-1])]
+    assert max(abs(np.mean(a * b)) for a, b in pairs) < 0.02
+
+
+def test_noise_has_the_strength_that_was_drawn():
+    made = replace(RECIPES["none"], noise=0.5)
+    flat = np.full((1, 64, 64), 100, np.uint8)
+    arrays = batch(flat, flat, made, window=64)
+    image, mask = warp(arrays, made, window=64, mean=100, std=10)
+    np.testing.assert_allclose(image.std(axis=(1, 2)), arrays["gray"][:, 3], rtol=0.05)
+    assert arrays["gray"][:, 3].min() > 0
+    assert arrays["gray"][:, 3].max() <= 0.5
+    assert (mask == 100).all()
+
+
+# --- keys
+
+
+def test_an_element_does_not_depend_on_the_batch_it_travels_in():
+    made = RECIPES["all"]
+    together = warp(batch(stack(), stack(), made, indices=[2, 5, 7]), made)
+    alone = warp(batch(stack(), stack(), made, indices=[5]), made)
+    for a, b in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(a[1], b[0])
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"epoch": 2}, {"indices": range(6, 12)}], ids=str)
+def test_another_seed_epoch_or_index_is_another_draw(change):
+    first, second = (batch(stack(), stack(), RECIPES["all"], **kwargs) for kwargs in ({}, change))
+    for name in ("affine", "grid", "gray", "key", "image"):
+        assert not any(np.array_equal(a, b) for a, b in itertools.product(first[name], second[name])), name
+
+
+def test_keys_are_not_confused_with_each_other():
+    keys = {
+        augment.draw(RECIPES["none"], seed=seed, epoch=epoch, index=index, sections=[0], shape=(9, 9), window=9).key
+        for seed, epoch, index in itertools.product((0, 1, 2, 2**32), (0, 1, 2), (0, 1, 2))
+    }
+    assert len(keys) == 36
+
+
+def digest():
+    """Of the numbers, the source windows and, to 3 decimals, the warped images."""
+    arrays = batch(stack(), stack(), RECIPES["all"])
+    bits = b"".join(arrays[name].tobytes() for name in sorted(arrays))
+    image, mask = warp(arrays, RECIPES["all"])
+    return hashlib.sha256(bits + image.tobytes() + mask.tobytes()).hexdigest()
+
+
+def test_another_process_makes_the_same_batch():
+    here = Path(__file__).resolve().parent
+    code = "import numpy as np; np.random.seed(7); import test_augment; print(test_augment.digest())"
+    path = [str(here), str(here.parent)]
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}; {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == digest()
+
+
+def test_no_global_generator_is_read_or_moved():
+    np.random.seed(1)
+    before = np.random.get_state()[1].copy()
+    first = digest()
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
+    np.random.seed(2)
+    keras.utils.set_random_seed(3)
+    assert digest() == first
+
+
+def test_recipes_share_their_crops_and_each_setting_its_own_numbers():
+    def one(made):
+        return augment.draw(made, seed=9, epoch=4, index=2, sections=range(5), shape=(90, 80), window=40)
+
+    plain, full = one(RECIPES["none"]), one(RECIPES["all"])
+    assert (plain.section, plain.origin, plain.key) == (full.section, full.origin, full.key)
+    stronger = one(replace(RECIPES["all"], elastic_sd_px=20))
+    np.testing.assert_allclose(stronger.grid, 2 * full.grid, rtol=1e-6)
+    np.testing.assert_array_equal(stronger.affine, full.affine)
+
+
+def test_sections_are_visited_evenly_in_an_order_of_their_own_each_time():
+    sections = (3, 4, 9, 11, 20)
+    drawn = [
+        [
+            augment.draw(
+                RECIPES["none"], seed=0, epoch=epoch, index=i, sections=sections, shape=(9, 9), window=9
+            ).section
+            for i in range(20)
+        ]
+        for epoch in range(3)
+    ]
+    deals = [epoch[start : start + 5] for epoch in drawn for start in range(0, 20, 5)]
+    assert all(sorted(deal) == list(sections) for deal in deals)
+    assert len({tuple(deal) for deal in deals}) > 8
+
+
+def test_origins_reach_every_place_of_the_section():
+    origins = {
+        augment.draw(RECIPES["none"], seed=0, epoch=0, index=i, sections=[0], shape=(10, 12), window=8).origin
+        for i in range(300)
+    }
+    assert origins == set(itertools.product(range(3), range(5)))
+
+
+# --- the compiled warp, the preview, and what is refused
+
+
+def test_compiled_and_eager_warp_agree():
+    made = RECIPES["all"]
+    arrays = batch(stack(), stack(), made)
+    (image, mask), (eager_image, eager_mask) = compiled_warp(arrays, made), warp(arrays, made)
+    np.testing.assert_allclose(image, eager_image, atol=0.02)
+    assert (mask == eager_mask).mean() > 0.9999  # a tie may round either way
+
+
+def test_shapes_and_types_of_batch_and_warp():
+    made = RECIPES["all"]
+    arrays = batch(stack(), (stack() > 9).astype(np.uint8), made, indices=range(2))
+    side = WINDOW + 2 * augment.margin(made, WINDOW)
+    found = {name: (array.shape, array.dtype.name) for name, array in arrays.items()}
+    assert found == {
+        "image": ((2, side, side), "uint8"),
+        "mask": ((2, side, side), "uint8"),
+        "affine": ((2, 2, 3), "float32"),
+        "grid": ((2, 2, 3, 3), "float32"),
+        "gray": ((2, 4), "float32"),
+        "key": ((2,), "int32"),
+    }
+    image, mask = augment.warp(arrays, made, window=WINDOW, mean=127.0, std=50.0)
+    assert tuple(image.shape) == (2, WINDOW, WINDOW, 1)
+    assert tuple(mask.shape) == (2, WINDOW, WINDOW)
+    assert keras.backend.standardize_dtype(image.dtype) == keras.backend.standardize_dtype(mask.dtype) == "float32"
+
+
+def test_the_preview_shows_raw_like_pictures():
+    images, masks = stack(), (stack(seed=1) > 99).astype(np.uint8)
+    shown, labels = augment.preview_batch(images, masks, RECIPES["none"], seed=0, n=3, window=32, mean=127.5, std=42.5)
+    assert shown.dtype == np.uint8
+    assert shown.shape == labels.shape == (3, 32, 32)
+    assert labels.dtype == np.uint8
+    crop = batch(images, masks, RECIPES["none"], seed=0, epoch=0, indices=range(3), window=32)
+    assert np.abs(shown - crop["image"].astype(int)).max() <= 1
+    np.testing.assert_array_equal(labels, crop["mask"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_rotation_deg", 181),
+        ("max_rotation_deg", -1),
+        ("scale", (0, 1)),
+        ("scale", (1.2, 0.8)),
+        ("scale", (1, 1, 1)),
+        ("max_shear_deg", 45),
+        ("max_shift_px", -2),
+        ("elastic_grid", 1),
+        ("elastic_grid", 2.5),
+        ("elastic_sd_px", -1),
+        ("elastic_sd_px", float("nan")),
+        ("brightness", -0.1),
+        ("contrast", -0.1),
+        ("gamma", 1.5),
+        ("noise", -0.1),
+    ],
+)
+def test_a_recipe_refuses_by_name_and_value(field, value):
+    with pytest.raises(ValueError, match=f"^{field} must .*Received: ") as error:
+        augment.recipe("all", **{field: value})
+    assert str(value) in str(error.value)
+
+
+def test_recipes_by_name_take_what_is_given_and_nothing_that_has_no_effect():
+    assert augment.recipe("all") == RECIPES["all"]
+    assert augment.recipe("all", elastic_grid=None, scale=[0.9, 1]).scale == (0.9, 1)
+    assert augment.recipe("affine", elastic_sd_px=4, elastic_grid=5).elastic_grid == 5
+    for name, values, words in [
+        ("some", {}, "augment must be one of none, affine, elastic, all"),
+        ("none", {"elastic_sd_px": 5}, "none takes no elastic_sd_px"),
+        ("affine", {"elastic_grid": 5}, "elastic_grid needs elastic_sd_px"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            augment.recipe(name, **values)
+    assert not RECIPES["none"].resamples
+    assert all(RECIPES[n].quarter_turns for n in ("affine", "elastic", "all"))
+
+
+def test_draw_collate_and_warp_refuse_what_cannot_be():
+    kwargs = {"seed": 0, "epoch": 0, "index": 0}
+    with pytest.raises(ValueError, match=r"window must lie in 1\.\.30.*Received: 32"):
+        augment.draw(RECIPES["none"], sections=[0], shape=(30, 40), window=32, **kwargs)
+    with pytest.raises(ValueError, match="sections must name"):
+        augment.draw(RECIPES["none"], sections=[], shape=(30, 40), window=8, **kwargs)
+    with pytest.raises(ValueError, match="images and masks must have one shape"):
+        batch(stack(), stack(3), RECIPES["none"])
+    arrays = batch(stack(), stack(), RECIPES["none"])
+    with pytest.raises(ValueError, match=r"order must be linear or nearest\. Received: 'cubic'"):
+        warp(arrays, RECIPES["none"], order="cubic")
+    arrays["affine"] = ops.cast(arrays["affine"], "bfloat16")
+    with pytest.raises(ValueError, match="affine must be float32"):
+        warp(arrays, RECIPES["none"])

@@ -1,0 +1,158 @@
+"""Cyclical learning rates: known values, the rate that was used, resume, refusals."""
+
+import keras
+import numpy as np
+import pytest
+
+import clr_callback as clr
+from clr_callback import CyclicLR
+
+pytestmark = pytest.mark.jax
+
+
+def model(optimizer=None, **options):
+    keras.utils.set_random_seed(0)
+    made = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(1)])
+    made.compile(optimizer or keras.optimizers.SGD(0.123), "mse", **options)
+    return made
+
+
+X, Y = np.ones((40, 3), np.float32), np.zeros((40, 1), np.float32)
+
+
+class Spy(keras.callbacks.Callback):
+    """The rate the optimizer holds while each update runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.rates = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.rates.append(float(self.model.optimizer.learning_rate))
+
+
+def fit(made, *callbacks, epochs=1):
+    made.fit(X, Y, batch_size=4, epochs=epochs, callbacks=list(callbacks), verbose=0)
+
+
+def test_triangular_rises_for_a_half_cycle_and_falls_for_one():
+    rates = [clr.triangular(n, 1.0, 3.0, 4) for n in (0, 2, 4, 6, 8, 12, 20)]
+    assert rates == [1.0, 2.0, 3.0, 2.0, 1.0, 3.0, 3.0]
+
+
+def test_triangular2_halves_the_height_after_each_cycle():
+    assert [clr.triangular2(n, 1.0, 3.0, 4) for n in (4, 12, 20)] == [3.0, 2.0, 1.5]
+
+
+def test_exp_range_decays_with_every_update():
+    assert clr.exp_range(12, 0.0, 1.0, 4, 0.9) == pytest.approx(0.9**12)
+
+
+def test_custom_scale_by_cycle_and_by_update():
+    by_cycle = CyclicLR(1e-9, 1.0, 4, scale_fn=lambda x: 1 / 5 ** (x - 1))
+    by_update = CyclicLR(1e-9, 1.0, 4, scale_fn=lambda x: 1 / (1 + x), scale_mode="iterations")
+    assert by_cycle.rate(12) == pytest.approx(1 / 5, rel=1e-6)
+    assert by_update.rate(4) == pytest.approx(1 / 5, rel=1e-6)
+
+
+def test_cosine_rises_then_ends_at_the_base_rate():
+    rates = [clr.cosine(n, 0.1, 1.0, 11, warm_up=2) for n in range(11)]
+    assert rates[:2] == pytest.approx([1 / 3, 2 / 3])
+    assert rates[2] == pytest.approx(1.0)
+    assert rates[6] == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("mode", clr.MODES)
+def test_the_rate_used_by_each_update_is_what_the_history_shows(mode):
+    callback, spy = CyclicLR(0.01, 0.1, 3, mode, gamma=0.99), Spy()
+    fit(model(), callback, spy)
+    assert spy.rates == pytest.approx(callback.history["learning_rate"], rel=1e-6)
+    assert callback.history["learning_rate"] == pytest.approx([callback.rate(n) for n in range(10)])
+    assert callback.history["update"] == list(range(10))
+
+
+def test_the_rate_used_is_the_one_that_moves_the_weights():
+    """SGD on a linear loss moves the bias by minus the learning rate at each update."""
+    made = keras.Sequential([keras.layers.Input((1,)), keras.layers.Dense(1, kernel_initializer="zeros")])
+    made.compile(keras.optimizers.SGD(0.5), loss=lambda y, p: keras.ops.mean(p))
+    callback = CyclicLR(0.01, 0.1, 2)
+    made.fit(np.zeros((6, 1)), np.zeros((6, 1)), batch_size=1, callbacks=[callback], verbose=0)
+    assert -float(made.get_weights()[1][0]) == pytest.approx(sum([0.01, 0.055, 0.1, 0.055, 0.01, 0.055]), rel=1e-5)
+
+
+def test_the_epochs_last_rate_lands_in_kerass_history():
+    made = model()
+    history = made.fit(X, Y, batch_size=4, epochs=2, callbacks=[CyclicLR(0.01, 0.1, 3)], verbose=0).history
+    callback = CyclicLR(0.01, 0.1, 3)
+    assert history["learning_rate"] == pytest.approx([callback.rate(9), callback.rate(19)])
+
+
+def test_a_second_fit_goes_on_at_the_right_update():
+    made, callback = model(), CyclicLR(0.01, 0.1, 7)
+    fit(made, callback)
+    again = CyclicLR(0.01, 0.1, 7)
+    fit(made, again)
+    assert again.history["update"] == list(range(10, 20))
+    assert again.history["learning_rate"][0] == pytest.approx(again.rate(10))
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 5])
+def test_the_schedule_in_the_graph_gives_the_same_weights(steps_per_execution):
+    by_hand = model()
+    fit(by_hand, CyclicLR(0.01, 0.1, 3))
+    callback = CyclicLR(0.01, 0.1, 3)
+    in_graph = model(keras.optimizers.SGD(callback.schedule()), steps_per_execution=steps_per_execution)
+    fit(in_graph, callback)
+    for mine, theirs in zip(in_graph.get_weights(), by_hand.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-7)
+    assert callback.history["learning_rate"] == pytest.approx([callback.rate(n) for n in range(10)])
+
+
+def test_several_updates_per_execution_need_the_schedule_in_the_graph():
+    with pytest.raises(ValueError, match="steps_per_execution=5"):
+        fit(model(steps_per_execution=5), CyclicLR())
+
+
+def test_a_foreign_schedule_is_refused():
+    decay = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    with pytest.raises(ValueError, match="constant learning rate"):
+        fit(model(keras.optimizers.SGD(decay)), CyclicLR())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"base_lr": 0.0}, "base_lr must be above 0. Received: 0.0"),
+        ({"base_lr": 0.2, "max_lr": 0.1}, "max_lr must be at least base_lr"),
+        ({"step_size": 0}, "step_size must be a whole number"),
+        ({"step_size": 2.5}, "step_size must be a whole number"),
+        ({"mode": "square"}, "mode must be one of triangular, triangular2, exp_range"),
+        ({"gamma": 0.0}, "gamma must be above 0"),
+        ({"gamma": 1.1}, "gamma must be above 0 and at most 1"),
+        ({"scale_fn": 3}, "scale_fn must be a function"),
+        ({"scale_mode": "epoch"}, "scale_mode must be cycle or iterations"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_construction(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        CyclicLR(**wrong)
+
+
+def test_a_run_that_ends_in_mid_cycle_is_said_so():
+    assert "WARNING" not in clr.describe_schedule(4000, 2000)
+    assert "mid-cycle, 1000 updates" in clr.describe_schedule(5000, 2000)
+
+
+def test_the_range_test_suggests_rates_around_the_fall_of_the_loss():
+    rates = clr.exponential_range(101, 1e-6, 1.0)
+    losses = [1.0 if r < 1e-4 else max(0.2, 1 - 0.4 * np.log10(r / 1e-4)) if r < 1e-1 else 5.0 for r in rates]
+    low, high = clr.suggest_range(rates, losses)
+    assert 1e-4 < low < 1e-3
+    assert 1e-3 < high <= 1e-1 / 2
+    assert low < high
+
+
+def test_a_loss_that_never_fell_gives_no_suggestion():
+    with pytest.raises(ValueError, match="never fell"):
+        clr.suggest_range([1, 2, 3], [1.0, 2.0, 3.0])

@@ -1,0 +1,275 @@
+"""The weighted loss of 2015: the map against a brute-force computation, the loss against values worked out by hand."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from keras import ops
+
+import losses
+
+LABELS = hnp.arrays(
+    np.uint16, hnp.array_shapes(min_dims=2, max_dims=2, max_side=20), elements=st.sampled_from([0] * 5 + [1, 2, 3, 900])
+)
+
+
+def brute_force(labels, w0, sigma):
+    """The border term, float64: every background pixel against every pixel of every instance."""
+    term = np.zeros(labels.shape)
+    cells = [np.argwhere(labels == number) for number in np.unique(labels) if number]
+    if len(cells) < 2:
+        return term
+    for pixel in np.argwhere(labels == 0):
+        d1, d2 = sorted(np.sqrt(((cell - pixel) ** 2).sum(axis=1)).min() for cell in cells)[:2]
+        term[tuple(pixel)] = w0 * math.exp(-((d1 + d2) ** 2) / (2 * sigma**2))
+    return term
+
+
+# -- the map
+
+
+@given(labels=LABELS, w0=st.floats(0, 50), sigma=st.floats(0.3, 9))
+@settings(max_examples=300, deadline=None)
+def test_the_border_term_equals_brute_force(labels, w0, sigma):
+    found = losses.border_weights(labels, w0=w0, sigma=sigma, class_balance=False)
+    expected = 1 + brute_force(labels, w0, sigma)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=2e-7, atol=losses.NEGLIGIBLE * w0)
+    kept = expected - 1 > losses.NEGLIGIBLE * w0
+    np.testing.assert_allclose(found[kept], expected[kept], rtol=2e-7)  # the rounding of float32: not left out
+
+
+@pytest.mark.parametrize("sigma", [0.7, 2.0, 5.0])
+def test_only_what_is_negligible_is_left_out_however_far_the_instances(sigma):
+    labels = np.zeros((3, 90), int)
+    for gap in range(1, 80):
+        labels[:] = 0
+        labels[1, 0], labels[1, gap + 1] = 1, 2
+        found = losses.border_weights(labels, w0=1e6, sigma=sigma, class_balance=False)
+        assert np.abs(found - 1 - brute_force(labels, 1e6, sigma)).max() < 1.1
+    assert losses.border_weights(labels, sigma=sigma, class_balance=False).max() == 1
+
+
+def test_the_papers_constants_are_the_defaults():
+    labels = np.array([[1, 0, 0, 0, 2]])
+    expected = [1, 1 + 10 * math.exp(-16 / 50), 1 + 10 * math.exp(-16 / 50), 1 + 10 * math.exp(-16 / 50), 1]
+    np.testing.assert_allclose(losses.border_weights(labels, class_balance=False)[0], expected, rtol=1e-6)
+
+
+def test_the_second_instance_counts_and_not_the_third():
+    two, three = np.array([[1, 0, 2, 0, 0]]), np.array([[1, 0, 2, 0, 3]])
+    weights = [losses.border_weights(labels, class_balance=False) for labels in (two, three)]
+    assert weights[0][0, 1] == weights[1][0, 1]
+    assert weights[0][0, 3] < weights[1][0, 3]
+
+
+def test_pixels_inside_instances_have_the_class_weight_alone():
+    labels = np.array([[1, 1, 0, 2], [1, 1, 0, 2]])
+    weights = losses.border_weights(labels)
+    np.testing.assert_allclose(weights[labels > 0], 8 / (2 * 6), rtol=1e-6)
+    np.testing.assert_allclose(weights[labels == 0], 8 / (2 * 2) + 10 * math.exp(-4 / 50), rtol=1e-6)
+
+
+@given(labels=LABELS)
+def test_both_classes_weigh_the_same_without_borders(labels):
+    weights = losses.border_weights(labels, w0=0).astype(float)
+    assert weights.mean() == pytest.approx(1)
+    if 0 < (labels > 0).mean() < 1:
+        assert weights[labels > 0].sum() == pytest.approx(weights[labels == 0].sum())
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [np.zeros((5, 7), np.uint8), np.ones((5, 7), np.uint8), np.eye(1, dtype=np.uint16), np.zeros((1, 1), int)],
+    ids=["empty", "one cell and no background", "one pixel that is a cell", "one pixel of background"],
+)
+def test_masks_of_one_class_weigh_1_everywhere(labels):
+    np.testing.assert_array_equal(losses.border_weights(labels), np.ones(labels.shape, np.float32))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_mask_without_a_second_cell_has_class_weights_alone(size):
+    labels = np.zeros((10, 10), int)
+    labels[4 : 4 + size, 4 : 4 + size] = 7
+    expected = np.where(labels > 0, 100 / (2 * size**2), 100 / (2 * (100 - size**2)))
+    np.testing.assert_allclose(losses.border_weights(labels), expected, rtol=1e-6)
+
+
+def test_the_numbers_of_instances_do_not_matter():
+    labels = np.array([[5, 0, 9, 9], [5, 0, 0, 2]])
+    same = np.array([[2**40, 0, 1, 1], [2**40, 0, 0, 77]])
+    np.testing.assert_array_equal(losses.border_weights(labels), losses.border_weights(same))
+
+
+def test_the_map_turns_with_the_mask():
+    labels = np.random.default_rng(0).integers(0, 9, (30, 40)) * (np.random.default_rng(1).random((30, 40)) < 0.05)
+    turned = losses.border_weights(np.rot90(labels))
+    np.testing.assert_allclose(turned, np.rot90(losses.border_weights(labels)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "words"),
+    [
+        (
+            np.zeros((2, 2, 2), int),
+            {},
+            r"labels must be whole numbers of shape \(H, W\). Received: int64 of \(2, 2, 2\)",
+        ),
+        (np.zeros((0, 3), int), {}, "labels must be"),
+        (np.zeros((2, 2)), {}, "whole numbers .*Received: float64"),
+        (np.full((2, 2), -1), {}, "labels must be 0 for background .*Received: -1"),
+        (np.eye(2, dtype=int), {"sigma": 0}, "sigma must be above 0. Received: 0"),
+        (np.eye(2, dtype=int), {"sigma": math.nan}, "sigma"),
+        (np.eye(2, dtype=int), {"w0": -1}, "w0 must be at least 0. Received: -1"),
+        (np.eye(2, dtype=int), {"w0": math.inf}, "w0"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(labels, options, words):
+    with pytest.raises(ValueError, match=words):
+        losses.border_weights(labels, **options)
+
+
+@pytest.mark.parametrize("cells", [20, 400])
+def test_a_section_takes_well_under_a_second(cells):
+    labels = losses.separate(territories(cells))
+    began = time.perf_counter()
+    losses.border_weights(labels)
+    assert time.perf_counter() - began < 1
+
+
+def territories(cells, side=512):
+    """A section filled with touching cells: every pixel belongs to the nearest of `cells` points."""
+    from scipy import ndimage
+
+    seeds = np.zeros((side, side), np.int32)
+    places = np.random.default_rng(0).choice(seeds.size, cells, replace=False)
+    seeds.flat[places] = np.arange(1, cells + 1)
+    nearest = ndimage.distance_transform_edt(seeds == 0, return_distances=False, return_indices=True)
+    return seeds[tuple(nearest)]
+
+
+# -- instances and borders between them
+
+
+def test_instances_are_4_connected_components_of_the_interior():
+    membrane = np.array([[255, 255, 0, 255], [0, 0, 255, 0], [255, 0, 0, 0]], np.uint8)
+    found = losses.instances(membrane)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, [[1, 1, 0, 2], [0, 0, 3, 0], [4, 0, 0, 0]])
+    assert not losses.instances(np.zeros((2, 3), bool)).any()
+
+
+@given(labels=LABELS, reach=st.integers(0, 2))
+def test_an_instances_pixel_is_taken_exactly_where_another_instance_is_in_reach(labels, reach):
+    apart = losses.separate(labels, reach)
+    assert apart.dtype == labels.dtype
+    for (row, column), label in np.ndenumerate(labels):
+        near = labels[max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1]
+        touched = ((near != 0) & (near != label)).any()
+        assert apart[row, column] == (0 if touched else label)
+
+
+def test_separate_refuses_a_negative_reach():
+    with pytest.raises(ValueError, match=r"reach must be at least 0\. Received: -1"):
+        losses.separate(np.eye(2, dtype=int), -1)
+
+
+def test_the_border_between_touching_cells_is_background_and_bright():
+    labels = np.repeat([[1, 2]], 10, axis=0).repeat(10, axis=1)
+    truth, weights = losses.weight_maps(labels[None], class_balance=False)
+    np.testing.assert_array_equal(truth[0, 5], [1] * 9 + [0, 0] + [1] * 9)
+    np.testing.assert_allclose(weights[0, :, 9:11], 1 + 10 * math.exp(-9 / 50), rtol=1e-6)
+    np.testing.assert_array_equal(weights[truth == 1], 1)
+
+
+# -- the maps of a stack
+
+
+def test_a_stack_is_balanced_as_a_whole():
+    labels = np.zeros((2, 4, 8), np.uint16)
+    labels[0, :, :4] = 1
+    truth, weights = losses.weight_maps(labels)
+    assert (truth.dtype, weights.dtype) == (np.uint8, np.float32)
+    np.testing.assert_array_equal(truth, labels)
+    np.testing.assert_allclose(weights, np.where(truth, 64 / 32, 64 / 96), rtol=1e-6)
+
+
+def test_a_section_of_a_stack_has_the_map_it_has_alone():
+    labels = np.stack([territories(5, 40), territories(9, 40)])
+    truth, weights = losses.weight_maps(labels, w0=3, sigma=2, class_balance=False)
+    for section, label in enumerate(labels):
+        apart = losses.separate(label)
+        np.testing.assert_array_equal(truth[section], apart > 0)
+        expected = losses.border_weights(apart, w0=3, sigma=2, class_balance=False)
+        np.testing.assert_array_equal(weights[section], expected)
+
+
+def test_reach_0_leaves_membrane_labels_as_they_are():
+    membrane = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 0]])
+    truth, weights = losses.weight_maps([losses.instances(membrane)], reach=0)
+    np.testing.assert_array_equal(truth[0], membrane)
+    assert weights[0][membrane == 0].min() > 2 > weights[0][membrane == 1].max()
+
+
+def test_an_instance_thinner_than_its_borders_is_gone_without_harm():
+    truth, weights = losses.weight_maps(np.array([[[1, 1, 2, 3, 3]]]), class_balance=False)
+    np.testing.assert_array_equal(truth, [[[1, 0, 0, 0, 1]]])
+    np.testing.assert_allclose(weights[0, 0, 2], 1 + 10 * math.exp(-16 / 50), rtol=1e-6)
+
+
+def test_real_cells_that_nearly_touch_are_bright_between(hela):
+    import tifffile
+
+    labels = tifffile.imread(hela / "01_ST" / "SEG" / "man_seg000.tif")
+    truth, weights = losses.weight_maps(labels[None])
+    assert 8 < weights.max() < 12
+    assert 0.001 < (weights > 5).mean() < 0.02
+    assert not truth[weights > 5].any()
+
+
+# -- the loss
+
+
+TRUTH = np.array([[[1, 0]]], np.float32)
+LOGITS = np.array([[[[0.0, 2.0], [1.0, -1.0]]]], np.float32)
+WEIGHTS = np.array([[[3.0, 0.5]]], np.float32)
+
+
+def test_the_loss_is_the_mean_over_pixels_of_weight_times_cross_entropy():
+    expected = (3.0 * math.log(1 + math.exp(-2)) + 0.5 * math.log(1 + math.exp(-2))) / 2
+    assert float(losses.weighted_cross_entropy(TRUTH, LOGITS, WEIGHTS)) == pytest.approx(expected, rel=1e-6)
+    other = (3.0 * math.log(1 + math.exp(2)) + 0.5 * math.log(1 + math.exp(-2))) / 2
+    assert float(losses.weighted_cross_entropy(TRUTH * 0, LOGITS, WEIGHTS)) == pytest.approx(other, rel=1e-6)
+
+
+def test_weights_of_1_give_the_binary_cross_entropy_of_the_interior():
+    rng = np.random.default_rng(0)
+    logits, truth = rng.normal(size=(2, 5, 6, 2)).astype(np.float32), rng.integers(0, 2, (2, 5, 6)).astype(np.float32)
+    found = losses.weighted_cross_entropy(truth, logits, np.ones_like(truth))
+    assert float(found) == pytest.approx(float(losses.bce(truth, ops.softmax(logits)[..., 1])), rel=1e-5)
+
+
+def test_the_loss_is_exact_where_a_probability_would_round_to_0():
+    logits = np.array([[[[500.0, 0.0]]]], np.float32)
+    one = np.ones((1, 1, 1), np.float32)
+    assert float(losses.weighted_cross_entropy(one, logits, one)) == pytest.approx(500)
+    assert float(losses.weighted_cross_entropy(one * 0, logits, one)) == pytest.approx(0, abs=1e-6)
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    logits = ops.cast(np.tile(LOGITS[:, :, :1], (1, 64, 64, 1)), "bfloat16")
+    one = np.ones((1, 64, 64), np.float32)
+    found = float(losses.weighted_cross_entropy(one, logits, one))
+    assert found == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-5)
+
+
+def test_a_weight_of_0_leaves_a_pixel_out():
+    wild = LOGITS.copy()
+    wild[0, 0, 1] = [-80.0, 90.0]
+    weights = WEIGHTS * [1, 0]
+    found = [float(losses.weighted_cross_entropy(TRUTH, logits, weights)) for logits in (LOGITS, wild)]
+    assert found[0] == found[1]
