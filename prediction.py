@@ -1,0 +1,207 @@
+"""Weights in and out, and the `predict` verb: a stack of any size to a TIFF, one section at a time."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import data
+import device
+import tiling
+import unet
+from data import DataError
+
+FORMAT = "dilated-unet weights 1"
+SUFFIX = ".weights.h5"
+SMALLEST_CELL_PX = 9  # of a seed for `--segment`; smaller ones are specks
+
+
+# -- weights and their record -----------------------------------------------------------------------------------
+
+
+def weight_file(path):
+    """The file Keras 3 writes for `--weight_path`: weights/x, weights/x.weights, ... -> weights/x.weights.h5."""
+    path = Path(path)
+    return path.with_name(path.name.removesuffix(".h5").removesuffix(".weights") + SUFFIX)
+
+
+def record_file(path):
+    """The record beside the weights: weights/x.weights -> weights/x.json."""
+    file = weight_file(path)
+    return file.with_name(file.name.removesuffix(SUFFIX) + ".json")
+
+
+def save_weights(network, path, record):
+    """Write the weights, then their record; each file replaced as a whole."""
+    file = weight_file(path)
+    with data.replacing(file, force=True) as partial:
+        reserve(partial, network)
+        network.save_weights(partial)
+    write_json(record_file(file), {"format": FORMAT} | record)
+
+
+def write_json(path, record):
+    """Write a record, replacing the file as a whole."""
+    with data.replacing(path, force=True) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def reserve(path, network):
+    """Fail here where the disk is full: HDF5 crashes the process when it closes a file that it could not write."""
+    size = sum(4096 + 8 * math.prod(variable.shape) for variable in network.variables)
+    with open(path, "wb") as file:
+        file.write(bytes(size))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def add_to_record(path, **values):
+    """Add values to the record beside the weights."""
+    write_json(record_file(path), read_record(path) | values)
+
+
+def read_record(path):
+    """The record beside the weights, or a DataError that says what is wrong with it."""
+    file = record_file(path)
+    if not weight_file(path).is_file():
+        raise DataError(f"--weight_path: {weight_file(path)} does not exist.")
+    if not file.is_file():
+        raise DataError(f"--weight_path: {file}, the record that belongs to the weights, does not exist.")
+    try:
+        record = json.loads(file.read_text())
+        known = record["format"] == FORMAT and record["network"] and record["normalisation"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"--weight_path: {file} is not a record of weights: {error!r}.") from error
+    if not known:
+        raise DataError(f"--weight_path: {file} must have the format '{FORMAT}'. Received: {record['format']!r}")
+    return record
+
+
+def load_network(path, precision="float32"):
+    """Network and record of `--weight_path`; the network is built from the record and only numbers are loaded.
+
+    Raises
+    ------
+    DataError
+        Where a file is missing or broken, or the weights belong to another architecture.
+    """
+    record = read_record(path)
+    try:
+        network = unet.build(**record["network"], precision=precision)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"--weight_path: {record_file(path)} describes no network of this suite: {error}") from error
+    try:
+        network.load_weights(weight_file(path))
+    except Exception as error:  # h5py and Keras have a dozen kinds for a broken or foreign file
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"--weight_path: {weight_file(path)} is broken, or holds weights of another architecture: {first}"
+        ) from error
+    return network, record
+
+
+# -- prediction -------------------------------------------------------------------------------------------------
+
+
+def section_predictor(network, normalisation, settings, *, tile=None, overlap=None, tta="none", batch=1, log=None):
+    """A function from a raw section (H, W) of any size to its interior probability (H, W), float32.
+
+    Parameters
+    ----------
+    network : keras.Model
+    normalisation : data.Normalisation
+        Of the TRAINING sections.
+    settings : dict
+        The network's settings, for its receptive field.
+    tile, overlap : int, optional
+        Largest side of the network's input, and context on each side of a tile, in px.
+    tta : str
+        A name in `tiling.TRANSFORMS`.
+    batch : int
+        Tiles per call.
+    log : callable, optional
+        Told once per shape of section how it is tiled.
+    """
+    field = unet.receptive_field(**settings)
+    plans = {}
+
+    def plan(shape):
+        if shape not in plans:
+            most = tile or tiling.MAX_TILE
+            try:
+                plans[shape] = tiling.plan(shape, field.radius, multiple=field.multiple, max_tile=most, halo=overlap)
+            except ValueError as error:  # which speaks of a halo where the flag says overlap
+                raise DataError(str(error).replace("--halo", "--overlap")) from error
+            if log:
+                log(f"sections of {shape[0]} x {shape[1]} px: {plans[shape].words}")
+        return plans[shape]
+
+    def forward(windows):
+        return np.asarray(network.predict_on_batch(windows[..., None]), np.float32)
+
+    def predict_one(section):
+        chosen = plan(section.shape)
+        return tiling.predict_section(
+            section, forward, tile=chosen.tile, halo=chosen.halo, multiple=field.multiple, batch=batch
+        )
+
+    def predict(section):
+        return tiling.predict_tta(normalisation(section), predict_one, tta)
+
+    return predict
+
+
+def run(args):
+    """The `predict` verb; returns the exit code."""
+
+    def say(words):
+        print(words, file=sys.stderr, flush=True)
+
+    precision = device.choose_precision(args.precision)
+    network, record = load_network(args.weight_path, precision)
+    say(device.describe(precision))
+    source = data.resolve(args.image_path, "test", log=say)
+    with data.iter_sections(source) as sections:
+        count, (height, width) = len(sections), sections.shape[1:]
+        say(f"{args.image_path}: {count} sections of {height} x {width} px; {network.name} of {args.weight_path}")
+        predict = section_predictor(
+            network,
+            data.Normalisation.from_dict(record["normalisation"]),
+            record["network"],
+            tile=args.tile,
+            overlap=args.overlap,
+            tta=args.tta,
+            batch=args.batch_size,
+            log=say,
+        )
+        finished = reported(tiling.predict_stack(sections, predict), count)
+        write(args, finished, count, (height, width), sections.voxel_nm, record)
+    say(f"{args.output}: {count} sections, 1 = interior")
+    return 0
+
+
+def write(args, finished, count, shape, voxel_nm, record):
+    """Write probabilities, or with --threshold a 0/255 mask, or with --segment labels."""
+    place = {"count": count, "shape": shape, "voxel_nm": voxel_nm, "force": args.force}
+    if args.segment:
+        import scores
+
+        threshold = args.threshold if args.threshold is not None else record.get("threshold", 0.5)
+        labels = (scores.segment(section, threshold, min_size=SMALLEST_CELL_PX) for section in finished)
+        few = shape[0] * shape[1] // (SMALLEST_CELL_PX + 1) < 2**16  # no more cells than that fit into a section
+        data.write_mask(args.output, labels, dtype="uint16" if few else "uint32", **place)
+    elif args.threshold is not None:
+        data.write_mask(args.output, (section > args.threshold for section in finished), **place)
+    else:
+        data.write_prediction(args.output, finished, **place)
+
+
+def reported(predictions, count):
+    """Pass predictions on, and count them on a terminal."""
+    for i, prediction in enumerate(predictions, 1):
+        if sys.stderr.isatty():
+            print(f"\rsection {i}/{count}", end="\n" if i == count else "", file=sys.stderr, flush=True)
+        yield prediction

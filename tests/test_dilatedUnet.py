@@ -1,0 +1,317 @@
+"""The command line: flags, defaults, contradictions, exit codes, and what must not be imported to parse them."""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+import dilatedUnet
+from dilatedUnet import parse
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = (
+    "--lr 0.00001 --max_lr 0.01 --epochs 500 --dilate_rate 1 --dilate 0 --weight_path weights/standard_unet.weights "
+    "--addition 1",
+    "--lr 0.00001 --max_lr 0.01 --epochs 500 --dilate_rate 2 --dilate 1 --weight_path weights/dilated_unet.weights "
+    "--addition 1",
+)
+
+
+def flags_of(verb):
+    parser = dilatedUnet.build_parser()
+    verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return {action.dest: action for action in verbs.choices[verb]._actions if action.dest != "help"}
+
+
+# -- verbs, flags, defaults
+
+
+@pytest.mark.parametrize(("words", "dilate", "rate"), [(PUBLISHED[0], 0, 1), (PUBLISHED[1], 1, 2)])
+def test_the_published_commands_parse_word_for_word(words, dilate, rate):
+    args = parse(words.split())
+    assert (args.verb, args.lr, args.max_lr, args.epochs) == ("train", 1e-5, 1e-2, 500)
+    assert (args.dilate, args.dilate_rate, args.addition) == (dilate, rate, 1)
+    assert (args.protocol, args.batch_size, args.steps_per_epoch, args.window) == ("published", 3, 10, 512)
+    assert (args.optimizer, args.loss, args.clr_mode, args.step_size) == ("rmsprop", "bce_dice", "triangular", 2000)
+    assert (args.dropout, args.classes, args.patience, args.filters) == (0.3, 2, 300, (44, 88, 176))
+
+
+def test_every_flag_of_the_published_script_is_there_with_its_default():
+    args = parse([])
+    assert (args.epochs, args.classes, args.lr, args.max_lr) == (300, 2, 1e-5, 5e-4)
+    assert (args.dilate, args.dilate_rate, args.addition) == (1, 1, 1)
+    assert {"image_path", "mask_path", "weight_path", "gpu"} <= flags_of("train").keys()
+
+
+def test_train_is_the_default_verb():
+    assert parse(["--epochs", "4"]).verb == parse(["train", "--epochs", "4"]).verb == "train"
+    assert parse(["train", "--epochs", "4"]).epochs == 4
+    assert parse(["check"]).verb == "check"
+
+
+@pytest.mark.parametrize("verb", dilatedUnet.VERBS)
+def test_every_flag_says_what_it_does(verb):
+    for name, action in flags_of(verb).items():
+        assert action.help, name
+
+
+@pytest.mark.parametrize("verb", dilatedUnet.VERBS)
+def test_help_ends_well_and_is_written_to_stdout(call, verb):
+    done = call(verb, "--help")
+    assert done.code == 0
+    assert f"usage: dilatedUnet.py {verb}" in done.out
+    assert not done.err
+
+
+def test_the_help_of_the_program_opens_with_commands_and_lists_the_verbs(call):
+    done = call("--help")
+    assert done.code == 0
+    for verb in dilatedUnet.VERBS:
+        assert re.search(rf"^    {verb}\b", done.out, re.MULTILINE), verb
+    assert "python dilatedUnet.py predict" in done.out
+
+
+def test_help_imports_nothing_heavy(tmp_path):
+    """What makes `--help` slow is what it imports; a time would depend on the machine."""
+    code = (
+        "import sys, dilatedUnet\n"
+        "try:\n    dilatedUnet.main(['train', '--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "print('LOADED', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "--dilate_rate" in done.stdout
+    loaded = {module.split(".")[0] for module in done.stdout.split("LOADED")[1].split()}
+    assert "dilatedUnet" in loaded
+    heavy = {
+        "keras",
+        "tensorflow",
+        "jax",
+        "torch",
+        "scipy",
+        "skimage",
+        "matplotlib",
+        "PIL",
+        "tifffile",
+        "pooch",
+        "numba",
+    }
+    assert not loaded & heavy
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--epochs 0", "argument --epochs: must be at least 1. Received: 0"),
+        ("--epochs ten", "argument --epochs: must be a whole number. Received: ten"),
+        ("--lr 0", "argument --lr: must be above 0.0. Received: 0"),
+        ("--lr -1", "argument --lr"),
+        ("--lr nan", "argument --lr: must be above 0.0. Received: nan"),
+        ("--lr inf", "argument --lr: must be above 0.0. Received: inf"),
+        ("--dilate 2", "argument --dilate: invalid choice: 2"),
+        ("--dropout 1", "argument --dropout: must be at least 0.0 and at most 0.95. Received: 1"),
+        ("--classes 1", "argument --classes: must be at least 2"),
+        ("--filters 4,x", "argument --filters: must be whole numbers such as 44,88,176. Received: 4,x"),
+        ("--filters 4,0", "argument --filters: must be whole numbers"),
+        ("--optimizer lion", "argument --optimizer: invalid choice: 'lion'"),
+        ("--clr_gamma 0", "argument --clr_gamma: must be above 0"),
+        ("--folds 1", "argument --folds: must be at least 2"),
+        ("--lr_find 3", "argument --lr_find: must be at least 10"),
+        ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
+        ("predct --weight_path x", "unrecognized arguments: predct"),
+        ("predict", "the following arguments are required: --weight_path"),
+        ("predict --weight_path w --tile 500", "argument --tile: must be a multiple of 8. Received: 500"),
+        ("predict --weight_path w --tile 0", "argument --tile: must be at least 1. Received: 0"),
+        ("predict --weight_path w --threshold 1.5", "argument --threshold: must be at least 0.0 and at most 1.0"),
+        ("predict --weight_path w --tta 5", "argument --tta: invalid choice: '5'"),
+        ("fetch cifar", "invalid choice: 'cifar'"),
+        # flags that contradict each other
+        ("--val_sections 3-4", "--val_sections goes with --protocol holdout"),
+        ("--val_sections 3-4 --protocol kfold", "--val_sections goes with --protocol holdout"),
+        ("--fold 0", "--fold and --folds go with --protocol kfold"),
+        ("--folds 3 --protocol holdout", "--fold and --folds go with --protocol kfold"),
+        ("--gap 1", "--gap needs held-out sections"),
+        ("--inner_sections 0", "--inner_sections goes with --protocol holdout or kfold"),
+        ("--val_windows 3 --protocol holdout", "--val_windows goes with --protocol published"),
+        ("--protocol holdout --inner_sections 0 --patience 3", "--patience needs validation"),
+        ("--step_size 5 --clr_mode none", "--step_size is of no use with --clr_mode none"),
+        ("--step_size 5 --clr_mode cosine", "--step_size is of no use with --clr_mode cosine"),
+        ("--clr_gamma 0.9", "--clr_gamma goes with --clr_mode exp_range"),
+        ("--lr 0.1 --max_lr 0.01", "--max_lr must be at least --lr"),
+        ("--lr 0.1", "--max_lr must be at least --lr"),
+        ("--max_lr 0.1 --clr_mode none", "--max_lr is of no use with --clr_mode none"),
+        ("--momentum 0.9 --optimizer adam", "--momentum goes with rmsprop and sgd"),
+        ("--resume --force", "--resume goes on with a run and --force replaces it"),
+        ("--lr_find --augment_preview x.png", "two different jobs"),
+        ("--steps_per_epoch 10 --steps_per_execution 3", "--steps_per_execution must be a divisor"),
+        ("--window 500", "--window must be a multiple of 8. Received: 500"),
+        ("--window 8 --filters 1,1,1,1", "--window must be a multiple of 16. Received: 8"),
+    ],
+)  # fmt: skip
+def test_bad_usage_is_refused_in_one_sentence_that_names_the_flag(refuses, tmp_path, flags, words):
+    refuses(words, *flags.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--protocol kfold --fold 0 --folds 3 --gap 1 --inner_sections 0",
+        "--protocol holdout --val_sections 3 --inner_sections 0 --patience 0",
+        "--val_windows 3",
+        "--clr_mode none --lr 0.1",
+        "--clr_mode exp_range --clr_gamma 0.9 --step_size 7",
+        "--optimizer rmsprop --momentum 0.5",
+        "--steps_per_epoch 10 --steps_per_execution 5",
+    ],
+)
+def test_flags_that_go_together_are_taken(flags):
+    words = flags.split()
+    args = parse(words)
+    for name, value in zip(words[::2], words[1::2], strict=True):
+        assert getattr(args, name[2:]) == type(getattr(args, name[2:]))(value)
+
+
+# -- exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_goes_wrong_becomes_an_exit_code_and_one_sentence(call, monkeypatch, error, code, words):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(dilatedUnet, "run_check", fail)
+    done = call("check")
+    assert done.code == code
+    assert words in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_a_bug_shows_its_traceback(call, monkeypatch):
+    """A ValueError out of the depths is no bad input: it must not be passed off as one."""
+
+    def fail(args):
+        raise ValueError("deep inside")
+
+    monkeypatch.setattr(dilatedUnet, "run_check", fail)
+    with pytest.raises(ValueError, match="deep inside"):
+        call("check")
+
+
+def test_a_refusal_is_exit_code_2_for_the_shell_too(suite, tmp_path):
+    done = suite("--image_path", "nowhere.tif", "--mask_path", "nowhere.tif", code=2)
+    assert done.stderr.splitlines()[-1].startswith("dilatedUnet.py: --image_path: nowhere.tif does not exist")
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_is_chosen_before_keras_is_imported(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    dilatedUnet.prepare_machine(parse(["--gpu", "3"]))
+    assert dilatedUnet.os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    dilatedUnet.prepare_machine(parse([]))
+    assert dilatedUnet.os.environ["CUDA_VISIBLE_DEVICES"] == "-1"
+
+
+# -- check, fetch, evaluate
+
+
+def test_check_says_what_the_files_are(call, small):
+    done = call("check", "--image_path", small / "images.tif", "--mask_path", small / "labels.tif", "--window", "64")
+    assert done.code == 0, done.err
+    for words in ("10 sections of 64 x 80 px", "uint8", "255 = interior", "holdout: train on 0-7", "64 x 64 px"):
+        assert words in done.out
+    assert "problem" not in done.out
+
+
+def test_check_turns_labels_that_mark_the_membrane(call, small):
+    files = ("--image_path", small / "images.tif", "--mask_path", small / "labels.tif", "--window", "64")
+    assert "255 = membrane" in call("check", *files, "--invert_mask").out
+
+
+def test_check_of_images_alone_speaks_of_images_alone(call, small, tmp_path):
+    for path in (small / "images.tif", folder_of_sections(tmp_path)):
+        done = call("check", "--image_path", path, "--window", "64")
+        assert done.code == 0, done.out
+        assert "mask" not in done.out
+
+
+def folder_of_sections(folder):
+    folder = folder / "sections"
+    folder.mkdir()
+    for i in range(3):
+        tifffile.imwrite(folder / f"{i}.tif", np.full((64, 72), i, np.uint8) + np.arange(72, dtype=np.uint8))
+    return folder
+
+
+def test_check_finds_the_labels_in_a_folder_with_the_challenges_files(call, small, tmp_path):
+    for ours, theirs in (("images.tif", "train-volume.tif"), ("labels.tif", "train-labels.tif")):
+        (tmp_path / theirs).write_bytes((small / ours).read_bytes())
+    done = call("check", "--image_path", tmp_path, "--window", "64")
+    assert done.code == 0, done.out
+    assert "255 = interior" in done.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--window 512", "--window must fit into the sections"),
+        ("--window 60", "--window must be a positive multiple of 8"),
+        ("--mask_path IMAGES", "must hold two label values"),
+    ],
+)
+def test_check_ends_with_2_where_training_would_fail(call, small, flags, words):
+    flags = flags.replace("IMAGES", str(small / "images.tif")).split()
+    done = call("check", "--image_path", small / "images.tif", *flags)
+    assert done.code == 2
+    assert any(line.startswith("problem:") and words in line for line in done.out.splitlines())
+
+
+def test_check_of_a_missing_file_is_refused(refuses):
+    refuses("--image_path: nowhere.tif does not exist", "check", "--image_path", "nowhere.tif")
+
+
+def test_fetch_prints_the_folder_of_a_data_set(call, monkeypatch, isbi):
+    done = call("fetch", "isbi2012")
+    assert done.code == 0
+    assert done.out.strip() == str(isbi)
+
+
+def test_fetch_without_a_connection_says_what_to_do(refuses, monkeypatch, tmp_path):
+    import fetching
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("DILATED_UNET_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetching, "_download", offline)
+    refuses("isbi2012 could not be fetched", "fetch", "isbi2012")
+    assert not list(tmp_path.glob("cache/isbi2012/*"))
+
+
+def test_fetch_knows_the_data_sets_that_can_be_fetched():
+    import fetching
+
+    assert set(dilatedUnet.DATA_SETS) == set(fetching.DATA_SETS) - {"synthetic"}
+
+
+def test_evaluate_scores_a_prediction(call, small):
+    labels = small / "labels.tif"
+    done = call("evaluate", "--prediction", labels, "--mask_path", labels, "--scores", "dice,pixel_error")
+    assert done.code == 0, done.err
+    assert "1.0000" in next(line for line in done.out.splitlines() if line.lower().strip().startswith("dice"))

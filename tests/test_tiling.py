@@ -1,0 +1,496 @@
+"""Stitching as an identity, tiles against the whole, mirrored borders, rotations averaged, memory."""
+
+import gc
+import math
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+import tiling
+
+HOUSE = Path(tiling.__file__).parent
+
+
+def identity(batch):
+    return batch
+
+
+def unpadded_identity(shrink):
+    return lambda batch: batch[:, shrink:-shrink, shrink:-shrink]
+
+
+def pixels(shape, seed=0):
+    """Distinct values, so that a swapped pixel is a wrong pixel; all exact in float32."""
+    return np.random.default_rng(seed).permutation(math.prod(shape)).reshape(shape).astype(np.float32)
+
+
+def whole(section, predict, halo, multiple=8, shrink=0, remainder=0):
+    """By definition: the section mirrored by the halo (numpy's own padding), predicted at once, cropped."""
+    far = [tiling.round_up(n + 2 * halo, multiple, remainder) - n - halo for n in section.shape]
+    padded = np.pad(section, [(halo, far[0]), (halo, far[1])], mode="reflect" if min(section.shape) > 1 else "edge")
+    rim = halo - shrink
+    rows, columns = section.shape
+    return predict(padded[None])[0, rim : rim + rows, rim : rim + columns]
+
+
+# A network in numpy: two zero-padded 3x3 filters, a 2x2 maximum and a mean over 4x4 pooled together by 8, two
+# more filters there, nearest upsampling, the skip added, one more filter. Not shift-equivariant but for
+# multiples of 8, and it sees zeros beyond its input, as Keras does.
+FILTERS = np.random.default_rng(7).normal(size=(5, 3, 3)).astype(np.float32)
+RADIUS = (
+    2 + 7 + 2 * 8 + 8 + 1
+)  # filters at full size + pooling block + two filters at stride 8 + upsampling block + filter
+
+
+def convolve(array, kernel):
+    filtered = ndimage.correlate(array, kernel, mode="constant")
+    return np.maximum(filtered, filtered / 4)
+
+
+def pooled_network(batch):
+    outputs = []
+    for image in batch:
+        skip = convolve(convolve(image, FILTERS[0]), FILTERS[1])
+        rows, columns = skip.shape
+        halves = skip.reshape(rows // 2, 2, columns // 2, 2).max(axis=(1, 3))
+        low = halves.reshape(rows // 8, 4, columns // 8, 4).mean(axis=(1, 3))
+        low = convolve(convolve(low, FILTERS[2]), FILTERS[3])
+        outputs.append(convolve(skip + low.repeat(8, axis=0).repeat(8, axis=1), FILTERS[4]))
+    return np.stack(outputs)
+
+
+def unpadded_network(batch):
+    """Two valid filters, 2x2 maximum, a valid one, upsampling, cropped skip, a valid one: 5 px lost."""
+    outputs = []
+    for image in batch:
+        skip = convolve(convolve(image, FILTERS[0]), FILTERS[1])[2:-2, 2:-2]
+        rows, columns = skip.shape
+        low = skip.reshape(rows // 2, 2, columns // 2, 2).max(axis=(1, 3))
+        up = convolve(low, FILTERS[2])[1:-1, 1:-1].repeat(2, axis=0).repeat(2, axis=1)
+        outputs.append(convolve(up + skip[2:-2, 2:-2], FILTERS[4])[1:-1, 1:-1])
+    return np.stack(outputs)
+
+
+SHRINK = 5
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    levels=st.integers(0, 4),
+    halos=st.integers(0, 6),
+    cores=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    batch=st.integers(1, 7),
+)
+def test_stitching_the_identity_returns_the_section_exactly(shape, levels, halos, cores, batch):
+    multiple = 2**levels
+    section, halo = pixels(shape), halos * multiple
+    tile = tuple(core * multiple + 2 * halo for core in cores)
+    stitched = tiling.predict_section(section, identity, tile=tile, halo=halo, multiple=multiple, batch=batch)
+    assert stitched.dtype == np.float32
+    np.testing.assert_array_equal(stitched, section)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    shrink=st.integers(1, 20),
+    extra=st.integers(0, 2),
+    usable=st.tuples(st.integers(4, 40), st.integers(4, 40)),
+    batch=st.integers(1, 5),
+)
+def test_stitching_the_unpadded_identity_returns_the_section_exactly(shape, shrink, extra, usable, batch):
+    halo = shrink + 4 * extra
+    tile = tuple(side + 2 * halo for side in usable)
+    predict = unpadded_identity(shrink)
+    section = pixels(shape)
+    stitched = tiling.predict_section(section, predict, tile=tile, halo=halo, multiple=4, batch=batch, shrink=shrink)
+    np.testing.assert_array_equal(stitched, section)
+
+
+@pytest.mark.parametrize("shape", [(100, 90), (131, 77), (64, 200), (5, 90)])
+@pytest.mark.parametrize("core", [8, 32, 40])
+def test_tiles_equal_the_whole_exactly_where_the_halo_covers_the_receptive_radius(shape, core):
+    section, halo = pixels(shape) / 1000, tiling.round_up(RADIUS, 8)
+    stitched = tiling.predict_section(section, pooled_network, tile=core + 2 * halo, halo=halo, batch=3)
+    np.testing.assert_array_equal(stitched, whole(section, pooled_network, halo))
+
+
+def test_the_test_network_has_the_radius_it_claims():
+    blank = np.zeros((1, 160, 160), np.float32)
+    reach = 0
+    for offset in range(8):
+        impulse = blank.copy()
+        impulse[0, 80 + offset, 80 + offset] = 1000.0
+        changed = np.argwhere(pooled_network(impulse)[0] != pooled_network(blank)[0])
+        reach = max(reach, np.abs(changed - 80 - offset).max())
+    assert RADIUS - 8 <= reach <= RADIUS
+
+
+def test_a_halo_below_the_receptive_radius_shows_at_the_seams_but_not_in_the_middle_of_tiles():
+    section = pixels((128, 128)) / 1000
+    stitched = tiling.predict_section(section, pooled_network, tile=96, halo=16)
+    difference = np.abs(stitched - whole(section, pooled_network, 16))
+    assert difference.max() > 0
+    assert difference[RADIUS - 16 : 64 - (RADIUS - 16), RADIUS - 16 : 64 - (RADIUS - 16)].max() == 0
+
+
+def test_tile_origins_off_the_pooling_grid_would_change_the_prediction():
+    """The same tiles on a grid of 2 are wrong for a network of stride 8."""
+    section = pixels((128, 128)) / 1000
+    wrong = tiling.predict_section(section, pooled_network, tile=120, halo=42, multiple=2)
+    right = tiling.predict_section(section, pooled_network, tile=120, halo=40, multiple=8)
+    expected = whole(section, pooled_network, 40)
+    np.testing.assert_array_equal(right, expected)
+    assert not np.allclose(wrong, expected)
+
+
+@pytest.mark.parametrize("tile", [20, 26, 46])
+@pytest.mark.parametrize("shape", [(61, 40), (33, 90)])
+def test_unpadded_tiles_meet_exactly(shape, tile):
+    section = pixels(shape) / 1000
+    stitched = tiling.predict_section(
+        section, unpadded_network, tile=tile, halo=SHRINK, multiple=2, batch=2, shrink=SHRINK
+    )
+    np.testing.assert_array_equal(stitched, whole(section, unpadded_network, SHRINK, multiple=2, shrink=SHRINK))
+
+
+def test_the_2015_tile_of_572_keeps_the_pooling_grid_though_388_is_no_multiple_of_16():
+    starts = [rows.start for rows, _ in tiling.tiles((1500, 388), 572, 92, 16)]
+    assert starts == [0, 384, 768, 1152]
+
+
+@settings(max_examples=100, deadline=None)
+@given(length=st.integers(1, 30), before=st.integers(0, 100), after=st.integers(0, 100))
+def test_mirroring_agrees_with_numpy_however_often_it_repeats(length, before, after):
+    expected = np.pad(np.arange(length), (before, after), mode="reflect" if length > 1 else "edge")
+    np.testing.assert_array_equal(tiling.reflect(-before, length + after, length), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 37), (37, 1), (3, 2)])
+def test_sections_smaller_than_the_halo_are_mirrored_again_and_again(shape):
+    section, seen = pixels(shape), []
+    stitched = tiling.predict_section(section, lambda batch: seen.append(batch) or batch, tile=144, halo=48)
+    np.testing.assert_array_equal(stitched, section)
+    far = [96 - length for length in shape]
+    expected = np.pad(section, [(48, far[0]), (48, far[1])], mode="reflect" if shape == (3, 2) else "symmetric")
+    if max(shape) == 37:  # numpy cannot reflect an axis of one pixel together with a longer one
+        expected = np.pad(section.ravel(), (48, 96 - 37), mode="reflect")
+        expected = np.broadcast_to(expected if shape[1] == 37 else expected[:, None], (144, 144))
+    np.testing.assert_array_equal(seen[0][0], expected)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 100])
+def test_every_call_has_the_same_shape_and_no_more_tiles_than_allowed(batch):
+    shapes = []
+    tiling.predict_section(
+        pixels((150, 90)),
+        lambda tiles: shapes.append(tiles.shape) or tiles,
+        tile=(48, 64),
+        halo=8,
+        batch=batch,
+    )
+    assert len(set(shapes)) == 1
+    assert shapes[0][1:] == (48, 64)
+    assert shapes[0][0] <= batch
+    assert 10 <= sum(shape[0] for shape in shapes) < 10 + len(shapes)
+
+
+def test_tiles_are_handed_on_in_the_type_of_the_section():
+    kinds = []
+    section = pixels((20, 10)).astype(np.uint8)
+    tiling.predict_section(section, lambda tiles: kinds.append(tiles.dtype) or tiles / 255, tile=16, halo=0)
+    assert set(kinds) == {np.dtype(np.uint8)}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
+    radius=st.integers(0, 700),
+    levels=st.integers(1, 4),
+    largest=st.integers(8, 80),
+)
+def test_a_plan_fits_its_limits_and_the_network(shape, radius, levels, largest):
+    multiple = 2**levels
+    plan = tiling.plan(shape, radius, multiple=multiple, max_tile=largest * multiple)
+    assert max(plan.tile) <= largest * multiple
+    assert all(side % multiple == 0 for side in plan.tile)
+    assert plan.halo % multiple == 0
+    count = len(tiling.tiles(shape, plan.tile, plan.halo, multiple))
+    assert plan.exact == (count == 1 or plan.halo >= radius)
+    assert ("approximately" in plan.words) == (not plan.exact)
+    assert plan.halo <= largest * multiple // 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "radius", "tile", "halo", "words"),
+    [
+        ((512, 512), 560, (512, 512), 0, "one piece, input 512 x 512 px"),
+        ((513, 700), 560, (520, 704), 0, "one piece, input 520 x 704 px"),
+        ((100, 90), 92, (104, 96), 0, "no seams"),
+        ((4096, 4096), 92, (1016, 1016), 96, "halo 96 >= receptive radius 92: stitched equals whole exactly"),
+        (
+            (4096, 4096),
+            560,
+            (944, 944),
+            128,
+            "halo 128 < receptive radius 560: stitched equals whole approximately",
+        ),
+    ],
+)
+def test_a_plan_says_in_words_what_it_does(shape, radius, tile, halo, words):
+    plan = tiling.plan(shape, radius)
+    assert (plan.tile, plan.halo) == (tile, halo)
+    assert words in plan.words
+
+
+def test_a_planned_section_of_4096_px_comes_back():
+    section = pixels((4096, 4096))
+    plan = tiling.plan(section.shape, 560)
+    np.testing.assert_array_equal(tiling.predict_section(section, identity, tile=plan.tile, halo=plan.halo), section)
+
+
+def test_plans_for_unpadded_networks_use_their_valid_sizes():
+    geometry = {"multiple": 16, "max_tile": 572, "shrink": 92, "remainder": 12}
+    one, four = (tiling.plan((side, side), 0, **geometry) for side in (388, 389))
+    assert one.tile == (572, 572)
+    assert "no seams" in one.words
+    assert four.exact
+    assert "meet exactly" in four.words
+    assert four.tile[0] % 16 == 12
+    assert len(tiling.tiles((389, 389), four.tile, four.halo, 16)) == 4
+
+
+def test_a_halo_asked_for_is_used_in_one_piece_as_in_tiles():
+    assert tiling.plan((512, 512), 560, halo=32)[:2] == ((576, 576), 32)
+    assert tiling.plan((2048, 512), 560, halo=32)[:2] == ((752, 576), 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tile": 500}, r"--tile must be a multiple of 8\. Received: 500"),
+        ({"tile": (64, 60)}, r"--tile must be a multiple of 8\. Received: 60"),
+        ({"tile": 0}, r"--tile must be a multiple of 8\. Received: 0"),
+        ({"halo": 12}, r"--halo must be a non-negative multiple of 8\. Received: 12"),
+        ({"halo": -8}, r"--halo must be a non-negative multiple of 8\. Received: -8"),
+        (
+            {"halo": 32},
+            r"--halo must leave at least 8 px of a tile of 64 uncovered\. Received: 32",
+        ),
+        ({"batch": 0}, r"batch must be at least 1\. Received: 0"),
+        ({"multiple": 0}, r"multiple must be at least 1\. Received: 0"),
+        ({"shrink": 4}, r"--halo must be 4 \(the network's own loss\) plus a multiple of 8\. Received: 16"),
+        ({"shrink": 24}, r"--halo must be 24 .* Received: 16"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name_rule_and_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiling.predict_section(pixels((70, 70)), identity, **{"tile": 64, "halo": 16} | arguments)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (0, 5)])
+def test_what_is_not_a_section_is_refused(shape):
+    with pytest.raises(ValueError, match=r"a section must have two axes of at least 1 pixel\. Received: shape"):
+        tiling.predict_section(np.zeros(shape, np.float32), identity, tile=64, halo=0)
+    with pytest.raises(ValueError, match="a section must have two axes"):
+        tiling.plan(shape, 92)
+
+
+def test_a_plan_refuses_a_tile_the_network_cannot_pool():
+    with pytest.raises(ValueError, match=r"--tile must be a multiple of 8\. Received: 500"):
+        tiling.plan((512, 512), 92, max_tile=500)
+    with pytest.raises(ValueError, match=r"--tile must be a multiple of 16 plus 12\. Received: 576"):
+        tiling.plan((512, 512), 92, multiple=16, max_tile=576, shrink=92, remainder=12)
+
+
+def test_a_prediction_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"predict must return shape \(1, 16, 16\) .* Received: \(1, 12, 12\)"):
+        tiling.predict_section(pixels((16, 16)), unpadded_identity(2), tile=16, halo=0)
+
+
+@pytest.mark.parametrize("name", ["none", "4", "7", "8"])
+def test_transforms_are_distinct_and_begin_with_the_identity(name):
+    section = pixels((3, 3))
+    versions = [tiling.transform(section, *one).tobytes() for one in tiling.TRANSFORMS[name]]
+    assert len(set(versions)) == len(versions) == {"none": 1}.get(name) or int(name)
+    assert versions[0] == section.tobytes()
+
+
+def test_transforms_are_the_rotations_and_mirrorings_of_the_square():
+    section = np.arange(6).reshape(2, 3)
+    np.testing.assert_array_equal(tiling.transform(section, 1, False), [[2, 5], [1, 4], [0, 3]])
+    np.testing.assert_array_equal(tiling.transform(section, 0, True), [[2, 1, 0], [5, 4, 3]])
+    np.testing.assert_array_equal(tiling.transform(section, 1, True), [[5, 2], [4, 1], [3, 0]])
+    (left_out,) = set(tiling.TRANSFORMS["8"]) - set(tiling.TRANSFORMS["7"])
+    np.testing.assert_array_equal(tiling.transform(section, *left_out), section.T)
+
+
+@settings(max_examples=50, deadline=None)
+@given(shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), index=st.integers(0, 7))
+def test_back_transforms_undo_transforms(shape, index):
+    section, chosen = pixels(shape), tiling.TRANSFORMS["8"][index]
+    np.testing.assert_array_equal(tiling.back_transform(tiling.transform(section, *chosen), *chosen), section)
+
+
+@settings(max_examples=50, deadline=None)
+@given(shape=st.tuples(st.integers(1, 40), st.integers(1, 40)), name=st.sampled_from(["none", "4", "7", "8"]))
+def test_averaging_rotations_changes_nothing_for_an_equivariant_predictor(shape, name):
+    def blur(section):
+        return ndimage.gaussian_filter(section, 1.0)
+
+    section = pixels(shape) / math.prod(shape)
+    averaged = tiling.predict_tta(section, blur, name)
+    assert averaged.dtype == np.float32
+    np.testing.assert_allclose(averaged, blur(section), atol=1e-6)
+
+
+def test_averaging_rotations_symmetrises_a_predictor_that_is_not_equivariant():
+    def leftwards(section):
+        return np.roll(section, -1, axis=1)
+
+    point = np.zeros((5, 5), np.float32)
+    point[2, 2] = 1.0
+    cross = np.zeros((5, 5), np.float32)
+    cross[[1, 3, 2, 2], [2, 2, 1, 3]] = 0.25
+    np.testing.assert_array_equal(tiling.predict_tta(point, leftwards, "8"), cross)
+    np.testing.assert_array_equal(tiling.predict_tta(point, leftwards, "4"), cross)
+    assert tiling.predict_tta(point, leftwards, "none")[2, 1] == 1.0
+
+
+def test_rotated_versions_of_a_wide_section_are_planned_by_their_own_shape():
+    shapes = []
+
+    def predict_one(section):
+        shapes.append(section.shape)
+        plan = tiling.plan(section.shape, 8, max_tile=64)
+        return tiling.predict_section(section, identity, tile=plan.tile, halo=plan.halo)
+
+    section = pixels((70, 130))
+    np.testing.assert_array_equal(tiling.predict_tta(section, predict_one, [(0, False), (1, True)]), section)
+    assert shapes == [(70, 130), (130, 70)]
+
+
+@pytest.mark.parametrize(("transforms", "received"), [("9", "9"), ([], r"\(\)")])
+def test_unknown_transforms_are_refused(transforms, received):
+    with pytest.raises(ValueError, match=rf"must .*\. Received: {received}"):
+        tiling.predict_tta(pixels((4, 4)), identity, transforms)
+
+
+class Stack:
+    """A lazy stack that knows how many of its sections are alive, with the predictions made of them."""
+
+    def __init__(self, count):
+        self.count, self.read, self.alive, self.most = count, 0, weakref.WeakSet(), 0
+        self.threads = set()
+
+    def __iter__(self):
+        for index in range(self.count):
+            section = self.watch(np.full((4, 4), index, np.float32))
+            self.read += 1
+            self.threads.add(threading.current_thread())
+            yield section
+            del section
+
+    def watch(self, array):
+        watched = array.view(Watched)
+        self.alive.add(watched)
+        self.most = max(self.most, len(self.alive))
+        return watched
+
+
+class Watched(np.ndarray):
+    """An array that can be held in a set."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+def test_a_stack_is_predicted_in_order():
+    predictions = list(tiling.predict_stack(Stack(7), lambda section: np.asarray(section) + 1))
+    assert [prediction[0, 0] for prediction in predictions] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_sections_alive_do_not_grow_with_the_stack(count):
+    stack = Stack(count)
+
+    def predict_one(section):
+        end = time.monotonic() + 10
+        while stack.read < min(section[0, 0] + 2, count):
+            assert time.monotonic() < end, "the next section was not read"
+        return np.asarray(section) + 1
+
+    for _ in tiling.predict_stack(stack, predict_one):
+        assert len(stack.alive) <= 1, "while the caller writes, only the next section may be held"
+    gc.collect()
+    assert stack.read == count
+    assert stack.most <= 2
+    assert not stack.alive
+
+
+def test_a_prediction_handed_over_is_not_kept():
+    made = []
+
+    def predict_one(section):
+        assert all(reference() is None for reference in made)
+        prediction = np.zeros(4)
+        made.append(weakref.ref(prediction))
+        return prediction
+
+    for prediction in tiling.predict_stack(Stack(4), predict_one):
+        del prediction
+    assert len(made) == 4
+
+
+def test_the_next_section_is_read_while_this_one_is_predicted():
+    read_second, stack = threading.Event(), Stack(3)
+
+    def sections():
+        for index, section in enumerate(stack):
+            if index == 1:
+                read_second.set()
+            yield section
+
+    def predict_one(section):
+        assert read_second.wait(10), "the second section was not read during the prediction of the first"
+        return section
+
+    assert len(list(tiling.predict_stack(sections(), predict_one))) == 3
+    assert threading.current_thread() not in stack.threads
+
+
+def test_reading_stays_one_section_ahead_and_stops_when_the_caller_stops():
+    stack = Stack(10)
+    predictions = tiling.predict_stack(stack, lambda section: section)
+    next(predictions)
+    next(predictions)
+    predictions.close()
+    assert stack.read <= 3
+
+
+def test_an_error_while_reading_arrives_after_the_sections_before_it():
+    def sections():
+        yield np.zeros((2, 2))
+        raise OSError("page 1 is truncated")
+
+    predictions = tiling.predict_stack(sections(), lambda section: section)
+    assert next(predictions).shape == (2, 2)
+    with pytest.raises(OSError, match="page 1 is truncated"):
+        next(predictions)
+
+
+def test_importing_tiling_loads_no_network_library():
+    heavy = ["keras", "tensorflow", "jax", "torch", "scipy", "matplotlib"]
+    probe = f"import sys, tiling; print([name for name in {heavy} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", probe], cwd=HOUSE, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
