@@ -360,7 +360,8 @@ class Split:
         words = [f"train on {format_sections(self.train)} ({len(self.train)})"]
         words += [f"choose weights on {format_sections(self.inner)}"] if self.inner else []
         words += [f"leave out {format_sections(self.gap)}"] if self.gap else []
-        return f"{self.protocol}: " + ", ".join([*words, f"hold out {format_sections(self.held_out)}"])
+        words += [f"hold out {format_sections(self.held_out)}" if self.held_out else "hold nothing out"]
+        return f"{self.protocol}: " + ", ".join(words)
 
 
 def split_sections(count, protocol, *, val_sections=None, fold=0, folds=5, gap=0, inner=0, train_sections=None):
@@ -371,9 +372,9 @@ def split_sections(count, protocol, *, val_sections=None, fold=0, folds=5, gap=0
     Parameters
     ----------
     count : int
-    protocol : {"published", "holdout", "kfold"}
+    protocol : {"published", "holdout", "kfold", "all"}
         published: every section trains and validates, as in 2017. holdout: `val_sections`, or else the last
-        fifth. kfold: block `fold` of `folds` contiguous ones.
+        fifth. kfold: block `fold` of `folds` contiguous ones. all: every section trains, nothing is held out.
     val_sections, train_sections : sequence of int, optional
         The sections to hold out, and the only ones to train on.
     gap : int
@@ -393,8 +394,8 @@ def split_sections(count, protocol, *, val_sections=None, fold=0, folds=5, gap=0
     if count < 1 or gap < 0 or inner < 0:
         raise DataError(f"sections must be >= 1, --gap and inner >= 0. Received: {count}, {gap}, {inner}")
     allowed = _within(range(count) if train_sections is None else train_sections, count, "--train_sections")
-    if protocol == "published":
-        return _published(allowed, val_sections, gap)
+    if protocol in ("published", "all"):
+        return _nothing_held_out(protocol, allowed, val_sections, gap, inner)
     held_out = _held_out(count, protocol, val_sections, fold, folds)
     if train_sections is not None and (both := set(allowed) & set(held_out)):
         raise DataError(f"--train_sections must not be held out as well. Received: {format_sections(both)}")
@@ -408,10 +409,11 @@ def split_sections(count, protocol, *, val_sections=None, fold=0, folds=5, gap=0
     return Split(protocol, train, chosen, held_out, beside)
 
 
-def _published(sections, val_sections, gap):
-    if val_sections is not None or gap:
-        raise DataError("--protocol published holds nothing out: it goes without --val_sections and --gap.")
-    return Split("published", sections, sections, ())
+def _nothing_held_out(protocol, sections, val_sections, gap, inner):
+    if val_sections is not None or gap or inner:
+        flags = "--val_sections, --gap and --inner_sections"
+        raise DataError(f"--protocol {protocol} holds nothing out: it goes without {flags}.")
+    return Split(protocol, sections, sections if protocol == "published" else (), ())
 
 
 def _held_out(count, protocol, val_sections, fold, folds):
@@ -419,7 +421,7 @@ def _held_out(count, protocol, val_sections, fold, folds):
         last = range(count - max(1, round(count / 5)), count)
         return _within(last if val_sections is None else val_sections, count, "--val_sections")
     if protocol != "kfold":
-        raise DataError(f"--protocol must be published, holdout or kfold. Received: {protocol}")
+        raise DataError(f"--protocol must be published, holdout, kfold or all. Received: {protocol}")
     if val_sections is not None:
         raise DataError("--val_sections goes with --protocol holdout. Received: --protocol kfold")
     if not 2 <= folds <= count:

@@ -129,9 +129,10 @@ def add_protocol(parser):
     group.add_argument(
         "--protocol",
         default="published",
-        choices=("published", "holdout", "kfold"),
+        choices=("published", "holdout", "kfold", "all"),
         help="published: validates on the training sections, as in 2017, and says nothing about new data; holdout: a "
-        "contiguous block is scored once, at the end; kfold: block --fold of --folds",
+        "contiguous block is scored once, at the end; kfold: block --fold of --folds; all: trains on every section and "
+        "keeps the last weights, for a recipe that has been scored already",
     )
     group.add_argument("--val_sections", metavar="24-29", help="sections to hold out (default: the last fifth)")
     group.add_argument("--train_sections", metavar="0-9", help="train on these only (default: all that are left)")
@@ -145,6 +146,7 @@ def add_protocol(parser):
         "weights (default: an eighth, at most 3)",
     )
     group.add_argument("--val_windows", type=count, help="validation windows of --protocol published (default: 9)")
+    add_tta(group, "of the scoring at the end: ")
 
 
 def add_network(parser):
@@ -236,6 +238,7 @@ def add_output(parser):
     group.add_argument(
         "--weight_path", metavar="FILE", help="best weights; weights/x.weights becomes weights/x.weights.h5 and x.json"
     )
+    group.add_argument("--half", action="store_true", help="store these weights as float16: half the size, to ship")
     group.add_argument("--run_dir", metavar="FOLDER", help="run record, history, checkpoint (default: runs/<name>)")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint, bit for bit")
     group.add_argument("--force", action="store_true", help="replace an earlier run, its weights, or a picture")
@@ -258,6 +261,17 @@ def add_machine(group):
     group.add_argument("--gpu", metavar="N", help='CUDA devices to use; "-1" for the CPU (default: "0")')
 
 
+def add_tta(group, what=""):
+    group.add_argument(
+        "--tta",
+        nargs="?",
+        const="8",
+        default="none",
+        choices=("none", "4", "7", "8"),
+        help=f"{what}mean over rotations and mirrored versions; without a number, all 8",
+    )
+
+
 def add_predict(parser):
     group = parser.add_argument_group("files")
     group.add_argument("--weight_path", required=True, metavar="FILE", help="weights, their record beside them")
@@ -278,14 +292,7 @@ def add_predict(parser):
         type=whole,
         help="context on each side of a tile, px (default: the receptive radius, if affordable)",
     )
-    group.add_argument(
-        "--tta",
-        nargs="?",
-        const="8",
-        default="none",
-        choices=("none", "4", "7", "8"),
-        help="mean over rotations and mirrored versions; without a number, all 8",
-    )
+    add_tta(group)
     group.add_argument("--batch_size", type=count, default=1, help="tiles per call")
     add_machine(group)
     parser.set_defaults(run=run_predict)
@@ -323,16 +330,18 @@ def add_check(parser):
 def check_train(args, parser):
     """Refuse contradictions, then fill in the defaults that depend on other flags."""
     published, kfold = args.protocol == "published", args.protocol == "kfold"
+    nothing = args.protocol in ("published", "all")
+    no_validation = args.inner_sections == 0 or args.protocol == "all"
     fold = args.fold is not None or args.folds is not None
     cyclic = args.clr_mode in ("triangular", "triangular2", "exp_range")
     multiple, execution = 2 ** len(args.filters), args.steps_per_execution or 1
     contradictions = (
         (args.val_sections and args.protocol != "holdout", "--val_sections goes with --protocol holdout"),
         (fold and not kfold, "--fold and --folds go with --protocol kfold"),
-        (args.gap and published, "--gap needs held-out sections: --protocol holdout or kfold"),
-        (args.inner_sections is not None and published, "--inner_sections goes with --protocol holdout or kfold"),
+        (args.gap and nothing, "--gap needs held-out sections: --protocol holdout or kfold"),
+        (args.inner_sections is not None and nothing, "--inner_sections goes with --protocol holdout or kfold"),
         (args.val_windows and not published, "--val_windows goes with --protocol published"),
-        (args.patience and args.inner_sections == 0, "--patience needs validation: --inner_sections of at least 1"),
+        (args.patience and no_validation, "--patience needs validation: --inner_sections of at least 1"),
         (args.step_size and not cyclic, f"--step_size is of no use with --clr_mode {args.clr_mode}"),
         (args.clr_gamma and args.clr_mode != "exp_range", "--clr_gamma goes with --clr_mode exp_range"),
         (args.max_lr and args.clr_mode == "none", "--max_lr is of no use with --clr_mode none"),

@@ -34,13 +34,37 @@ def record_file(path):
     return file.with_name(file.name.removesuffix(SUFFIX) + ".json")
 
 
-def save_weights(network, path, record):
-    """Write the weights, then their record; each file replaced as a whole."""
+def save_weights(network, path, record, half=False):
+    """Write the weights (`half`: as float16), then their record; each file replaced as a whole."""
     file = weight_file(path)
     with data.replacing(file, force=True) as partial:
         reserve(partial, network)
         network.save_weights(partial)
+        if half:
+            halve(partial)
     write_json(record_file(file), {"format": FORMAT} | record)
+
+
+def halve(path):
+    """Rewrite the weights in an HDF5 file as float16, which Keras casts back when it loads them."""
+    import h5py
+
+    def copy(name, item):
+        if isinstance(item, h5py.Dataset):
+            small = item.dtype == np.float32 and float(np.abs(item[()]).max(initial=0)) < np.finfo(np.float16).max
+            target = after.create_dataset(name, data=item[()].astype(np.float16) if small else item[()])
+        else:
+            target = after.require_group(name)
+        target.attrs.update(item.attrs)
+
+    beside = path.with_name(f"{path.stem}-half{path.suffix}")
+    try:
+        with h5py.File(path) as before, h5py.File(beside, "w") as after:
+            after.attrs.update(before.attrs)
+            before.visititems(copy)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_json(path, record):

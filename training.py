@@ -169,8 +169,7 @@ def load(args):
 
 
 def split_of(args, count):
-    published = args.protocol == "published"
-    inner = 0 if published else args.inner_sections
+    inner = args.inner_sections if args.protocol in ("holdout", "kfold") else 0
     if inner is None:
         inner = min(3, max(1, count // 8)) if count >= 4 else 0
     return data.split_sections(
@@ -597,7 +596,8 @@ class Recorder(keras.callbacks.Callback):
         return better
 
     def save_weights(self, path):
-        prediction.save_weights(self.model.network, path, self.weights_record())
+        half = self.args.half and path == self.weights
+        prediction.save_weights(self.model.network, path, self.weights_record(), half=half)
 
     def weights_record(self):
         keys = ("network", "normalisation", "seed", "precision", "split", "data", "command", "versions", "commit")
@@ -730,13 +730,13 @@ def finish(args, trainee, recorder, images, masks, split, normalisation, folder,
         if not any("val_loss" in row for row in recorder.rows):  # nothing to choose by: the last weights it is
             recorder.save_weights(weights)
     trainee.network.load_weights(weights)
-    predict = prediction.section_predictor(trainee.network, normalisation, recorder.record["network"])
+    predict = prediction.section_predictor(trainee.network, normalisation, recorder.record["network"], tta=args.tta)
     record = recorder.record | {"finished": True, "epochs": args.epochs, "stopped_early": recorder.stopped}
     record["training_seconds"] = round(recorder.seconds, 1)
     record["final"] = recorder.rows[-1] | {"best_val_loss": None if math.isinf(recorder.best) else recorder.best}
     record["threshold"] = choose_threshold(images, masks, split, predict)
     prediction.add_to_record(weights, threshold=record["threshold"])
-    sections = list(split.held_out or split.inner)
+    sections = list(split.held_out or split.inner or some(split.train))
     interior = np.stack([predict(images.sections[i]) for i in sections])
     role = "held_out" if split.held_out else "training_sections"
     record[role] = score(masks.sections[sections], interior, sections)
@@ -746,12 +746,16 @@ def finish(args, trainee, recorder, images, masks, split, normalisation, folder,
     say(f"weights: {weights}; record, history and pictures: {folder}")
 
 
-def choose_threshold(images, masks, split, predict, most=6):
+def some(sections, most=6):
+    """At most `most` of the sections, evenly spread."""
+    return [sections[i * len(sections) // most] for i in range(most)] if len(sections) > most else list(sections)
+
+
+def choose_threshold(images, masks, split, predict):
     """Threshold of the highest V_rand on (at most six) training sections, for `predict --segment`."""
     import scores
 
-    chosen = split.inner or split.train
-    chosen = [chosen[i * len(chosen) // most] for i in range(most)] if len(chosen) > most else list(chosen)
+    chosen = some(split.inner or split.train)
     if not masks.sections[chosen].any():
         return 0.5
     return scores.best_threshold([predict(images.sections[i]) for i in chosen], masks.sections[chosen])

@@ -483,7 +483,7 @@ sys.exit(dilatedUnet.main())
 
 @pytest.fixture
 def processes(small, tmp_path):
-    """The command line in processes that can be killed; one with `hold` waits for that before it begins epoch hold + 1."""
+    """The command line in processes that can be killed; one with `hold` waits before epoch hold + 1 for that."""
     flags = f"{TINY} {EXACT} --epochs 24 --steps_per_epoch 3".split()
     flags += ["--image_path", small / "images.tif", "--mask_path", small / "labels.tif"]
 
