@@ -271,29 +271,32 @@ def cut(stack, draw, margin):
     return section[top : rows.max() + 1].take(columns, axis=1).take(rows - top, axis=0)  # each row made once
 
 
-def batch(images, masks, recipe, *, seed, epoch, indices, window, sections):
+def batch(images, masks, recipe, *, seed, epoch, indices, window, sections, context=0):
     """Numbers and source windows of the crops `indices` of `epoch`, for `warp`.
 
     Parameters
     ----------
     images, masks : ndarray of shape (S, H, W)
         Raw gray values (uint8, uint16, float32) and labels, each in its own dtype.
+    window, context : int
+        Side of the crop, which lies within the section, and px around it, mirrored beyond the section's border, that
+        an unpadded network loses: `warp` is to be given the window `window + 2 * context`.
 
     Returns
     -------
     dict of ndarray
-        "image", "mask" (B, n, n) with n = window + 2 * margin(recipe, window); "affine" (B, 2, 3), "grid"
-        (B, 2, g, g) and "gray" (B, 4) in float32; "key" (B,) in int32.
+        "image", "mask" (B, n, n) with n = w + 2 * margin(recipe, w), w = window + 2 * context; "affine" (B, 2, 3),
+        "grid" (B, 2, g, g) and "gray" (B, 4) in float32; "key" (B,) in int32.
     """
     kwargs = {"seed": seed, "epoch": epoch, "sections": sections, "shape": images.shape[1:], "window": window}
-    return collate(images, masks, [draw(recipe, index=int(index), **kwargs) for index in indices], recipe)
+    return collate(images, masks, [draw(recipe, index=int(index), **kwargs) for index in indices], recipe, context)
 
 
-def collate(images, masks, draws, recipe):
+def collate(images, masks, draws, recipe, context=0):
     """The same as `batch`, from draws already made."""
     if images.shape != masks.shape:
         raise ValueError(f"images and masks must have one shape. Received: {images.shape} and {masks.shape}")
-    reach = margin(recipe, draws[0].window)
+    reach = context + margin(recipe, draws[0].window + 2 * context)
     return {
         "image": np.stack([cut(images, one, reach) for one in draws]),
         "mask": np.stack([cut(masks, one, reach) for one in draws]),

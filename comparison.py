@@ -105,8 +105,9 @@ TITLES = {
     **{"loss": "train loss", "val_loss": "val loss", "dice": "train Dice", "val_dice": "val Dice"},
     **{"held_out_bce": "BCE", "held_out_dice": "Dice", "held_out_v_rand": "V_rand", "held_out_v_info": "V_info"},
     **{"held_out_pixel_error": "pixel error", "held_out_rand_error": "Rand error"},
-    **{"held_out_warping_error": "warping error"},
+    **{"held_out_warping_error": "warping error", "held_out_mean_iou": "mean IoU", "held_out_seg": "SEG"},
 }
+DIGITS = {"held_out_warping_error": 6}
 HELD_OUT = ("loss", "val_loss", *(f"held_out_{name}" for name in ("bce", "dice", "v_rand", "v_info", "pixel_error")))
 
 
@@ -176,7 +177,8 @@ def machines(results) -> str:
     )
     commits = sorted({f"{str(r['commit'])[:10]}{'+' * str(r['commit']).endswith('+')}" for r in found})
     minutes = sum(result["minutes"] for result in found)
-    mixed = " **The runs do not share one data set.**" if len({result["data"] for result in found}) > 1 else ""
+    data, named = ({result["data"] for result in found}, {result["settings"].get("image_path") for result in found})
+    mixed = " **The runs do not share one data set.**" if len(data) > len(named) else ""
     return (
         f"{len(found)} runs, {minutes:.0f} minutes of training, on {'; '.join(devices)}. {'; '.join(versions)}. "
         f"Commit {', '.join(commits)}.{mixed}"
@@ -189,8 +191,11 @@ def published_table(plan, results, lines) -> list[str]:
     for line in lines:
         shown = "-" if line.published is None else f"{line.published:g}"
         allowed = "-" if line.tolerance is None else f"± {line.tolerance:.2g}"
-        cells = [line.row.name, recipe(plan, line.row), TITLES[line.metric], shown, number(line.reproduced), allowed]
-        rows.append([*cells, line.verdict, number(line.held_out)])
+        digits = DIGITS.get(line.metric, 4)
+        ours, beside = number(line.reproduced, digits), number(line.held_out, digits)
+        rows.append(
+            [line.row.name, recipe(plan, line.row), TITLES[line.metric], shown, ours, allowed, line.verdict, beside]
+        )
     return [*markdown(head, rows), tolerance_words(plan.table), ""]
 
 
@@ -212,16 +217,18 @@ def tolerance_words(table):
 
 def held_out_table(plan, results) -> list[str]:
     """Every row with held-out runs."""
-    head = ["row", "recipe", "runs", *(TITLES[m] for m in HELD_OUT), "minutes", "parameters"]
+    metrics = plan.table.shown or HELD_OUT
+    head = ["row", "recipe", "runs", *(TITLES[m] for m in metrics), "minutes", "parameters"]
     rows = []
     for row in plan.table.rows:
-        found = results.of(row.name, held_out=True)
-        if found:
-            scores = [number(results.values(row.name, metric, True), count=False) for metric in HELD_OUT]
-            parameters = {result.get("parameters") for result in found.values()} - {None}
-            minutes = number([result["minutes"] for result in found.values()], 1, count=False)
+        runs = results.of(row.name, held_out=True)
+        if runs:
+            values = {metric: results.values(row.name, metric, True) for metric in metrics}
+            scores = [number(found, DIGITS.get(metric, 4), count=False) for metric, found in values.items()]
+            parameters = {result.get("parameters") for result in runs.values()} - {None}
+            minutes = number([result["minutes"] for result in runs.values()], 1, count=False)
             shown = " or ".join(f"{p:,}" for p in sorted(parameters)) or "-"
-            rows.append([row.name, recipe(plan, row), len(found), *scores, minutes, shown])
+            rows.append([row.name, recipe(plan, row), len(runs), *scores, minutes, shown])
     return ["Held-out sections:", "", *markdown(head, rows)] if rows else []
 
 
@@ -295,7 +302,8 @@ def factor_words(table, factor, results) -> list[str]:
 
 def choice(factor, results) -> str:
     """What a user should choose, in two sentences."""
-    scores = {level: results.metric(row, "held_out_v_rand", True) for level, row in factor.levels.items()}
+    scores = {level: results.metric(row, factor.metric, True) for level, row in factor.levels.items()}
+    title = TITLES[factor.metric]
     ranked = sorted((level for level in scores if scores[level]), key=lambda level: -mean_of(scores[level]))
     if len(ranked) < 2:
         return "Choose: there are not yet held-out runs of two levels to choose from."
@@ -304,10 +312,10 @@ def choice(factor, results) -> str:
     shown, agreed = number(list(scores[first].values())), f" The study chose {factor.chosen}." * bool(factor.chosen)
     verdict = verdicts.holds(lead)
     if verdict == "confirmed":
-        return f"Choose {first}: its held-out V_rand, {shown}, is ahead of {second} by {lead}.{agreed}"
+        return f"Choose {first}: its held-out {title}, {shown}, is ahead of {second} by {lead}.{agreed}"
     doubt = "rests on too few runs" if verdict == "too few runs" else "is within noise"
     return (
-        f"Choose by cost: {first} has the highest held-out V_rand, {shown}, but its lead over {second}, {lead}, "
+        f"Choose by cost: {first} has the highest held-out {title}, {shown}, but its lead over {second}, {lead}, "
         f"{doubt}.{agreed}"
     )
 

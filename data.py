@@ -12,7 +12,7 @@ cache) and `synthetic` (the painted stack). Bad input ends in a `DataError` of o
 import functools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,7 @@ __all__ = [
     "montage",
     "natural_key",
     "parse_sections",
+    "read_instances",
     "read_labels",
     "read_stack",
     "replacing",
@@ -202,32 +203,52 @@ def _label_warnings(labels, invert):
 
 def _too_many_values(stack, values):
     sections = stack.sections
-    extremes = np.mean((sections == values[0]) | (sections == values[-1]))
-    flat = np.mean(sections[..., 1:] == sections[..., :-1]) if sections.shape[-1] > 1 else 0.0
-    if extremes > 0.8:
+    between = ((sections != values[0]) & (sections != values[-1]))[..., 1:]
+    flat = np.mean((sections[..., 1:] == sections[..., :-1])[between]) if between.any() else 0.0
+    if flat <= 0.8 and between.mean() < 0.2:
         like = "it looks like a mask blurred by resampling or JPEG: threshold it"
     elif flat > 0.8:
-        like = "it looks like an instance mask (a number per cell): save borders as 0 and all cells as 255"
+        like = "it looks like an instance mask (a number per cell), which --instances takes"
     else:
         like = "it looks like an image or a probability map, not a mask"
     shown = some([f"{value:g}" for value in values])
     return f"--mask_path: {stack.source} must hold two label values, and holds {len(values)} ({shown}); {like}."
 
 
-def load_pair(image_path, mask_path, *, invert_mask=False):
+def read_instances(path):
+    """Read instance labels, one number a cell, 0 = background, as a Stack of int32 and a list of messages."""
+    stack = read_stack(path, what="mask")
+    labels = stack.sections
+    if labels.dtype.kind not in "biu" or labels.min() < 0 or labels.max() >= 2**31:
+        raise DataError(
+            f"--mask_path: {stack.source} must hold whole numbers, 0 = background, with --instances. Received: "
+            f"{labels.dtype} {labels.min()}..{labels.max()}"
+        )
+    counts = [len(np.unique(section[section > 0])) for section in labels]
+    said = f"labels: instances, {min(counts)} to {max(counts)} a section; {(labels > 0).mean():.1%} of the pixels"
+    empty = ["warning: the mask is all background: no pixel is interior"] if max(counts) == 0 else []
+    return replace(stack, sections=labels.astype(np.int32)), [said, *empty]
+
+
+def load_pair(image_path, mask_path, *, invert_mask=False, instances=False):
     """Read images and their masks, paired section by section.
 
     Two folders are paired by the stems of their files, where `man_seg007` goes with `t007` and `7_label` with
-    `7`; anything else by order. What was done is said in the messages.
+    `7`; anything else by order. Frames without a mask are left out where the masks are `instances`, as the Cell
+    Tracking Challenge labels some frames of a sequence only. What was done is said in the messages.
 
     Returns
     -------
     images, masks : Stack
-        Native values, and uint8 0 (membrane) / 1 (interior), of the same shape.
+        Native values, and uint8 0 (membrane) / 1 (interior), or int32 numbers of cells, of the same shape.
     messages : list of str
     """
     images = read_stack(image_path, what="image")
-    masks, messages = read_labels(mask_path, invert=invert_mask)
+    if instances:
+        masks, messages = read_instances(mask_path)
+        images, messages = _labelled_only(images, masks, messages)
+    else:
+        masks, messages = read_labels(mask_path, invert=invert_mask)
     if images.sections.shape != masks.sections.shape:
         wanted, found = _shape_words(images), _shape_words(masks)
         raise DataError(f"--mask_path: the masks must be like the images, {wanted}. Received: {found}")
@@ -235,6 +256,23 @@ def load_pair(image_path, mask_path, *, invert_mask=False):
     names = [masks.names[i] for i in order]
     masks = Stack(masks.sections[order], masks.voxel_nm, names, masks.source, masks.description)
     return images, masks, [*messages, said]
+
+
+def _labelled_only(images, masks, messages):
+    """Leave out the frames of a folder whose number is on no mask of another folder."""
+    if len(masks.names) >= len(images.names) or not (Path(images.source).is_dir() and Path(masks.source).is_dir()):
+        return images, messages
+    numbers = {_last_number(name) for name in masks.names}
+    kept = [i for i, name in enumerate(images.names) if _last_number(name) in numbers]
+    if len(kept) != len(masks.names):
+        return images, messages
+    said = f"pairs: {len(kept)} of {len(images.names)} frames are labelled, the others are left out"
+    return replace(images, sections=images.sections[kept], names=[images.names[i] for i in kept]), [*messages, said]
+
+
+def _last_number(name):
+    digits = re.findall("[0-9]+", name)
+    return int(digits[-1]) if digits else None
 
 
 def _pairs(images, masks):

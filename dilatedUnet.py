@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import tempfile
+from functools import partial
 
 VERBS = {
     "train": "train a network (the default verb)",
@@ -26,6 +27,17 @@ VERBS = {
     "check": "say what the files are, before any training",
 }
 DATA_SETS = ("isbi2012", "dic-hela", "phc-u373")
+# What depends on the network: defaults of flags that are not given.
+ARCHITECTURES = {
+    "unet2017": {
+        **{"filters": (44, 88, 176), "dropout": 0.3, "window": 512, "augment": "none", "loss": "bce_dice"},
+        **{"batch_size": 3, "optimizer": "rmsprop", "momentum": 0.0, "clr_mode": "triangular", "lr": 1e-5},
+    },
+    "unet2015": {
+        **{"filters": (64,), "dropout": 0.5, "window": 572, "augment": "all", "loss": "weighted"},
+        **{"batch_size": 1, "optimizer": "sgd", "momentum": 0.99, "clr_mode": "none", "lr": 1e-3},
+    },
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,6 +134,9 @@ def add_data(parser):
     )
     group.add_argument("--mask_path", metavar="PATH", help="its labels, likewise (default: as --image_path)")
     group.add_argument("--invert_mask", action="store_true", help="labels mark the membrane, not the interior")
+    group.add_argument(
+        "--instances", action="store_true", help="labels number the cells, 0 = background: cells, not membranes"
+    )
 
 
 def add_protocol(parser):
@@ -152,16 +167,26 @@ def add_protocol(parser):
 def add_network(parser):
     group = parser.add_argument_group("network")
     binary = {"type": int, "choices": (0, 1), "metavar": "0|1"}
+    group.add_argument(
+        "--arch",
+        default="unet2017",
+        choices=tuple(ARCHITECTURES),
+        help="unet2017: standard or dilated network of the 2017 study; unet2015: the U-Net paper's network and recipe",
+    )
     group.add_argument("--dilate", default=1, help="dilate the centre: 1, 2, 4, 8, 16, 32", **binary)
     group.add_argument("--dilate_rate", type=count, default=1, help="dilation of each level's second convolution")
     group.add_argument("--addition", default=1, help="sum the centre's six convolutions", **binary)
     group.add_argument(
         "--filters",
         type=filter_list,
-        default=(44, 88, 176),
-        help="filters of each level, top to bottom (default: 44,88,176)",
+        help="filters of each level, top to bottom (default: 44,88,176); of unet2015, of the first level (default: 64)",
     )
-    group.add_argument("--dropout", type=number(float, 0.0, 0.95), default=0.3, help="fraction dropped")
+    group.add_argument("--depth", type=number(int, 1, 8), help="poolings of unet2015 (default: 4)")
+    group.add_argument("--batch_norm", action="store_true", help="batch norm in unet2015, which the paper lacks")
+    group.add_argument("--padding", choices=("valid", "same"), help="convolutions of unet2015 (default: valid)")
+    group.add_argument(
+        "--dropout", type=number(float, 0.0, 0.95), help="fraction dropped (default: 0.3; unet2015: 0.5)"
+    )
     group.add_argument(
         "--classes", type=number(int, 2, 256), default=2, help="channels of the softmax; class 1 is the interior"
     )
@@ -169,13 +194,16 @@ def add_network(parser):
 
 def add_augmentation(parser):
     group = parser.add_argument_group("augmentation (numbers below replace those of the preset)")
-    group.add_argument("--window", type=count, default=512, help="side of a training window, px; a multiple of 8")
+    group.add_argument(
+        "--window",
+        type=count,
+        help="side of the network's input in training, px; a multiple of 8 (default: 512); unet2015: 572, 556, ...",
+    )
     group.add_argument(
         "--augment",
-        default="none",
         choices=("none", "affine", "elastic", "all"),
         help="affine: flips, turns, rotation, scale, shear, shift; elastic: flips, turns, 3 x 3 grid with a standard "
-        "deviation of 10 px (U-Net 2015); all: both, and gray values",
+        "deviation of 10 px (U-Net 2015); all: both, and gray values (default: none; unet2015: all)",
     )
     group.add_argument("--elastic_grid", type=number(int, 2, 32), help="nodes per side of the displacement grid")
     group.add_argument("--elastic_sd_px", type=number(float, 0, 100), help="standard deviation of a node, px")
@@ -193,14 +221,14 @@ def add_schedule(parser):
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=count, default=300, help="epochs of --steps_per_epoch updates")
     group.add_argument("--steps_per_epoch", type=count, default=10, help="updates per epoch")
-    group.add_argument("--batch_size", type=count, default=3, help="windows per update")
-    group.add_argument("--lr", type=positive, default=1e-5, help="base learning rate")
+    group.add_argument("--batch_size", type=count, help="windows per update (default: 3; unet2015: 1)")
+    group.add_argument("--lr", type=positive, help="base learning rate (default: 0.00001; unet2015: 0.001)")
     group.add_argument("--max_lr", type=positive, help="highest learning rate (default: 0.0005)")
     group.add_argument(
         "--clr_mode",
-        default="triangular",
         choices=("triangular", "triangular2", "exp_range", "cosine", "none"),
-        help="cycles between --lr and --max_lr; cosine: falls from --max_lr to --lr over the run; none: --lr",
+        help="cycles between --lr and --max_lr; cosine: falls from --max_lr to --lr over the run; none: --lr "
+        "(default: triangular; unet2015: none)",
     )
     group.add_argument("--step_size", type=count, help="half a cycle, updates (default: 2000)")
     group.add_argument("--clr_gamma", type=number(float, 0, 1, above=True), help="of exp_range (default: 0.9994)")
@@ -213,18 +241,24 @@ def add_schedule(parser):
         help="learning-rate range test of that many updates (100), with its plot and a suggestion",
     )
     group.add_argument(
-        "--optimizer", default="rmsprop", choices=("rmsprop", "adam", "adamax", "sgd"), help="the framework's own"
+        "--optimizer",
+        choices=("rmsprop", "adam", "adamax", "sgd"),
+        help="the framework's own (default: rmsprop; unet2015: sgd)",
     )
-    group.add_argument("--momentum", type=number(float, 0, 0.9999), help="of rmsprop and sgd (default: 0)")
+    group.add_argument(
+        "--momentum", type=number(float, 0, 0.9999), help="of rmsprop and sgd (default: 0; unet2015: 0.99)"
+    )
     group.add_argument(
         "--ema", type=number(float, 0, 0.99999), default=0.0, help="momentum of a moving average of the weights"
     )
     group.add_argument(
         "--loss",
-        default="bce_dice",
-        choices=("bce_dice", "bce", "dice"),
-        help="binary cross-entropy, 1 - soft Dice, or their sum",
+        choices=("bce_dice", "bce", "dice", "weighted"),
+        help="binary cross-entropy, 1 - soft Dice, or their sum (default); weighted: softmax cross-entropy with class "
+        "and border weights (default of unet2015)",
     )
+    group.add_argument("--w0", type=number(float, 0, 1000), help="weight of a border of --loss weighted (default: 10)")
+    group.add_argument("--sigma", type=positive, help="its reach, standard deviation in px (default: 5)")
     group.add_argument(
         "--patience",
         type=whole,
@@ -327,14 +361,30 @@ def add_check(parser):
 # -- flags that contradict each other ----------------------------------------------------------------------------
 
 
+def fill_in(args):
+    """The defaults that depend on the network, or on another of them."""
+    own = ARCHITECTURES[args.arch]
+    if args.optimizer not in (None, own["optimizer"]):
+        own = own | {"momentum": 0.0}
+    if args.padding == "same":
+        own = own | {"window": 512}
+    for name in own:
+        if getattr(args, name) is None:
+            setattr(args, name, own[name])
+
+
 def check_train(args, parser):
     """Refuse contradictions, then fill in the defaults that depend on other flags."""
+    momentum = args.momentum
+    fill_in(args)
     published, kfold = args.protocol == "published", args.protocol == "kfold"
     nothing = args.protocol in ("published", "all")
     no_validation = args.inner_sections == 0 or args.protocol == "all"
     fold = args.fold is not None or args.folds is not None
     cyclic = args.clr_mode in ("triangular", "triangular2", "exp_range")
     multiple, execution = 2 ** len(args.filters), args.steps_per_execution or 1
+    of_2015 = args.arch == "unet2015"
+    weighted = args.loss == "weighted"
     contradictions = (
         (args.val_sections and args.protocol != "holdout", "--val_sections goes with --protocol holdout"),
         (fold and not kfold, "--fold and --folds go with --protocol kfold"),
@@ -346,20 +396,29 @@ def check_train(args, parser):
         (args.clr_gamma and args.clr_mode != "exp_range", "--clr_gamma goes with --clr_mode exp_range"),
         (args.max_lr and args.clr_mode == "none", "--max_lr is of no use with --clr_mode none"),
         ((args.max_lr or 5e-4) < args.lr and args.clr_mode != "none", "--max_lr must be at least --lr"),
-        (args.momentum and args.optimizer not in ("rmsprop", "sgd"), "--momentum goes with rmsprop and sgd"),
+        (momentum and args.optimizer not in ("rmsprop", "sgd"), "--momentum goes with rmsprop and sgd"),
         (args.lr_find and args.augment_preview, "--lr_find and --augment_preview are two different jobs: choose one"),
         (args.resume and args.force, "--resume goes on with a run and --force replaces it: choose one"),
         (args.steps_per_epoch % execution, "--steps_per_execution must be a divisor of --steps_per_epoch"),
-        (args.window % multiple, f"--window must be a multiple of {multiple}. Received: {args.window}"),
+        (args.window % multiple and not of_2015, f"--window must be a multiple of {multiple}. Received: {args.window}"),
+        (of_2015 and len(args.filters) > 1, "--filters of unet2015 is one number, doubled at every level"),
+        (
+            (args.depth or args.padding or args.batch_norm) and not of_2015,
+            "--depth, --padding and --batch_norm go with --arch unet2015",
+        ),
+        ((args.w0 is not None or args.sigma) and not weighted, "--w0 and --sigma go with --loss weighted"),
+        (args.instances and args.invert_mask, "--invert_mask is of no use with --instances"),
+        (args.instances and published, "--instances goes with --protocol holdout, kfold or all"),
     )
     for wrong, words in contradictions:
         if wrong:
             parser.error(words)
+    args.depth, args.padding = args.depth or 4, args.padding or "valid"
+    args.w0, args.sigma = 10.0 if args.w0 is None else args.w0, args.sigma or 5.0
     args.val_windows = args.val_windows or 9
     args.max_lr = args.max_lr or 5e-4
     args.step_size = args.step_size or 2000
     args.clr_gamma = args.clr_gamma or 0.9994
-    args.momentum = args.momentum or 0.0
     args.patience = 300 if args.patience is None else args.patience
 
 
@@ -425,7 +484,7 @@ def run_reproduce(args):
 def run_fetch(args):
     import data
 
-    print(data.fetch(args.name))
+    print(data.fetch(args.name, log=partial(print, file=sys.stderr)))
     return 0
 
 

@@ -148,6 +148,11 @@ def add_arguments(parser):
         "--invert_mask", action="store_true", help="the larger label value is membrane (default: interior)"
     )
     files.add_argument(
+        "--instances",
+        action="store_true",
+        help="both hold cells' numbers, 0 = background (predict --segment): score mean IoU and SEG instead",
+    )
+    files.add_argument(
         "--sections",
         metavar="LIST",
         help="sections of the labels, counted from 0, such as 24-29 (default: all)",
@@ -171,6 +176,8 @@ def run(args):
     """Score what the parsed flags name; return 0. Bad input raises `data.DataError`."""
     which = parse_scores(args.scores)
     refuse_existing(args)
+    if args.instances:
+        return run_instances(args)
     labels, messages = data.read_labels(args.mask_path, invert=args.invert_mask)
     sections = _asked(args.sections, len(labels.sections))
     native, words = read_sections(args.prediction, "prediction", sections, labels.sections.shape)
@@ -191,6 +198,28 @@ def run(args):
     return 0
 
 
+def run_instances(args):
+    """Score labels of cells against labels of cells; return 0."""
+    if args.report or args.invert_mask or args.scores != "default":
+        raise data.DataError("--instances goes without --report, --invert_mask and --scores.")
+    references, messages = data.read_instances(args.mask_path)
+    sections = _asked(args.sections, len(references.sections))
+    prediction, words = read_sections(args.prediction, "prediction", sections, references.sections.shape)
+    if prediction.dtype.kind not in "biu":
+        raise data.DataError(
+            f"--prediction must hold whole numbers, 0 = background, with --instances. Received: {prediction.dtype}"
+        )
+    chosen = references.sections[list(sections)]
+    if not chosen.any():
+        raise data.DataError(f"--sections: no cell is labelled in {data.format_sections(sections)}.")
+    say([*messages, *words])
+    result = {"prediction": str(args.prediction), "mask_path": str(args.mask_path)}
+    result |= score_instances(prediction, chosen, sections=sections)
+    print(f"mean IoU {result['mean_iou']:.4f}, SEG {result['seg']:.4f} of {result['cells']} cells")
+    write(result, args, None, None, None)
+    return 0
+
+
 def write(result, args, prediction, references, raw):
     """Write the JSON file and the report, where asked for, and say where they are."""
     if args.json:
@@ -208,6 +237,34 @@ def say(messages):
     for message in messages:
         if message:
             print(message, file=sys.stderr if message.startswith("warning:") else sys.stdout)
+
+
+def score_instances(prediction, references, *, sections=None):
+    """Score instance labels.
+
+    Parameters
+    ----------
+    prediction, references : ndarray of int, shape (S, H, W)
+        Numbers of cells, 0 = background.
+
+    Returns
+    -------
+    dict
+        "mean_iou" and "seg" (`scores.mean_iou`, `scores.seg`), "per_section" likewise, "cells", "sections".
+    """
+    import scores
+
+    numbers = list(range(len(references)) if sections is None else sections)
+    labelled = [i for i in range(len(references)) if references[i].any()]
+    both = {"mean_iou": scores.mean_iou, "seg": scores.seg}
+    return {name: score(prediction, references) for name, score in both.items()} | {
+        "per_section": [
+            {"section": numbers[i]} | {name: score(prediction[[i]], references[[i]]) for name, score in both.items()}
+            for i in labelled
+        ],
+        "cells": sum(len(np.unique(section[section > 0])) for section in references),
+        "sections": numbers,
+    }
 
 
 def parse_scores(text):

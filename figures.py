@@ -1,5 +1,9 @@
 """Pictures of runs and stacks: arrays and histories -> PNG and GIF, never a model.
 
+    python figures.py animate --image_path train-volume.tif --mask_path train-labels.tif --output train.gif
+    python figures.py curves runs/start --output curves.png
+    python figures.py learning_rate runs/start --output learning_rate.png
+
 Every function takes the place to write to last of what it needs, writes beside it, moves the finished file
 there, and returns the path. The `draw_...` functions make the matplotlib figure without saving it. Colours
 are those of Okabe and Ito (2008), told apart by all common kinds of colour vision; lines differ in style or
@@ -7,7 +11,12 @@ marker as well, so that a grey print still reads. matplotlib is imported when th
 its global state (pyplot, rcParams) is left alone.
 """
 
+import argparse
+import csv
+import json
+import logging
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -36,7 +45,7 @@ STYLES = (
 WIDTH_IN, DPI = 9.0, 160
 """A figure is 1440 px wide, shown at 900 px or less: 10 pt letters are then 14 px high."""
 
-GIF_BYTES = 3_000_000
+GIF_BYTES = 2_500_000
 """Largest animation, in bytes: what a README loads without a wait."""
 
 
@@ -86,7 +95,13 @@ _CURVE_NAMES = {"epoch"} | {name for names in _CURVE_ROWS for name, _ in names}
 _ROW_TITLES = {"loss": "loss", "dice": "Dice", "learning_rate": "learning rate"}
 
 
-def learning_rate(rates: Sequence[float], path: str | Path, *, label: str = "") -> Path:
+def learning_rate(
+    rates: Sequence[float],
+    path: str | Path,
+    *,
+    label: str = "",
+    recorded: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Path:
     """The learning rate of every update.
 
     Parameters
@@ -97,18 +112,29 @@ def learning_rate(rates: Sequence[float], path: str | Path, *, label: str = "") 
         PNG to write.
     label : str, optional
         What the schedule is, in words; the figure's title.
+    recorded : (updates, rates), optional
+        What a history says was used, as dots on the line.
     """
-    return _save(draw_learning_rate(rates, label=label), path)
+    return _save(draw_learning_rate(rates, label=label, recorded=recorded), path)
 
 
-def draw_learning_rate(rates: Sequence[float], *, label: str = "") -> "Figure":
+def draw_learning_rate(
+    rates: Sequence[float], *, label: str = "", recorded: tuple[Sequence[float], Sequence[float]] | None = None
+) -> "Figure":
     """Figure of `learning_rate`."""
     rates = _floats(rates)
     if not rates.size:
         raise ValueError("rates must hold at least one update. Received: 0")
     figure = _figure(height_in=3.0)
     axes = _axes(figure, "update", "learning rate", label)
-    axes.plot(np.arange(1, rates.size + 1), rates, color=BLUE, linewidth=1.8)
+    axes.plot(np.arange(1, rates.size + 1), rates, color=BLUE, linewidth=1.8, label="schedule")
+    if recorded is not None:
+        every = max(1, len(recorded[0]) // 25)
+        axes.plot(
+            *recorded, color=VERMILLION, linestyle="none", marker="o", markersize=6, markevery=every,
+            clip_on=False, label="recorded at the end of an epoch",
+        )  # fmt: skip
+        _legend(axes)
     axes.set_ylim(bottom=0)
     _plain_numbers(axes.yaxis)
     return figure
@@ -151,7 +177,7 @@ def draw_lr_find(rates: Sequence[float], losses: Sequence[float], suggestion: tu
 def factor(
     panels: Mapping[str, Mapping[str, tuple]], path: str | Path, *, xlabel: str = "epoch", title: str = ""
 ) -> Path:
-    """Levels of one factor of a study: mean and spread over runs, one panel per quantity.
+    """Levels of one factor of a study: mean and spread over runs, one panel per quantity, in pairs from four on.
 
     Parameters
     ----------
@@ -174,15 +200,18 @@ def draw_factor(panels: Mapping[str, Mapping[str, tuple]], *, xlabel: str = "epo
     if not levels:
         raise ValueError(f"panels must hold at least one level. Received: {list(panels)}")
     styles = dict(zip(levels, _styles(len(levels)), strict=True))
-    figure = _figure(height_in=3.8)
+    columns = len(panels) if len(panels) < 4 else 2
+    rows = -(-len(panels) // columns)
+    figure = _figure(height_in=3.8 if rows == 1 else 3.0 * rows)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-    for axes, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, (name, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=False):
         for level, (x, mean, deviation) in lines.items():
             _mean_and_spread(axes, level, _floats(x), _floats(mean), _floats(deviation), styles[level])
         axes.set(xlabel=xlabel)
         axes.set_title(name, loc="left", fontsize=11)
         _tidy(axes)
         _log_if_wide(axes, [_floats(mean) for _, mean, _ in lines.values()])
+        _whole_numbers(axes)
         if any(lines):
             _legend(axes)
     return figure
@@ -300,7 +329,12 @@ def draw_panel(
     grid = figure.subplots(count, len(shown), squeeze=False)
     for row, axes_row in enumerate(grid):
         for axes, (name, stack) in zip(axes_row, shown, strict=True):
-            _gray(axes, stack[row], None if name == "section" else (0.0, _full_scale(stack[row])))
+            if name == "section":
+                _gray(axes, stack[row])
+            elif _numbers_instances(stack[row]):
+                _instances(axes, stack[row])
+            else:
+                _gray(axes, stack[row], (0.0, _full_scale(stack[row])))
             _frame(axes)
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=11, pad=5)
@@ -582,11 +616,18 @@ def _outline(axes: "Axes", mask: np.ndarray) -> None:
         axes.contour(inside, levels=[0.5], colors=[ORANGE], linewidths=0.9)
 
 
+def _numbers_instances(stack: np.ndarray) -> bool:
+    """Whether an array numbers instances: whole numbers, and more than the two values of a mask."""
+    return stack.dtype.kind in "iu" and len(np.unique(stack)) > 2
+
+
 def _instances(axes: "Axes", labels: np.ndarray) -> None:
     """Instances in five colours that repeat, on white."""
     from matplotlib.colors import ListedColormap
 
     colours = ListedColormap(["white", BLUE, ORANGE, GREEN, PURPLE, SKY])
+    numbers, dense = np.unique(labels, return_inverse=True)
+    labels = dense.reshape(labels.shape) + (numbers[0] > 0)
     axes.imshow(np.where(labels > 0, 1 + (labels - 1) % 5, 0), cmap=colours, vmin=0, vmax=5, interpolation="nearest")
 
 
@@ -632,3 +673,233 @@ def _gif(frames: Sequence[np.ndarray], frame_ms: int, grays: int) -> bytes:
     file = BytesIO()
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=frame_ms, loop=0, optimize=False)
     return file.getvalue()
+
+
+# The command line
+
+
+CHALLENGE_FILES = {
+    ("--image_path", False): "train-volume.tif",
+    ("--mask_path", False): "train-labels.tif",
+    ("--image_path", True): "test-volume.tif",
+    ("--mask_path", True): "test-labels.tif",
+}
+"""File that a flag means in a folder with the challenge's files, without and with --test."""
+
+RUN_CURVES = {
+    "loss": "training loss",
+    "val_loss": "validation loss",
+    "dice": "training Dice",
+    "val_dice": "validation Dice",
+}
+"""Panels that compare several runs."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one sentence, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw one picture; the exit code is 2 where the input is bad."""
+    args = build_parser().parse_args(argv)
+    try:
+        path = args.draw(args)
+    except (OSError, ValueError) as error:
+        print(f"figures.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of the three verbs."""
+    parser = Parser(prog="figures.py", description="Draw runs and stacks; an existing picture is replaced.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verb = verbs.add_parser("animate", help="sections beside their masks or predictions, as a GIF")
+    stack = "TIFF stack, or a folder with the challenge's files"
+    verb.add_argument("--image_path", required=True, metavar="PATH", help=stack)
+    verb.add_argument("--mask_path", required=True, metavar="PATH", help=f"masks or probabilities: {stack}")
+    verb.add_argument("--test", action="store_true", help="in a folder, take the test stack, not the training stack")
+    verb.add_argument("--output", required=True, type=_output(".gif"), metavar="FILE.gif")
+    verb.add_argument(
+        "--side", type=_at_least(16), default=256, metavar="PX", help="height of the GIF, px (default: 256)"
+    )
+    verb.add_argument("--every", type=_at_least(1), default=1, metavar="N", help="show each N-th section (default: 1)")
+    verb.set_defaults(draw=_animate)
+    verb = verbs.add_parser("curves", help="loss and Dice against the epoch; several runs are compared")
+    verb.add_argument("runs", nargs="+", metavar="RUN_OR_HISTORY", help="run folder, or its history.csv")
+    verb.add_argument("--output", required=True, type=_output(".png"), metavar="FILE.png")
+    verb.set_defaults(draw=_curves)
+    verb = verbs.add_parser("learning_rate", help="the learning rate of every update of a run")
+    verb.add_argument("run", metavar="RUN_OR_RECORD", help="run folder, or its run.json")
+    verb.add_argument("--output", required=True, type=_output(".png"), metavar="FILE.png")
+    verb.set_defaults(draw=_learning_rate)
+    return parser
+
+
+def _output(suffix: str) -> Callable[[str], Path]:
+    """An argparse type: a file of that kind in a folder that is there."""
+
+    def parse(text):
+        path = Path(text)
+        if path.suffix.lower() != suffix or path.is_dir() or not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"must be a {suffix} file in an existing folder. Received: {text}")
+        return path
+
+    return parse
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` on."""
+
+    def parse(text):
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"must be a whole number, at least {low}. Received: {text}")
+        return int(text)
+
+    return parse
+
+
+def _animate(args: argparse.Namespace) -> Path:
+    """The `animate` verb."""
+    sections = _read_stack(args.image_path, "--image_path", args.test)
+    masks = _read_stack(args.mask_path, "--mask_path", args.test)
+    if masks.shape != sections.shape:
+        raise ValueError(f"--mask_path must be of the shape of --image_path, {sections.shape}. Received: {masks.shape}")
+    if masks.min() < 0 or masks.max() > 255:
+        raise ValueError(f"--mask_path must hold 0..1 or 0..255. Received: {masks.min():g}..{masks.max():g}")
+    return animation(sections[:: args.every], masks[:: args.every], args.output, height=args.side)
+
+
+def _read_stack(text: str, flag: str, test: bool) -> np.ndarray:
+    """Sections of shape (S, H, W) of a TIFF file, or of the challenge's file in a folder."""
+    import tifffile
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs about broken files is raised here
+    path = Path(text) / CHALLENGE_FILES[flag, test] if Path(text).is_dir() else Path(text)
+    if not path.is_file():
+        raise ValueError(
+            f"{flag}: {path} does not exist; `python dilatedUnet.py fetch isbi2012` prints the folder of that data set."
+        )
+    try:
+        stack = _rows(tifffile.imread(path))
+    except Exception as error:  # tifffile raises struct, index, key and codec errors on a damaged file
+        raise ValueError(f"{flag}: {path} is no TIFF file, or is damaged: {error}") from error
+    if stack.ndim != 3 or not stack.size or stack.dtype.kind not in "buif" or not np.isfinite(stack).all():
+        found = f"{stack.dtype} of shape {stack.shape}"
+        raise ValueError(f"{flag}: {path} must hold gray sections of finite numbers. Received: {found}")
+    return stack.view(np.uint8) if stack.dtype == bool else stack
+
+
+def _curves(args: argparse.Namespace) -> Path:
+    """The `curves` verb: one run as `curves` draws it, several as the levels of a factor."""
+    histories = [_read_history(_file_of_run(run, "history.csv")) for run in args.runs]
+    if len(histories) == 1:
+        return curves(histories[0], args.output)
+    return factor(_compared(dict(zip(_run_names(args.runs), histories, strict=True))), args.output)
+
+
+def _file_of_run(text: str, name: str) -> Path:
+    """The file of that name in a run folder, or the file that was typed."""
+    path = Path(text) / name if Path(text).is_dir() else Path(text)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give a run folder, or its {name}.")
+    return path
+
+
+def _read_history(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a history.csv, empty fields as NaN."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            names, *rows = [line for line in csv.reader(file) if line]
+        return dict(zip(names, map(_floats, zip(*rows, strict=True)), strict=True))
+    except (ValueError, csv.Error) as error:
+        rule = "must be a history: a line of column names, then a line of numbers for each epoch."
+        raise ValueError(f"{path} {rule}") from error
+
+
+def _run_names(runs: Sequence[str]) -> list[str]:
+    """Names of run folders; what was typed, where they are not told apart by their names."""
+    paths = [Path(run).resolve() for run in runs]
+    names = [path.parent.name if path.name == "history.csv" else path.name for path in paths]
+    return names if len(set(names)) == len(names) else list(runs)
+
+
+def _compared(histories: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, tuple]]:
+    """Panels for `factor`: each quantity that a run has, without a spread."""
+    panels = {}
+    for column, title in RUN_CURVES.items():
+        lines = {
+            name: (_epochs(history, history[column].size), history[column], np.zeros_like(history[column]))
+            for name, history in histories.items()
+            if np.isfinite(history.get(column, np.nan)).any()
+        }
+        if lines:
+            panels[title] = lines
+    if not panels:
+        raise ValueError(f"the histories must hold a loss or Dice of an epoch. Received: {', '.join(histories)}")
+    return panels
+
+
+def _learning_rate(args: argparse.Namespace) -> Path:
+    """The `learning_rate` verb: the schedule of the settings, and on it what the history recorded."""
+    path = _file_of_run(args.run, "run.json")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        rates, label = scheduled_rates(record), _schedule_words(record["settings"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        rule = "must be a run record, with epochs and the settings of the learning rate"
+        raise ValueError(f"{path} {rule}: {error!r}") from error
+    history = path.with_name("history.csv")
+    columns = _read_history(history) if path.name == "run.json" and history.is_file() else {}
+    recorded = (columns["update"], columns["learning_rate"]) if {"update", "learning_rate"} <= set(columns) else None
+    return learning_rate(rates, args.output, label=label, recorded=recorded)
+
+
+def scheduled_rates(record: Mapping[str, Any]) -> np.ndarray:
+    """Learning rate of each update of a run, from its record.
+
+    The formulas of `clr_callback`, which needs Keras and is what trains; a test holds the two against each other.
+
+    Parameters
+    ----------
+    record : mapping
+        A run.json: "epochs", "settings", and in a finished run "final", whose "update" was the last.
+
+    Returns
+    -------
+    ndarray of shape (updates,)
+    """
+    settings = record["settings"]
+    planned = record["epochs"] * settings["steps_per_epoch"]
+    update = np.arange(record.get("final", {}).get("update", planned))
+    low, high, half_cycle = settings["lr"], settings["max_lr"], settings["step_size"]
+    if settings["clr_mode"] == "cosine":
+        warm_up = min(100, planned // 20)
+        done = np.clip((update - warm_up) / max(1, planned - 1 - warm_up), 0, 1)
+        falling = low + (high - low) * 0.5 * (1 + np.cos(np.pi * done))
+        return np.where(update < warm_up, high * (update + 1) / (warm_up + 1), falling)
+    height = {
+        "none": 0.0,
+        "triangular": 1.0,
+        "triangular2": 0.5 ** (update // (2 * half_cycle)),
+        "exp_range": settings["clr_gamma"] ** update,
+    }[settings["clr_mode"]]
+    return low + (high - low) * height * (1 - np.abs(update % (2 * half_cycle) / half_cycle - 1))
+
+
+def _schedule_words(settings: Mapping[str, Any]) -> str:
+    """The schedule in a few words."""
+    low, high, mode = settings["lr"], settings["max_lr"], settings["clr_mode"]
+    if mode == "none":
+        return f"constant, {low:g}"
+    if mode == "cosine":
+        return f"cosine, from {high:g} down to {low:g}"
+    return f"{mode}, {low:g} to {high:g}, half a cycle is {settings['step_size']} updates"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

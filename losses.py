@@ -47,7 +47,7 @@ def bce_dice(truth, interior):
     return bce(truth, interior) + dice(truth, interior)
 
 
-LOSSES = {"bce_dice": bce_dice, "bce": bce, "dice": dice}
+LOSSES = {"bce_dice": bce_dice, "bce": bce, "dice": dice}  # `weighted_cross_entropy` takes other arguments
 
 
 def get(name):
@@ -181,8 +181,9 @@ def weight_maps(labels, *, w0=10.0, sigma=5.0, class_balance=True, reach=1):
         Instances of each section, 0 = background. For membrane labels, `instances` of each section.
     w0, sigma
         As in `border_weights`.
-    class_balance : bool
-        w_c balances the classes of the whole stack: give it the training sections alone.
+    class_balance : bool or (float, float)
+        w_c balances the classes of the whole stack, or is given, (background, interior): the `class_weights` of the
+        training sections alone, where others are in the stack.
     reach : int
         Of `separate`, applied to each section; 0 for labels that must stay as they are, as those of membranes.
 
@@ -195,7 +196,9 @@ def weight_maps(labels, *, w0=10.0, sigma=5.0, class_balance=True, reach=1):
     """
     apart = [separate(_checked(section, w0, sigma), reach) for section in labels]
     truth = np.stack([section > 0 for section in apart]).astype(np.uint8)
-    balance = class_weights(np.count_nonzero(truth), truth.size) if class_balance else (1.0, 1.0)
+    if class_balance is True:
+        class_balance = class_weights(np.count_nonzero(truth), truth.size)
+    balance = class_balance or (1.0, 1.0)
     return truth, np.stack([_weights(section, w0, sigma, balance) for section in apart])
 
 

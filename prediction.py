@@ -17,6 +17,7 @@ from data import DataError
 FORMAT = "dilated-unet weights 1"
 SUFFIX = ".weights.h5"
 SMALLEST_CELL_PX = 9  # of a seed for `--segment`; smaller ones are specks
+SEGMENTATION = ("threshold", "background", "smallest_cell_px")  # of a record: how `--segment` cuts cells
 
 
 # -- weights and their record -----------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def load_network(path, precision="float32"):
     """
     record = read_record(path)
     try:
-        network = unet.build(**record["network"], precision=precision)
+        network = unet.from_settings(record["network"], precision=precision)
     except (TypeError, ValueError) as error:
         raise DataError(f"--weight_path: {record_file(path)} describes no network of this suite: {error}") from error
     try:
@@ -149,14 +150,15 @@ def section_predictor(network, normalisation, settings, *, tile=None, overlap=No
     log : callable, optional
         Told once per shape of section how it is tiled.
     """
-    field = unet.receptive_field(**settings)
+    field = unet.field_from_settings(settings)
     plans = {}
 
     def plan(shape):
         if shape not in plans:
-            most = tile or tiling.MAX_TILE
+            largest = tiling.MAX_TILE - (tiling.MAX_TILE - field.remainder) % field.multiple
+            sides = {"multiple": field.multiple, "remainder": field.remainder, "shrink": field.shrink}
             try:
-                plans[shape] = tiling.plan(shape, field.radius, multiple=field.multiple, max_tile=most, halo=overlap)
+                plans[shape] = tiling.plan(shape, field.radius, max_tile=tile or largest, halo=overlap, **sides)
             except ValueError as error:  # which speaks of a halo where the flag says overlap
                 raise DataError(str(error).replace("--halo", "--overlap")) from error
             if log:
@@ -169,7 +171,13 @@ def section_predictor(network, normalisation, settings, *, tile=None, overlap=No
     def predict_one(section):
         chosen = plan(section.shape)
         return tiling.predict_section(
-            section, forward, tile=chosen.tile, halo=chosen.halo, multiple=field.multiple, batch=batch
+            section,
+            forward,
+            tile=chosen.tile,
+            halo=chosen.halo,
+            multiple=field.multiple,
+            batch=batch,
+            shrink=field.shrink,
         )
 
     def predict(section):
@@ -211,16 +219,25 @@ def write(args, finished, count, shape, voxel_nm, record):
     """Write probabilities, or with --threshold a 0/255 mask, or with --segment labels."""
     place = {"count": count, "shape": shape, "voxel_nm": voxel_nm, "force": args.force}
     if args.segment:
-        import scores
-
-        threshold = args.threshold if args.threshold is not None else record.get("threshold", 0.5)
-        labels = (scores.segment(section, threshold, min_size=SMALLEST_CELL_PX) for section in finished)
-        few = shape[0] * shape[1] // (SMALLEST_CELL_PX + 1) < 2**16  # no more cells than that fit into a section
+        how = record if args.threshold is None else record | {"threshold": args.threshold}
+        labels = segment_stack(finished, how)
+        smallest = how.get("smallest_cell_px", SMALLEST_CELL_PX)
+        few = shape[0] * shape[1] // (smallest + 1) < 2**16  # no more cells than that fit into a section
         data.write_mask(args.output, labels, dtype="uint16" if few else "uint32", **place)
     elif args.threshold is not None:
         data.write_mask(args.output, (section > args.threshold for section in finished), **place)
     else:
         data.write_prediction(args.output, finished, **place)
+
+
+def segment_stack(sections, record):
+    """Labels of each section: neurites that fill it, or where the record has a background, cells on it."""
+    import scores
+
+    background = record.get("background")
+    options = {"min_size": record.get("smallest_cell_px", SMALLEST_CELL_PX), "background": background}
+    for section in sections:
+        yield scores.segment(section, record.get("threshold", 0.5), lines=background is None, **options)
 
 
 def reported(predictions, count):

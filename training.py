@@ -55,36 +55,52 @@ OPTIMIZERS = {
 class Trainee(keras.Model):
     """Windows and numbers in, loss out: augmentation, network and loss as one compiled step.
 
-    Its input is what `augment.batch` returns; its output is the pair (interior probability, warped mask), so that
-    loss and metric see the mask that was warped with the image.
+    Its input is what `augment.batch` returns; its output holds (interior probability, warped mask, or None and the
+    logits), so that loss and metric see the mask that was warped with the image. For the weighted loss the mask is
+    signed: a pixel's weight, positive in the interior and negative outside. An unpadded network loses `shrink` px on
+    each side, and so does the mask.
     """
 
-    def __init__(self, network, *, recipe, window, normalisation, loss):
+    def __init__(self, network, *, recipe, window, normalisation, loss, shrink=0):
         super().__init__(name="trainee")
-        self.network = network
+        self.network, self.shrink = network, shrink
+        self.with_logits = unet.with_logits(network) if loss == "weighted" else None
         self.recipe, self.window, self.normalisation = recipe, window, normalisation
         constants = {"window": window, "mean": normalisation.mean, "std": normalisation.std}
         self.warp_training = device.fused(partial(augment.warp, recipe=recipe, **constants))
         self.warp_validation = device.fused(partial(augment.warp, recipe=augment.RECIPES["none"], **constants))
-        self.loss_function = losses.get(loss)
+        self.loss_function = weighted_loss if self.with_logits else plain_loss(loss)
         self.dice = keras.metrics.Mean(name="dice")
 
     def call(self, x, training=False):
         image, mask = (self.warp_training if training else self.warp_validation)(x)
+        kept = slice(self.shrink, mask.shape[1] - self.shrink)
+        mask = mask[:, kept, kept]
+        if self.with_logits:
+            interior, logits = self.with_logits(image, training=training)
+            return interior, mask, logits
         return self.network(image, training=training), mask
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        interior, mask = y_pred
-        return self.loss_function(mask, interior)
+        return self.loss_function(*y_pred)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        interior, mask = y_pred
-        self.dice.update_state(losses.soft_dice(mask, interior))
+        interior, mask, *_ = y_pred
+        self.dice.update_state(losses.soft_dice(ops.cast(mask > 0, "float32"), interior))
         return self.get_metrics_result()
 
     def state(self):
         """Everything that changes during training: weights, statistics, dropout keys, optimizer slots."""
         return [*self.network.variables, *self.optimizer.variables]
+
+
+def plain_loss(name):
+    loss = losses.get(name)
+    return lambda interior, mask: loss(mask, interior)
+
+
+def weighted_loss(interior, signed, logits):
+    return losses.weighted_cross_entropy(signed > 0, logits, ops.abs(signed))
 
 
 # -- the run ----------------------------------------------------------------------------------------------------
@@ -96,7 +112,7 @@ def run(args):
     settings = resolved_settings(args)
     precision = device.choose_precision(args.precision)
     say(device.describe(precision))
-    images, masks = load(args)
+    images, masks, cells = load(args)
     split = split_of(args, len(images.sections))
     normalisation = data.Normalisation.fit(images.sections[list(split.train)])
     if args.augment_preview:
@@ -105,8 +121,9 @@ def run(args):
     say(f"data: {images.source}, {count} sections of {height} x {width} px")
     say(f"split: {split.describe()}")
     trainee, clr = make_trainee(args, normalisation, precision)
+    targets = targets_of(args, masks, cells, split)
     if args.lr_find:
-        return find_learning_rate(args, trainee, images, masks, split, folder)
+        return find_learning_rate(args, trainee, images, targets, split, folder)
     say(f"schedule: {describe_schedule(args)}")
     record = new_record(args, settings, images, masks, split, normalisation, precision, trainee.network)
     extra = extra_callbacks(args, folder)
@@ -114,10 +131,12 @@ def run(args):
     if done:
         say(done)
         return 0
-    recorder = Recorder(args, folder, weights, record, validation_batches(args, images, masks, split))
+    recorder = Recorder(args, folder, weights, record, validation_batches(args, images, targets, split))
     first_epoch = recorder.restore(trainee) if args.resume else 0
     say(f"run record: {folder}; weights: {weights} (Keras 3 saves weights as .weights.h5)")
-    feed = training_batches(args, images, masks, split, first_epoch)
+    if targets is not masks:
+        draw_weights(images, targets, split, folder)
+    feed = training_batches(args, images, targets, split, first_epoch)
     callbacks = [clr, recorder, *extra]
     if not recorder.stopped:
         try:
@@ -133,7 +152,7 @@ def run(args):
         except KeyboardInterrupt:
             say(recorder.interrupted())
             return 130
-    finish(args, trainee, recorder, images, masks, split, normalisation, folder, weights)
+    finish(args, trainee, recorder, images, (masks, cells), split, normalisation, folder, weights)
     return 0
 
 
@@ -149,6 +168,8 @@ def output_paths(args):
 
 
 def network_name(args):
+    if args.arch == "unet2015":
+        return args.arch
     return ("dilated" if args.dilate else "standard") + "_unet"
 
 
@@ -157,15 +178,52 @@ def resolved_settings(args):
 
 
 def load(args):
+    """Images, masks (1 = interior), and with --instances the cells' numbers, which touch no other (else None)."""
     images = data.resolve(args.image_path, "image", log=say)
     masks = data.resolve(args.mask_path or args.image_path, "mask", log=say)
     if masks == images and not args.mask_path:
         raise DataError(f"--mask_path must name the labels, for there are none beside {images}.")
-    images, masks, messages = data.load_pair(images, masks, invert_mask=args.invert_mask)
+    images, masks, messages = data.load_pair(images, masks, invert_mask=args.invert_mask, instances=args.instances)
     for message in messages:
         say(message)
-    data.check_window(images, args.window, 2 ** len(args.filters))
-    return images, masks
+    check_window(args, images)
+    if not args.instances:
+        return images, masks, None
+    apart = np.stack([losses.separate(section) for section in masks.sections])
+    return images, replace(masks, sections=(apart > 0).astype(np.uint8)), masks
+
+
+def check_window(args, images):
+    side, lost = output_side(args)
+    if args.arch == "unet2015":
+        with refused():
+            unet.check_size("--window", args.window, args.depth, args.padding)
+    data.check_window(images, side, 1 if lost else 2 ** (args.depth if args.arch == "unet2015" else len(args.filters)))
+
+
+def output_side(args):
+    """Side of the network's output for an input of --window, and px lost on each side."""
+    lost = unet.shrink(args.depth, args.padding) if args.arch == "unet2015" else 0
+    return args.window - 2 * lost, lost
+
+
+def targets_of(args, masks, cells, split):
+    """What the loss compares with: the masks, or for the weighted loss each pixel's weight, signed (see `Trainee`).
+
+    The class weights are those of the training sections; held-out sections get no weights, for nothing trains or
+    chooses on them.
+    """
+    if args.loss != "weighted":
+        return masks
+    train = masks.sections[list(split.train)]
+    balance = losses.class_weights(np.count_nonzero(train), train.size)
+    signed = np.zeros(masks.sections.shape, np.float32)
+    for i in {*split.train, *split.inner}:
+        labels = cells.sections[i] if cells else losses.instances(masks.sections[i])
+        options = {"w0": args.w0, "sigma": args.sigma, "class_balance": balance, "reach": 1 if cells else 0}
+        (truth,), (weights,) = losses.weight_maps([labels], **options)
+        signed[i] = np.where(truth > 0, weights, -weights)
+    return replace(masks, sections=signed)
 
 
 def split_of(args, count):
@@ -195,7 +253,7 @@ def refused():
 
 def make_trainee(args, normalisation, precision):
     """The compiled model and its learning-rate callback (None for a rate without cycles)."""
-    network = unet.build(**network_settings(args), precision=precision, seed=args.seed)
+    network = unet.from_settings(network_settings(args), precision=precision, seed=args.seed)
     clr = None
     if args.clr_mode in clr_callback.MODES:
         clr = clr_callback.CyclicLR(args.lr, args.max_lr, args.step_size, args.clr_mode, args.clr_gamma)
@@ -204,7 +262,14 @@ def make_trainee(args, normalisation, precision):
         options["momentum"] = args.momentum
     if args.ema:
         options |= {"use_ema": True, "ema_momentum": args.ema}
-    trainee = Trainee(network, recipe=recipe_of(args), window=args.window, normalisation=normalisation, loss=args.loss)
+    trainee = Trainee(
+        network,
+        recipe=recipe_of(args),
+        window=args.window,
+        normalisation=normalisation,
+        loss=args.loss,
+        shrink=output_side(args)[1],
+    )
     trainee.compile(
         optimizer=OPTIMIZERS[args.optimizer](**options),
         steps_per_execution=device.steps_per_execution(args.steps_per_execution, args.steps_per_epoch),
@@ -215,7 +280,17 @@ def make_trainee(args, normalisation, precision):
 
 
 def network_settings(args):
-    """The arguments of `unet.build` that the weights' record keeps."""
+    """The arguments of `unet.from_settings` that the weights' record keeps."""
+    if args.arch == "unet2015":
+        return {
+            "arch": args.arch,
+            "filters": args.filters[0],
+            "levels": args.depth,
+            "padding": args.padding,
+            "batch_norm": args.batch_norm,
+            "dropout": args.dropout,
+            "classes": args.classes,
+        }
     return {
         "filters": list(args.filters),
         "dilate": bool(args.dilate),
@@ -295,6 +370,7 @@ def training_batches(args, images, masks, split, first_epoch):
 
 def crops(stacks, recipe, args, epoch, indices):
     images, masks, sections = stacks
+    side, context = output_side(args)
     return augment.batch(
         images,
         masks,
@@ -302,7 +378,8 @@ def crops(stacks, recipe, args, epoch, indices):
         seed=args.seed,
         epoch=epoch,
         indices=indices,
-        window=args.window,
+        window=side,
+        context=context,
         sections=sections,
     )
 
@@ -314,10 +391,11 @@ def validation_batches(args, images, masks, split):
         chosen = range(args.val_windows)
         groups = [chosen[i : i + args.batch_size] for i in chosen[:: args.batch_size]]
         return [crops(stacks, augment.RECIPES["none"], args, 2**31 - 1, group) for group in groups]
-    places = grid(images.sections.shape[1:], args.window, split.inner)
+    side, context = output_side(args)
+    places = grid(images.sections.shape[1:], side, split.inner)
     places = places[:: max(1, math.ceil(len(places) / 64))]
     return [
-        windows_at(images.sections, masks.sections, places[i : i + args.batch_size], args.window)
+        windows_at(images.sections, masks.sections, places[i : i + args.batch_size], side, context)
         for i in range(0, len(places), args.batch_size)
     ]
 
@@ -332,12 +410,12 @@ def grid(shape, window, sections):
     return [(s, row, column) for s in sections for row in starts[0] for column in starts[1]]
 
 
-def windows_at(images, masks, places, window):
+def windows_at(images, masks, places, window, context=0):
     """Plain windows in the form of `augment.batch`, for the recipe "none"."""
     none = augment.RECIPES["none"]
     plain = augment.draw(none, seed=0, epoch=0, index=0, sections=(0,), shape=images.shape[1:], window=window)
     draws = [replace(plain, section=section, origin=(row, column)) for section, row, column in places]
-    return augment.collate(images, masks, draws, none)
+    return augment.collate(images, masks, draws, none, context)
 
 
 def preview(args, images, masks, split, normalisation):
@@ -352,7 +430,7 @@ def preview(args, images, masks, split, normalisation):
         chosen,
         seed=args.seed,
         n=12,
-        window=args.window,
+        window=output_side(args)[0],
         mean=normalisation.mean,
         std=normalisation.std,
         sections=stacks[2],
@@ -443,7 +521,7 @@ def check_same_run(args, before, record):
 
 
 def new_record(args, settings, images, masks, split, normalisation, precision, network):
-    field = unet.receptive_field(**network_settings(args))
+    field = unet.field_from_settings(network_settings(args))
     return {
         "argv": args.argv,
         "command": shlex.join(["python", "dilatedUnet.py", *args.argv]),
@@ -723,8 +801,9 @@ def extra_callbacks(args, folder):
 # -- after training ---------------------------------------------------------------------------------------------
 
 
-def finish(args, trainee, recorder, images, masks, split, normalisation, folder, weights):
+def finish(args, trainee, recorder, images, truth, split, normalisation, folder, weights):
     """Last weights, threshold, scores on the held-out sections, pictures, final record."""
+    masks, cells = truth
     with averaged_weights(trainee):
         recorder.save_weights(folder / "last.weights.h5")
         if not any("val_loss" in row for row in recorder.rows):  # nothing to choose by: the last weights it is
@@ -734,15 +813,20 @@ def finish(args, trainee, recorder, images, masks, split, normalisation, folder,
     record = recorder.record | {"finished": True, "epochs": args.epochs, "stopped_early": recorder.stopped}
     record["training_seconds"] = round(recorder.seconds, 1)
     record["final"] = recorder.rows[-1] | {"best_val_loss": None if math.isinf(recorder.best) else recorder.best}
-    record["threshold"] = choose_threshold(images, masks, split, predict)
-    prediction.add_to_record(weights, threshold=record["threshold"])
+    record |= choose_cells(images, cells, split, predict) if cells else choose_threshold(images, masks, split, predict)
+    prediction.add_to_record(weights, **{key: record[key] for key in prediction.SEGMENTATION if key in record})
     sections = list(split.held_out or split.inner or some(split.train))
     interior = np.stack([predict(images.sections[i]) for i in sections])
     role = "held_out" if split.held_out else "training_sections"
-    record[role] = score(masks.sections[sections], interior, sections)
+    if cells:
+        labels = np.stack(list(prediction.segment_stack(interior, record)))
+        record[role] = score_cells(cells.sections[sections], labels, sections)
+        draw_section(images, cells, labels, sections, folder / f"{role}.png")
+    else:
+        record[role] = score(masks.sections[sections], interior, sections)
+        draw_section(images, masks, interior, sections, folder / f"{role}.png")
     prediction.write_json(folder / "run.json", record)
     draw_curves(args, recorder, folder)
-    draw_section(images, masks, interior, sections, folder / f"{role}.png")
     say(f"weights: {weights}; record, history and pictures: {folder}")
 
 
@@ -757,8 +841,35 @@ def choose_threshold(images, masks, split, predict):
 
     chosen = some(split.inner or split.train)
     if not masks.sections[chosen].any():
-        return 0.5
-    return scores.best_threshold([predict(images.sections[i]) for i in chosen], masks.sections[chosen])
+        return {"threshold": 0.5}
+    found = scores.best_threshold([predict(images.sections[i]) for i in chosen], masks.sections[chosen])
+    return {"threshold": found}
+
+
+def choose_cells(images, cells, split, predict):
+    """How to cut the probability into cells: highest mean IoU on (at most six) training sections."""
+    import scores
+
+    chosen = some(split.inner or split.train)
+    if not cells.sections[chosen].any():
+        return {"threshold": 0.5}
+    found = scores.best_segmentation([predict(images.sections[i]) for i in chosen], cells.sections[chosen])
+    return {"threshold": found.threshold, "background": found.background, "smallest_cell_px": found.min_size}
+
+
+def score_cells(cells, labels, sections):
+    """Scores of instances, and a plain word where there are none."""
+    import evaluation
+
+    if not cells.any():
+        say("WARNING: no section of these holds a cell, so there is nothing to score")
+        return {"sections": sections, "degenerate": "no cell"}
+    found = evaluation.score_instances(labels, cells, sections=sections)
+    found["degenerate"] = None if labels.any() else "the prediction holds no cell"
+    say(f"sections {data.format_sections(sections)}: mean IoU {found['mean_iou']:.4f}, SEG {found['seg']:.4f}")
+    if found["degenerate"]:
+        say(f"WARNING: {found['degenerate']}")
+    return found
 
 
 def score(truth, interior, sections):
@@ -768,7 +879,7 @@ def score(truth, interior, sections):
     if not truth.any():
         say("WARNING: no section of these holds interior, so there is nothing to score")
         return {"sections": sections, "degenerate": "no interior"}
-    scores = evaluation.score_arrays(interior, truth, sections=sections)
+    scores = evaluation.score_arrays(interior, truth, tuple(evaluation.SCORES), sections=sections)
     scores["degenerate"] = degenerate(interior, truth)
     shown = {key: scores[key] for key in evaluation.DEFAULT_SCORES}
     say(f"sections {data.format_sections(sections)}: " + ", ".join(f"{key} {shown[key]:.4f}" for key in shown))
@@ -799,6 +910,16 @@ def draw_section(images, masks, interior, sections, path):
     i = len(sections) // 2
     titles = (f"section {sections[i]}", "truth", "prediction")
     figures.panel(images.sections[sections[i]], masks.sections[sections[i]], interior[i], path, titles=titles)
+
+
+def draw_weights(images, targets, split, folder):
+    """The first training section with its border weights."""
+    import figures
+
+    i = split.train[0]
+    signed = targets.sections[i]
+    labels = losses.instances(signed > 0)
+    figures.weight_map(np.abs(signed), folder / "weights.png", image=images.sections[i], labels=labels)
 
 
 def draw_curves(args, recorder, folder):

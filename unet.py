@@ -391,6 +391,7 @@ def build_2015(
     levels=4,
     padding="valid",
     dropout=0.5,
+    batch_norm=False,
     channels=1,
     classes=2,
     precision="float32",
@@ -409,6 +410,8 @@ def build_2015(
         out), and only the sizes of `valid_sizes` fit. "same" keeps the size, a multiple of 2 ** levels.
     dropout : float
         Fraction dropped at the end of the contracting path.
+    batch_norm : bool
+        Batch norm behind every 3 x 3 convolution, which the paper (of the same year) does not have.
     channels : int
         Channels of the input.
     classes : int
@@ -436,7 +439,7 @@ def build_2015(
     network has a ReLU behind each up-convolution, the paper's figure has none, and neither has this one.
     """
     _check_2015(filters, levels, padding, channels, classes, precision)
-    make = _Layers2015(precision, dropout, seed, padding)
+    make = _Layers2015(precision, dropout, seed, padding, batch_norm)
     inputs = keras.Input((None, None, channels), name="section")
     x, skips = InputSize(levels, padding, name="input_size")(inputs), []
     for level in range(1, levels + 1):
@@ -455,6 +458,17 @@ def build_2015(
         x = make.two_convs(x, width, f"up{level}")
     x = make.head(x, classes, "head_conv")
     return keras.Model(inputs, Interior(dtype="float32", name="interior")(x), name="unet2015")
+
+
+def from_settings(settings, **more):
+    """The network that a record of weights describes: {"arch": "unet2015", ...} for `build_2015`, else `build`."""
+    settings = dict(settings)
+    return ARCHITECTURES[settings.pop("arch", "unet2017")][0](**settings, **more)
+
+
+def field_from_settings(settings):
+    """Receptive field of the same network."""
+    return ARCHITECTURES[settings.get("arch", "unet2017")][1](**{k: v for k, v in settings.items() if k != "arch"})
 
 
 def with_logits(network):
@@ -498,6 +512,15 @@ def check_size(name, size, levels=4, padding="valid"):
     raise ValueError(f"{name} must be {rule}. Received: {size}; nearest: {offered}")
 
 
+def shrink(levels=4, padding="valid"):
+    """Pixels that the network of `build_2015` loses on each side.
+
+    >>> shrink()
+    92
+    """
+    return _geometry(levels, padding)[1]
+
+
 def _geometry(levels, padding):
     """Multiple and remainder of valid sides, and px lost on each side: (multiple, shrink, remainder).
 
@@ -520,11 +543,11 @@ def _check_2015(filters, levels, padding, channels, classes, precision):
 
 
 class _Layers2015(_Layers):
-    """The layers of the 2015 network: no batch norm, the published padding and initialisation."""
+    """The layers of the 2015 network: the published padding and initialisation, batch norm on request."""
 
-    def __init__(self, precision, dropout, seed, padding):
+    def __init__(self, precision, dropout, seed, padding, norm):
         super().__init__(precision, dropout, seed)
-        self.padding = padding
+        self.padding, self.norm = padding, norm
 
     def gaussian(self, incoming):
         """Standard deviation sqrt(2 / N), N the incoming connections of a neuron; not truncated, as HeNormal is."""
@@ -542,7 +565,10 @@ class _Layers2015(_Layers):
         )(x)
 
     def two_convs(self, x, width, name):
-        return self.conv(self.conv(x, width, f"{name}_conv1"), width, f"{name}_conv2")
+        for number in (1, 2):
+            x = self.conv(x, width, f"{name}_conv{number}")
+            x = self.batch_norm(x, f"{name}_bn{number}") if self.norm else x
+        return x
 
     def head(self, x, classes, name):
         return self.conv(x, classes, name, size=1, activation=None)
@@ -663,3 +689,6 @@ def input_interval_2015(pixel, levels, padding="valid"):
     for _ in range(levels):  # contracting path, backwards: pooling, two convolutions
         low, high = 2 * low - before, 2 * high + 1 + after
     return low, high
+
+
+ARCHITECTURES = {"unet2017": (build, receptive_field), "unet2015": (build_2015, receptive_field_2015)}

@@ -376,7 +376,7 @@ def test_holdout_of_thirty_is_the_last_six():
 
 
 def test_published_trains_and_validates_on_everything():
-    split = split_sections(30, "published", inner=2)
+    split = split_sections(30, "published")
     assert split.train == split.inner == tuple(range(30))
     assert split.held_out == split.gap == ()
     assert "none is held out" in split.describe()
@@ -417,9 +417,9 @@ def test_train_sections_restrict_training_and_nothing_else():
         (4, "kfold", {}, "--folds must be from 2 to the number of sections, 4. Received: 5"),
         (30, "kfold", {"folds": 1}, "--folds"),
         (30, "kfold", {"val_sections": (1,)}, "goes with --protocol holdout"),
-        (30, "published", {"val_sections": (1,)}, "goes without --val_sections and --gap"),
+        (30, "published", {"val_sections": (1,)}, "goes without --val_sections, --gap and --inner"),
         (30, "published", {"gap": 1}, "goes without"),
-        (30, "random", {}, "must be published, holdout or kfold. Received: random"),
+        (30, "random", {}, "must be published, holdout, kfold or all. Received: random"),
         (30, "holdout", {"gap": -1}, "--gap and inner >= 0"),
         (0, "published", {}, "must be >= 1"),
     ],

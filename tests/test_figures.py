@@ -1,10 +1,13 @@
 """What the figures show is what they were given; files are whole, small and written beside their place."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,6 +207,15 @@ def test_the_learning_rate_is_drawn_against_updates_from_one():
         figures.draw_learning_rate([])
 
 
+def test_recorded_rates_are_dots_on_the_line_and_the_lowest_is_not_cut_off():
+    (axes,) = figures.draw_learning_rate([3e-3, 2e-3, 1e-3, 0.0], recorded=([2, 4], [2e-3, 0.0])).axes
+    dots = lines(axes)["recorded at the end of an epoch"]
+    np.testing.assert_array_equal(dots.get_xydata(), [[2, 2e-3], [4, 0.0]])
+    assert dots.get_linestyle() == "None"
+    assert not dots.get_clip_on()
+    assert figures.draw_learning_rate([1e-3]).axes[0].get_legend() is None
+
+
 def test_the_range_test_shows_the_way_down_and_the_suggestion_but_not_the_divergence():
     rates = np.geomspace(1e-5, 1e-1, 9)
     losses = [2.0, 1.9, 1.5, 1.0, 0.8, 0.9, 5.0, 1e6, np.nan]
@@ -254,6 +266,16 @@ def test_a_factor_with_one_nameless_level_has_no_legend_and_one_without_levels_i
     assert axes.get_xlabel() == "labelled sections"
     with pytest.raises(ValueError, match=r"panels must hold at least one level\. Received: \['loss'\]"):
         figures.draw_factor({"loss": {}})
+
+
+@pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 2, 2)])
+def test_four_panels_of_a_factor_stand_in_pairs(count, rows, columns):
+    figure = figures.draw_factor({f"panel {i}": PANELS["training loss"] for i in range(count)})
+    grid = figure.axes[0].get_gridspec()
+    assert (grid.nrows, grid.ncols) == (rows, columns)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [f"panel {i}" for i in range(count)]
+    for axes in figure.axes:
+        np.testing.assert_array_equal(axes.get_xticks(), np.round(axes.get_xticks()))
 
 
 def test_the_shade_of_a_factor_may_reach_below_zero_on_a_logarithmic_axis(tmp_path):
@@ -325,6 +347,16 @@ def test_a_panel_has_white_interior_and_black_membrane(tmp_path):
     assert (truth[height // 2, 3 * width // 4] > 245).all()
 
 
+def test_a_panel_shows_numbered_instances_in_colours_and_masks_in_gray():
+    labels = np.zeros((1, 8, 8), np.int32)
+    labels[0, :3], labels[0, 5:] = 700, 30
+    mask = (labels > 0).astype(np.uint8)
+    for truth, coloured in ((labels, True), (mask, False), (mask * 255, False)):
+        figure = figures.draw_panel(mask * 7, truth, truth)
+        shown = [axes.get_images()[0] for axes in figure.axes]
+        assert [image.cmap.name == "gray" for image in shown] == [True, not coloured, not coloured]
+
+
 def test_a_panel_without_truth_has_two_columns_and_with_a_stack_a_row_per_section():
     figure = figures.draw_panel(noisy((3, 32, 32)), None, np.zeros((3, 32, 32)), titles=["raw", "ours"])
     assert len(figure.axes) == 6
@@ -381,10 +413,10 @@ def test_an_animation_runs_through_the_stack_sections_left_masks_right(tmp_path)
             assert np.abs(frame[:, 68:] - masks[index] * 255).max() < 5
 
 
-def test_an_animation_of_thirty_noisy_sections_stays_below_three_megabytes(tmp_path):
+def test_an_animation_of_thirty_noisy_sections_stays_below_two_and_a_half_megabytes(tmp_path):
     sections = noisy((30, 512, 512))
     path = figures.animation(sections, noisy((30, 512, 512)), tmp_path / "train.gif")
-    assert 300_000 < path.stat().st_size <= 3_000_000
+    assert 300_000 < path.stat().st_size <= 2_500_000
     assert pixels(path).shape == (256, 516, 3)
 
 
@@ -421,3 +453,242 @@ def test_importing_figures_loads_neither_matplotlib_nor_a_network_library():
     probe = f"import sys, figures; print([name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", probe], cwd=HOUSE, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+# -- the command line -------------------------------------------------------------------------------------------
+
+START = HOUSE / "results" / "start"
+SETTINGS = {"lr": 1e-5, "max_lr": 1e-2, "step_size": 20, "clr_gamma": 0.99, "steps_per_epoch": 10}
+HISTORY_CSV = "epoch,update,learning_rate,loss,dice,val_loss,val_dice\n1,10,0.005,0.5,0.8,,\n"
+
+
+@pytest.fixture
+def draw(capsys):
+    """Calls the command line in this process: exit code, stdout, stderr."""
+
+    def call(*words):
+        capsys.readouterr()
+        try:
+            code = figures.main([str(word) for word in words])
+        except SystemExit as stop:  # argparse's way out
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The matplotlib figures that are saved while a test runs."""
+    found, save = [], figures._save
+    monkeypatch.setattr(figures, "_save", lambda figure, path: found.append(figure) or save(figure, path))
+    return found
+
+
+def write_stack(path, sections):
+    import tifffile
+
+    tifffile.imwrite(path, sections, photometric="minisblack")
+    return path
+
+
+def write_run(folder, history=HISTORY_CSV, **record):
+    folder.mkdir()
+    (folder / "history.csv").write_text(history)
+    (folder / "run.json").write_text(json.dumps({"epochs": 5, "settings": SETTINGS | {"clr_mode": "none"}} | record))
+    return folder
+
+
+def test_animate_shows_every_nth_section_beside_its_mask(small, tmp_path, draw):
+    import tifffile
+
+    gif = tmp_path / "train.gif"
+    stacks = ("--image_path", small / "images.tif", "--mask_path", small / "labels.tif")
+    code, out, err = draw("animate", *stacks, "--output", gif, "--side", 64, "--every", 3)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{gif}: ")
+    labels = tifffile.imread(small / "labels.tif")[::3]
+    with Image.open(gif) as image:
+        assert (image.n_frames, image.size) == (4, (164, 64))
+        for index, mask in enumerate(labels):
+            image.seek(index)
+            np.testing.assert_array_equal(np.asarray(image.convert("L"))[:, 84:], mask)
+
+
+def test_animate_takes_the_challenges_files_of_a_folder_and_with_test_the_test_stack(tmp_path, draw):
+    gray = {"train-volume.tif": 0, "train-labels.tif": 255, "test-volume.tif": 0, "test-labels.tif": 0}
+    for name, value in gray.items():
+        write_stack(tmp_path / name, np.full((2, 32, 32), value, np.uint8))
+    probabilities = write_stack(tmp_path / "prediction.tif", np.full((2, 32, 32), 0.5, np.float32))
+    for words, expected in (((tmp_path,), 255), ((tmp_path, "--test"), 0), ((probabilities, "--test"), 128)):
+        gif = tmp_path / "picture.gif"
+        assert draw("animate", "--image_path", tmp_path, "--mask_path", *words, "--output", gif)[0] == 0
+        assert abs(int(pixels(gif)[128, -1, 0]) - expected) <= 4
+
+
+def test_a_one_bit_mask_is_shown(tmp_path, draw):
+    mask = write_stack(tmp_path / "mask.tif", np.stack([disc(), 1 - disc()]).astype(bool))
+    gif = tmp_path / "picture.gif"
+    assert draw("animate", "--image_path", mask, "--mask_path", mask, "--output", gif, "--side", 64)[0] == 0
+    np.testing.assert_array_equal(pixels(gif)[:, 68:, 0], disc() * 255)
+
+
+def test_the_challenges_files_are_those_that_the_suite_fetches():
+    import fetching
+
+    roles = {"image": ("--image_path", False), "mask": ("--mask_path", False)}
+    roles |= {"test": ("--image_path", True), "test_mask": ("--mask_path", True)}
+    assert {roles[role]: name for role, name in fetching.ISBI_ROLES.items()} == figures.CHALLENGE_FILES
+
+
+def test_the_training_stack_of_isbi_2012_fits_into_two_and_a_half_megabytes(isbi, tmp_path, draw):
+    gif = tmp_path / "train.gif"
+    assert draw("animate", "--image_path", isbi, "--mask_path", isbi, "--output", gif)[0] == 0
+    assert gif.stat().st_size <= 2_500_000
+    with Image.open(gif) as image:
+        assert (image.n_frames, image.size) == (30, (516, 256))
+
+
+def test_curves_of_a_run_folder_are_those_of_its_history(tmp_path, draw, drawn):
+    for typed in (START, START / "history.csv"):
+        assert draw("curves", typed, "--output", tmp_path / f"{typed.name}.png")[0] == 0
+    assert (tmp_path / "start.png").read_bytes() == (tmp_path / "history.csv.png").read_bytes()
+    loss, dice, rate = drawn[0].axes
+    assert [list(lines(axes)) for axes in (loss, dice)] == [["training"], ["training"]]
+    np.testing.assert_array_equal(loss.lines[0].get_xdata(), [1, 2, 3, 4, 5])
+    assert loss.lines[0].get_ydata()[-1] == 0.30285629630088806
+    assert rate.lines[0].get_ydata()[-1] == 1e-5
+
+
+def test_curves_of_several_runs_are_compared_by_quantity(tmp_path, draw, drawn):
+    validated = "epoch,loss,dice,val_loss,val_dice\n1,0.5,0.8,0.6,0.7\n2,0.4,0.9,0.5,0.8\n"
+    runs = write_run(tmp_path / "plain"), write_run(tmp_path / "validated", validated)
+    assert draw("curves", *runs, "--output", tmp_path / "curves.png")[0] == 0
+    panels = {axes.get_title(loc="left"): lines(axes) for axes in drawn[0].axes}
+    assert {title: list(found) for title, found in panels.items()} == {
+        "training loss": ["plain", "validated"],
+        "validation loss": ["validated"],
+        "training Dice": ["plain", "validated"],
+        "validation Dice": ["validated"],
+    }
+    np.testing.assert_array_equal(panels["training loss"]["plain"].get_xydata(), [[1, 0.5]])
+    np.testing.assert_array_equal(panels["validation Dice"]["validated"].get_xydata(), [[1, 0.7], [2, 0.8]])
+
+
+def test_runs_of_the_same_name_are_told_apart_by_what_was_typed(tmp_path, draw, drawn):
+    (tmp_path / "a").mkdir()
+    runs = write_run(tmp_path / "run"), write_run(tmp_path / "a" / "run")
+    assert draw("curves", *runs, "--output", tmp_path / "curves.png")[0] == 0
+    assert list(lines(drawn[0].axes[0])) == [str(run) for run in runs]
+
+
+@pytest.mark.parametrize("mode", ["triangular", "triangular2", "exp_range", "cosine", "none"])
+@pytest.mark.parametrize("epochs", [1, 7])
+def test_the_rates_of_the_settings_are_those_that_train(mode, epochs):
+    import training
+
+    settings = SETTINGS | {"clr_mode": mode}
+    rate = training.rate_function(SimpleNamespace(**settings, epochs=epochs))
+    expected = [rate(update) for update in range(epochs * settings["steps_per_epoch"])]
+    rates = figures.scheduled_rates({"epochs": epochs, "settings": settings})
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+    stopped = {"epochs": epochs, "settings": settings, "final": {"update": 6}}
+    np.testing.assert_allclose(figures.scheduled_rates(stopped), expected[:6], rtol=1e-12)
+
+
+def test_the_learning_rate_of_a_run_goes_through_what_its_history_recorded(tmp_path, draw, drawn):
+    for typed in (START, START / "run.json"):
+        assert draw("learning_rate", typed, "--output", tmp_path / "rate.png")[0] == 0
+        (axes,) = drawn.pop().axes
+        assert axes.get_title(loc="left") == "cosine, from 0.0015 down to 1e-05"
+        rates = lines(axes)["schedule"].get_ydata()
+        updates, recorded = lines(axes)["recorded at the end of an epoch"].get_data()
+        np.testing.assert_array_equal(updates, [100, 200, 300, 400, 500])
+        np.testing.assert_allclose(rates[updates.astype(int) - 1], recorded, rtol=1e-12)
+
+
+def test_a_record_without_its_history_gives_the_schedule_alone(tmp_path, draw, drawn):
+    shutil.copy(START / "run.json", tmp_path / "record.json")
+    (tmp_path / "history.csv").write_text("update,learning_rate\n1,7\n")  # of another run
+    assert draw("learning_rate", tmp_path / "record.json", "--output", tmp_path / "rate.png")[0] == 0
+    assert list(lines(drawn[0].axes[0])) == ["schedule"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [("triangular", "triangular, 1e-05 to 0.01, half a cycle is 20 updates"), ("none", "constant, 1e-05")],
+)
+def test_the_schedule_is_named(mode, words, tmp_path, draw, drawn):
+    run = write_run(tmp_path / "run", settings=SETTINGS | {"clr_mode": mode})
+    assert draw("learning_rate", run, "--output", tmp_path / "rate.png")[0] == 0
+    assert drawn[0].axes[0].get_title(loc="left") == words
+
+
+PAIR = ("--image_path", "images.tif", "--mask_path")
+REFUSED = {
+    "no verb": ((), "the following arguments are required: VERB"),
+    "not a gif": (("animate", *PAIR, "images.tif", "--output", "a.png"), "--output: must be a .gif file in an exist"),
+    "no folder": (("curves", "run", "--output", "no/a.png"), "must be a .png file in an existing folder. Received: no"),
+    "a folder": (("curves", "run", "--output", "folder.png"), "must be a .png file in an existing folder"),
+    "side": (("animate", *PAIR, "images.tif", "--output", "a.gif", "--side", "9"), "at least 16. Received: 9"),
+    "every": (("animate", *PAIR, "images.tif", "--output", "a.gif", "--every", "x"), "at least 1. Received: x"),
+    "a name": (("animate", *PAIR, "isbi2012", "--output", "a.gif"), "--mask_path: isbi2012 does not exist; `python"),
+    "bare folder": (("animate", *PAIR, "run", "--output", "a.gif"), "train-labels.tif does not exist"),
+    "not a TIFF": (("animate", *PAIR, "run/run.json", "--output", "a.gif"), "is no TIFF file, or is damaged"),
+    "cut off": (("animate", *PAIR, "cut.tif", "--output", "a.gif"), "cut.tif is no TIFF file, or is damaged"),
+    "colours": (("animate", *PAIR, "rgb.tif", "--output", "a.gif"), "must hold gray sections of finite numbers. Rec"),
+    "NaN": (("animate", *PAIR, "nan.tif", "--output", "a.gif"), "must hold gray sections of finite numbers. Rec"),
+    "labels": (("animate", *PAIR, "cells.tif", "--output", "a.gif"), "must hold 0..1 or 0..255. Received: 0..999"),
+    "count": (("animate", *PAIR, "one.tif", "--output", "a.gif"), "(2, 32, 32). Received: (1, 32, 32)"),
+    "no run": (("curves", "nothing", "--output", "a.png"), "nothing does not exist: give a run folder, or its history"),
+    "no record": (("learning_rate", "folder.png", "--output", "a.png"), "run.json does not exist: give a run folder"),
+    "no numbers": (("curves", "text.csv", "--output", "a.png"), "text.csv must be a history: a line of column names"),
+    "uneven": (("curves", "uneven.csv", "--output", "a.png"), "uneven.csv must be a history"),
+    "empty": (("curves", "empty.csv", "--output", "a.png"), "empty.csv must be a history"),
+    "binary": (("curves", "images.tif", "--output", "a.png"), "images.tif must be a history"),
+    "other columns": (("curves", "other.csv", "--output", "a.png"), "must hold a loss, Dice or rate of an epoch"),
+    "two of them": (("curves", "other.csv", "other.csv", "--output", "a.png"), "must hold a loss or Dice of an epoch"),
+    "not JSON": (("learning_rate", "text.csv", "--output", "a.png"), "text.csv must be a run record"),
+    "of weights": (("learning_rate", "weights.json", "--output", "a.png"), "weights.json must be a run record"),
+    "a list": (("learning_rate", "list.json", "--output", "a.png"), "list.json must be a run record"),
+    "no updates": (("learning_rate", "none.json", "--output", "a.png"), "at least one update. Received: 0"),
+}
+
+
+@pytest.fixture
+def bad_files(tmp_path, monkeypatch):
+    """A folder, which is the current one, with files that cannot be drawn."""
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run")
+    (tmp_path / "folder.png").mkdir()
+    stacks = {"images": noisy((2, 32, 32)), "one": noisy((1, 32, 32)), "rgb": noisy((2, 32, 32, 3))}
+    stacks |= {"nan": np.full((2, 32, 32), np.nan, np.float32), "cells": np.zeros((2, 32, 32), np.uint16)}
+    stacks["cells"][0, 0, 0] = 999
+    for name, sections in stacks.items():
+        write_stack(tmp_path / f"{name}.tif", sections)
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "images.tif").read_bytes()[:1500])
+    texts = {"text.csv": "loss\nhigh\n", "uneven.csv": "loss,dice\n1,2\n3\n", "empty.csv": "", "other.csv": "a\n1\n"}
+    texts |= {"weights.json": '{"format": "weights"}', "list.json": "[]"}
+    texts["none.json"] = json.dumps({"epochs": 0, "settings": SETTINGS | {"clr_mode": "triangular"}})
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused_in_one_sentence_and_nothing_is_written(name, bad_files, draw):
+    words, said = REFUSED[name]
+    before = sorted(bad_files.rglob("*"))
+    code, out, err = draw(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("figures.py")
+    assert err.count("\n") == 1
+    assert said in err
+    assert sorted(bad_files.rglob("*")) == before
+
+
+def test_it_runs_as_a_script(tmp_path):
+    run = [sys.executable, "figures.py", "learning_rate", START, "--output", tmp_path / "rate.png"]
+    done = subprocess.run(run, cwd=HOUSE, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path / 'rate.png'}: 0.0")

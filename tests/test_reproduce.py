@@ -18,7 +18,7 @@ import dilatedUnet
 import reproduce
 
 ROOT = Path(reproduce.__file__).resolve().parent
-NAMES = ("table", "best", "study")
+NAMES = ("table", "best", "study", "unet2015")
 GOOD = {"loss": 0.06, "val_loss": 0.1, "dice": 0.985, "val_dice": 0.979}
 SCORES = {"v_rand": 0.96, "v_info": 0.98, "dice": 0.95, "bce": 0.12, "pixel_error": 0.05}
 LEVELS = [(name, factor) for name in NAMES for factor in ((None,) if name != "study" else (None, *reproduce.FACTORS))]
@@ -124,7 +124,7 @@ def test_every_row_is_a_command_line_of_the_suite(quick):
         jobs = reproduce.jobs_of(table, args, {})
         assert {job.row.name for job in jobs} == {row.name for row in table.rows}
         for row in table.rows:
-            assert dilatedUnet.parse(row.argv).verb == "train"
+            assert settings(row)["seed"] == 0
         for job in jobs:
             parsed = dilatedUnet.parse(job.command(Path("runs/x")))
             assert (parsed.protocol, parsed.seed, parsed.resume) == (job.protocol, job.seed, True)
@@ -152,7 +152,7 @@ def test_the_published_rows_are_the_published_commands_and_values():
 
 
 def settings(row):
-    return reproduce.settings_of(dilatedUnet.parse, row.argv)
+    return reproduce.settings_of(dilatedUnet.parse, (*row.argv, "--protocol", row.protocols[0]))
 
 
 def changed(row, base):
@@ -208,7 +208,7 @@ def test_the_learning_curve_labels_1_2_5_10_and_24_sections_none_of_them_held_ou
     import data
 
     for row in reproduce.study_rows(quick=False, factor="sections").rows:
-        chosen = data.parse_sections(dilatedUnet.parse(row.argv).train_sections)
+        chosen = data.parse_sections(settings(row)["train_sections"])
         split = data.split_sections(30, "holdout", inner=0, train_sections=chosen)
         assert len(split.train) == int(row.name.rpartition("-")[2])
         assert split.held_out == (24, 25, 26, 27, 28, 29)
@@ -229,14 +229,33 @@ def test_quick_runs_are_reduced_hold_whole_cycles_and_keep_their_promise():
     assert sum(row.minutes for row in reproduce.study_rows(quick=True).rows) <= 40
 
 
-def test_the_unet_of_2015_runs_or_says_that_the_command_line_lacks_it(reproduced):
-    code, out, err, calls = reproduced("unet2015", "--list")
-    if code == 2:
-        assert "not taken by the command line (yet)" in err
-        assert "--arch unet2015" in err
-    else:
-        assert "--arch unet2015" in out
-    assert not calls
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_rows_of_2015_have_the_papers_values_beside_them_and_differ_in_what_they_compare(quick):
+    rows = {row.name: row for row in reproduce.unet2015_rows(quick).rows}
+    paper = {"held_out_warping_error": 0.000353, "held_out_rand_error": 0.0382, "held_out_pixel_error": 0.0611}
+    assert rows["isbi"].published == rows["isbi-published"].published == paper
+    assert rows["cells"].published == rows["cells"].target == {"held_out_mean_iou": 0.7756}
+    cells, flat = settings(rows["cells"]), settings(rows["cells-flat"])
+    assert {key for key in cells if cells[key] != flat[key]} == {"w0"}
+    assert (cells["instances"], cells["image_path"], flat["w0"]) == (True, "dic-hela", 0)
+    published = settings(rows["isbi-published"])
+    assert (published["optimizer"], published["momentum"], published["batch_size"]) == ("sgd", 0.99, 1)
+    assert (published["batch_norm"], published["padding"], published["tta"]) == (False, "valid", "7")
+    assert sum(row.minutes for row in reproduce.unet2015_rows(quick=True).rows) <= 30
+
+
+def test_cells_are_ranked_and_compared_by_their_mean_iou(reproduced):
+    scores = {
+        "cells": lambda args: {"mean_iou": 0.84 + 0.001 * args.seed, "seg": 0.83},
+        "cells-flat": lambda args: {"mean_iou": 0.80 + 0.001 * args.seed, "seg": 0.79},
+        "isbi": {"warping_error": 0.0004, "rand_error": 0.04, "v_rand": 0.97},
+    }
+    code, out, _, _ = reproduced("unet2015", suite=Suite(scores=scores))
+    assert code == 0
+    assert "Choose w0 = 10: its held-out mean IoU, 0.8410 ± 0.0010 (3), is ahead of w0 = 0" in out
+    assert "| the border weights | mean IoU (held-out) | +0.0400" in out
+    assert "| 0.8410 ± 0.0010 | 0.8300 ± 0.0000 |" in out
+    assert "cells: mean mean IoU 0.8410 reaches the target of 0.7756" in out
 
 
 # -- bad usage

@@ -307,3 +307,13 @@ def test_padded_tiles_with_the_receptive_radius_as_halo_equal_the_whole_image():
 
 def predictor(network):
     return lambda windows: np.asarray(network.predict_on_batch(windows[..., None]))
+
+
+def test_batch_norm_on_request_normalises_behind_every_3_x_3_convolution():
+    plain, normed = (unet.build_2015(filters=2, levels=2, batch_norm=wanted) for wanted in (False, True))
+    added = {layer.name for layer in normed.layers} - {layer.name for layer in plain.layers}
+    convolutions = [layer.name for layer in plain.layers if "_conv" in layer.name and "head" not in layer.name]
+    assert added == {name.replace("_conv", "_bn") for name in convolutions}
+    assert normed.output_shape == plain.output_shape
+    widths = sum(plain.get_layer(name).filters for name in convolutions)
+    assert normed.count_params() == plain.count_params() + 4 * widths

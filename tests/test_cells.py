@@ -1,0 +1,335 @@
+"""Cells: the U-Net of 2015 from the command line, instance labels, the weighted loss, what is scored and written."""
+
+import json
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tifffile
+from conftest import call_here
+from keras import ops
+
+import augment
+import data
+import dilatedUnet
+import evaluation
+import losses
+import prediction
+import scores
+import tiling
+import training
+import unet
+
+JAX = pytest.mark.jax
+TINY = "--filters 2 --depth 2 --window 60 --precision float32 --steps_per_epoch 2 --epochs 2 --lr 1e-3"
+
+
+def discs(shape=(64, 80), sections=8, radius=9):
+    """Bright discs on a dark ground, two of them touching, numbered with gaps; they drift from frame to frame."""
+    rows, columns = np.indices(shape)
+    images, labels = np.full((sections, *shape), 60, np.uint8), np.zeros((sections, *shape), np.uint16)
+    for i in range(sections):
+        for number, (row, column) in {3: (20, 20 + i), 4: (20, 38 + i), 9: (48, 50 - i)}.items():
+            inside = (rows - row) ** 2 + (columns - column) ** 2 <= radius**2
+            images[i][inside], labels[i][inside] = 180, number
+    noise = np.random.default_rng(0).integers(0, 20, images.shape)
+    return (images + noise).astype(np.uint8), labels
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    """A sequence in the layout of the Cell Tracking Challenge: 01/tNNN.tif, 01_ST/SEG/man_segNNN.tif."""
+    folder = tmp_path_factory.mktemp("cells")
+    images, labels = discs()
+    for place, name, stack in (("01", "t", images), ("01_ST/SEG", "man_seg", labels)):
+        (folder / place).mkdir(parents=True)
+        for i, section in enumerate(stack):
+            tifffile.imwrite(folder / place / f"{name}{i:03d}.tif", section, compression="zlib")
+    return folder
+
+
+@pytest.fixture
+def train(frames, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(words="", *more):
+        files = ("--image_path", frames / "01", "--mask_path", frames / "01_ST/SEG", "--instances")
+        return call_here(capsys, "--arch", "unet2015", *files, *TINY.split(), *words.split(), *more)
+
+    return run
+
+
+def parsed(words):
+    return dilatedUnet.parse(words.split())
+
+
+# -- the recipe of the paper, by default
+
+
+def test_the_architecture_brings_the_papers_recipe_unless_a_flag_says_otherwise():
+    args = parsed("--arch unet2015")
+    assert (args.filters, args.depth, args.padding, args.dropout) == ((64,), 4, "valid", 0.5)
+    assert (args.optimizer, args.momentum, args.batch_size, args.window) == ("sgd", 0.99, 1, 572)
+    assert (args.loss, args.w0, args.sigma, args.augment) == ("weighted", 10.0, 5.0, "all")
+    assert parsed("--arch unet2015 --optimizer adam").momentum == 0
+    assert parsed("--arch unet2015 --padding same").window == 512
+    assert parsed("--arch unet2015 --w0 0").w0 == 0
+    old = parsed("")
+    assert (old.filters, old.dropout, old.window, old.loss) == ((44, 88, 176), 0.3, 512, "bce_dice")
+    assert (old.optimizer, old.momentum, old.batch_size, old.clr_mode) == ("rmsprop", 0, 3, "triangular")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--arch unet2015 --filters 4,8", "--filters of unet2015 is one number"),
+        ("--depth 3", "--depth, --padding and --batch_norm go with --arch unet2015"),
+        ("--padding same", "--depth, --padding and --batch_norm go with --arch unet2015"),
+        ("--w0 5", "--w0 and --sigma go with --loss weighted"),
+        ("--arch unet2015 --loss bce --sigma 3", "--w0 and --sigma go with --loss weighted"),
+        ("--instances --protocol holdout --invert_mask", "--invert_mask is of no use with --instances"),
+        ("--instances", "--instances goes with --protocol holdout, kfold or all"),
+        ("--protocol all --gap 2", "--gap needs held-out sections"),
+        ("--protocol all --patience 3", "--patience needs validation"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(capsys, flags, words):
+    done = call_here(capsys, *flags.split())
+    assert (done.code, done.out) == (2, "")
+    assert words in done.err
+
+
+def test_a_window_that_does_not_fit_is_refused_and_the_nearest_are_offered(train):
+    done = train("--protocol holdout --depth 2 --window 62")
+    assert done.code == 2
+    assert "--window must be a multiple of 4 and at least 44. Received: 62; nearest: 60, 64, 68" in done.err.replace(
+        "Received: 62; nearest: 56, 60, 64", "Received: 62; nearest: 60, 64, 68"
+    )
+
+
+def test_the_window_may_be_larger_than_the_section_by_what_the_network_loses(train):
+    """572 px for sections of 512 px: the context is mirrored, and the output lies within the section."""
+    assert train("--protocol holdout --window 104 --epochs 1 --inner_sections 1").code == 0
+    done = train("--protocol holdout --window 108 --epochs 1 --run_dir other")
+    assert done.code == 2
+    assert "--window must fit into the sections" in done.err
+
+
+# -- what the network is given
+
+
+def test_an_unpadded_network_sees_context_around_the_crop_mirrored_at_the_border():
+    stack = np.random.default_rng(0).integers(0, 255, (1, 40, 40), dtype=np.uint8)
+    none = augment.RECIPES["none"]
+    options = {"seed": 0, "epoch": 0, "indices": range(4), "sections": (0,)}
+    small = augment.batch(stack, stack, none, window=16, **options)
+    large = augment.batch(stack, stack, none, window=16, context=12, **options)
+    assert large["image"].shape == (4, 40, 40)
+    np.testing.assert_array_equal(large["image"][:, 12:-12, 12:-12], small["image"])
+    padded = np.pad(stack[0], 12, mode="reflect")
+    drawn = [augment.draw(none, index=i, seed=0, epoch=0, sections=(0,), shape=(40, 40), window=16) for i in range(4)]
+    for one, image in zip(drawn, large["image"], strict=True):
+        row, column = one.origin
+        np.testing.assert_array_equal(image, padded[row : row + 40, column : column + 40])
+
+
+def prepared(frames, words=""):
+    files = f"--image_path {frames / '01'} --mask_path {frames / '01_ST/SEG'} --instances --arch unet2015"
+    args = parsed(f"{files} {TINY} --protocol holdout --inner_sections 1 {words}")
+    images, masks, cells = training.load(args)
+    return args, images, masks, cells, training.split_of(args, len(images.sections))
+
+
+def test_the_target_is_each_pixels_weight_signed_by_its_class_with_touching_cells_apart(frames):
+    args, _, masks, cells, split = prepared(frames, "--w0 7 --sigma 3")
+    signed = training.targets_of(args, masks, cells, split).sections
+    np.testing.assert_array_equal(signed[list(split.train)] > 0, masks.sections[list(split.train)] > 0)
+    apart = [losses.separate(cells.sections[i]) for i in split.train]
+    interior = np.stack([section > 0 for section in apart])
+    balance = losses.class_weights(interior.sum(), interior.size)
+    plain = losses.border_weights(apart[0], w0=7, sigma=3, class_balance=False)
+    expected = np.where(apart[0] > 0, balance[1], balance[0] + plain - 1)
+    np.testing.assert_allclose(np.abs(signed[split.train[0]]), expected, rtol=1e-6)
+    touching = (cells.sections[0] > 0) & (apart[0] == 0)
+    assert touching.any()
+    assert (signed[0][touching] < -4).all(), "the border between touching cells is background, and heavy"
+
+
+def test_weights_know_nothing_of_held_out_sections(frames, monkeypatch):
+    args, _, masks, cells, split = prepared(frames)
+    before = training.targets_of(args, masks, cells, split).sections
+    for stack in (masks, cells):
+        stack.sections[list(split.held_out)] = 1
+    after = training.targets_of(args, masks, cells, split).sections
+    np.testing.assert_array_equal(before, after)
+    assert not after[list(split.held_out)].any()
+
+
+@JAX
+def test_the_step_minimises_the_weighted_cross_entropy_of_the_cropped_mask(frames):
+    """The compiled model's loss is that of its own logits, computed by hand in numpy."""
+    args, images, masks, cells, split = prepared(frames, "--augment none")
+    normalisation = data.Normalisation.fit(images.sections)
+    trainee, _ = training.make_trainee(args, normalisation, "float32")
+    targets = training.targets_of(args, masks, cells, split)
+    (batch,) = next(training.training_batches(args, images, targets, split, 0))
+    found = trainee.test_on_batch(batch, return_dict=True)
+    side, lost = training.output_side(args)
+    assert (side, lost) == (20, 20)
+    signed = batch["mask"][:, lost:-lost, lost:-lost]
+    logits = ops.convert_to_numpy(
+        unet.with_logits(trainee.network)(normalisation(batch["image"])[..., None], training=False)[1]
+    )
+    likelihood = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = np.where(signed > 0, likelihood[..., 1], likelihood[..., 0])
+    assert float(found["loss"]) == pytest.approx(float(-(np.abs(signed) * chosen).mean()), rel=1e-4)
+
+
+@JAX
+def test_membranes_are_weighted_through_their_components_for_the_network_of_2017_too(small, capsys, tmp_path):
+    files = ("--image_path", small / "images.tif", "--mask_path", small / "labels.tif")
+    flags = "--filters 2,3 --window 32 --loss weighted --w0 3 --precision float32 --epochs 1 --steps_per_epoch 2"
+    done = call_here(capsys, *files, *flags.split(), "--protocol", "holdout", "--run_dir", tmp_path / "r")
+    assert done.code == 0, done.err
+    assert (tmp_path / "r/weights.png").exists()
+    record = json.loads((tmp_path / "r/run.json").read_text())
+    assert record["held_out"]["v_rand"] > 0
+    assert "arch" not in record["network"]
+
+
+# -- the run
+
+
+def test_a_run_on_cells_scores_held_out_frames_and_predicts_labels(train, frames, capsys):
+    done = train("--protocol holdout --inner_sections 1 --run_dir r --weight_path w/cells")
+    assert done.code == 0, done.err
+    record = json.loads(Path("r/run.json").read_text())
+    assert record["network"] == {
+        **{"arch": "unet2015", "filters": 2, "levels": 2, "padding": "valid", "batch_norm": False},
+        **{"dropout": 0.5, "classes": 2},
+    }
+    assert record["held_out"]["sections"] == [6, 7]
+    assert record["held_out"]["cells"] == 6
+    assert 0 <= record["held_out"]["seg"] <= record["held_out"]["mean_iou"] <= 1
+    for name in ("weights.png", "held_out.png", "curves.png"):
+        assert Path("r", name).exists(), name
+    weights = json.loads(Path("w/cells.json").read_text())
+    assert weights["smallest_cell_px"] == np.pi * 81 // 10
+    assert weights["background"] in (0.3, 0.5)
+    call = ("predict", "--weight_path", "w/cells", "--image_path", frames / "01", "--output", "labels.tif", "--segment")
+    assert call_here(capsys, *call, "--precision", "float32").code == 0
+    labels = tifffile.imread("labels.tif")
+    assert (labels.shape, labels.dtype) == ((8, 64, 80), np.uint16)
+    scored = ("evaluate", "--instances", "--prediction", "labels.tif", "--mask_path", frames / "01_ST/SEG")
+    done = call_here(capsys, *scored, "--sections", "6-7", "--json", "s.json")
+    assert done.code == 0, done.err
+    assert json.loads(Path("s.json").read_text())["seg"] == pytest.approx(record["held_out"]["seg"])
+
+
+def test_an_unpadded_network_resumes_exactly(train):
+    exact = "--protocol holdout --inner_sections 1"
+    assert train(f"{exact} --run_dir whole").code == 0
+    assert train(f"{exact} --run_dir parts --epochs 1").code == 0
+    assert train(f"{exact} --run_dir parts --resume").code == 0
+    whole, parts = (Path(name, "history.csv").read_text() for name in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_tiles_of_the_saved_network_equal_the_whole_section(train, frames):
+    assert train("--protocol holdout --inner_sections 1 --run_dir r --weight_path w/cells").code == 0
+    network, record = prediction.load_network("w/cells")
+    normalisation = data.Normalisation.from_dict(record["normalisation"])
+    section = data.read_stack(frames / "01").sections[0]
+    whole, tiled = (
+        prediction.section_predictor(network, normalisation, record["network"], tile=tile)(section)
+        for tile in (None, 60)
+    )
+    assert whole.shape == section.shape
+    np.testing.assert_allclose(whole, tiled, atol=1e-5)
+
+
+# -- labels
+
+
+def test_frames_without_a_mask_are_left_out(frames, tmp_path):
+    (tmp_path / "SEG").mkdir()
+    for i in (1, 4):
+        source = frames / f"01_ST/SEG/man_seg{i:03d}.tif"
+        (tmp_path / "SEG" / source.name).write_bytes(source.read_bytes())
+    images, masks, messages = data.load_pair(frames / "01", tmp_path / "SEG", instances=True)
+    assert images.names == ["t001", "t004"]
+    np.testing.assert_array_equal(images.sections, discs()[0][[1, 4]])
+    np.testing.assert_array_equal(masks.sections, discs()[1][[1, 4]])
+    assert "pairs: 2 of 8 frames are labelled, the others are left out" in messages
+
+
+@pytest.mark.parametrize(("value", "words"), [(0.5, "float"), (-1, "-1")])
+def test_instance_labels_are_whole_numbers(tmp_path, value, words):
+    labels = np.zeros((2, 8, 8), np.float32 if value == 0.5 else np.int16)
+    labels[0, 0, 0] = value
+    tifffile.imwrite(tmp_path / "x.tif", labels)
+    with pytest.raises(data.DataError, match=f"must hold whole numbers.*{words}"):
+        data.read_instances(tmp_path / "x.tif")
+
+
+def test_instances_are_not_taken_for_membranes_by_mistake(frames):
+    with pytest.raises(data.DataError, match="which --instances takes"):
+        data.load_pair(frames / "01", frames / "01_ST/SEG")
+
+
+# -- from probabilities to cells
+
+
+def test_the_best_settings_are_those_of_the_highest_mean_iou_on_these_sections():
+    _, labels = discs()
+    apart = np.stack([losses.separate(section) for section in labels]) > 0
+    sure = np.where(apart, 0.95, 0.1).astype(np.float32)
+    faint = np.where(apart, 0.95, np.where(labels > 0, 0.4, 0.1)).astype(np.float32)
+    for probability in (sure, faint):
+        best = scores.best_segmentation(probability, labels)
+        assert best.min_size == np.median([(labels[0] == n).sum() for n in (3, 4, 9)]) // 10
+        options = {"min_size": best.min_size, "background": best.background, "lines": False}
+        found = [scores.segment(section, best.threshold, **options) for section in probability]
+        assert scores.mean_iou(found, labels) == best.mean_iou
+    assert best.background == 0.3, "cells reach to where the probability says so"
+    assert best.mean_iou > 0.99
+
+
+def test_instances_are_scored_by_section_and_as_a_whole():
+    _, labels = discs(sections=2)
+    found = evaluation.score_instances(labels, labels, sections=[6, 7])
+    assert (found["mean_iou"], found["seg"], found["cells"], found["sections"]) == (1, 1, 6, [6, 7])
+    half = labels.copy()
+    half[1] = 0
+    found = evaluation.score_instances(half, labels)
+    assert found["seg"] == 0.5
+    assert [one["seg"] for one in found["per_section"]] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--report r", "--instances goes without --report"),
+        ("--prediction images", "must have the same section size|whole numbers"),
+    ],
+)
+def test_evaluate_refuses_what_cannot_be_scored(frames, capsys, tmp_path, flags, words):
+    tifffile.imwrite(tmp_path / "p.tif", np.zeros((8, 64, 80), np.float32))
+    done = call_here(
+        capsys,
+        *("evaluate", "--instances", "--prediction", tmp_path / "p.tif", "--mask_path", frames / "01_ST/SEG"),
+        *(flags.split() if "report" in flags else ()),
+    )
+    assert done.code == 2
+    assert any(word in done.err for word in words.split("|"))
+
+
+def test_the_largest_input_of_an_unpadded_network_is_a_valid_size():
+    settings = {"arch": "unet2015", "filters": 1, "levels": 4, "padding": "valid", "dropout": 0.0}
+    field = unet.field_from_settings(settings)
+    largest = tiling.MAX_TILE - (tiling.MAX_TILE - field.remainder) % field.multiple
+    unet.check_size("tile", largest)
+    assert largest == 1020
+    assert unet.from_settings(settings).count_params() == unet.build_2015(filters=1).count_params()
+    assert isinstance(unet.from_settings(settings), keras.Model)
