@@ -294,7 +294,7 @@ CELLS_2015 = {"held_out_mean_iou": 0.7756}
 ADAM = {"batch_norm": None, "optimizer": "adam", "clr_mode": "cosine", "lr": "1e-5", "max_lr": "2e-3", "ema": 0.98}
 CELLS = ADAM | {"image_path": "dic-hela", "instances": None, "gap": 2, "padding": "same", "batch_size": 2}
 LENGTH_2015 = {"epochs": 100, "steps_per_epoch": 100}
-LENGTH_2015_QUICK = {"filters": 16, "epochs": 6, "steps_per_epoch": 50}
+LENGTH_2015_QUICK = {"filters": 16, "epochs": 5, "steps_per_epoch": 100}
 
 
 def unet2015_rows(quick: bool) -> Table:
