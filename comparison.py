@@ -345,7 +345,7 @@ def draw(plan, results, folder) -> list[Path]:
         panels = score_panels(factor, results) if factor.x else loss_panels(factor, results)
         if panels:
             note = heading(plan.table, factor.title)
-            path = folder / f"study-{factor.name}{'-quick' * plan.table.quick}.png"
+            path = folder / f"{plan.table.name}-{factor.name}{'-quick' * plan.table.quick}.png"
             written.append(figures.factor(panels, path, xlabel=factor.x or "epoch", title=note))
     return written
 

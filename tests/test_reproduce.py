@@ -233,7 +233,7 @@ def test_quick_runs_are_reduced_hold_whole_cycles_and_keep_their_promise():
 def test_the_rows_of_2015_have_the_papers_values_beside_them_and_differ_in_what_they_compare(quick):
     rows = {row.name: row for row in reproduce.unet2015_rows(quick).rows}
     paper = {"held_out_warping_error": 0.000353, "held_out_rand_error": 0.0382, "held_out_pixel_error": 0.0611}
-    assert rows["isbi"].published == rows["isbi-published"].published == paper
+    assert rows["isbi"].published == paper
     assert rows["cells"].published == rows["cells"].target == {"held_out_mean_iou": 0.7756}
     cells, flat = settings(rows["cells"]), settings(rows["cells-flat"])
     assert {key for key in cells if cells[key] != flat[key]} == {"w0"}
