@@ -84,13 +84,6 @@ positive = number(float, 0.0, INF, above=True)
 fraction = number(float, 0.0, 1.0)
 
 
-def multiple_of_8(text):
-    value = count(text)
-    if value % 8:
-        raise argparse.ArgumentTypeError(f"must be a multiple of 8. Received: {text}")
-    return value
-
-
 def filter_list(text):
     """44,88,176 -> (44, 88, 176)."""
     try:
@@ -320,7 +313,7 @@ def add_predict(parser):
     group.add_argument("--segment", action="store_true", help="write labels, one per cell, by seeded watershed")
     group.add_argument("--force", action="store_true", help="replace an existing output")
     group = parser.add_argument_group("tiles and machine")
-    group.add_argument("--tile", type=multiple_of_8, help="largest side of the network's input, px (default: 1024)")
+    group.add_argument("--tile", type=count, help="largest side of the network's input, px (default: 1024 or 1020)")
     group.add_argument(
         "--overlap",
         type=whole,
@@ -328,6 +321,12 @@ def add_predict(parser):
     )
     add_tta(group)
     group.add_argument("--batch_size", type=count, default=1, help="tiles per call")
+    group.add_argument(
+        "--engine",
+        default="auto",
+        choices=("auto", "keras", "openvino"),
+        help="what computes; auto: on a CPU OpenVINO where it is installed (requirements-openvino.txt), else Keras",
+    )
     add_machine(group)
     parser.set_defaults(run=run_predict)
 

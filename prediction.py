@@ -10,6 +10,7 @@ import numpy as np
 
 import data
 import device
+import engines
 import tiling
 import unet
 from data import DataError
@@ -131,7 +132,19 @@ def load_network(path, precision="float32"):
 # -- prediction -------------------------------------------------------------------------------------------------
 
 
-def section_predictor(network, normalisation, settings, *, tile=None, overlap=None, tta="none", batch=1, log=None):
+def section_predictor(
+    network,
+    normalisation,
+    settings,
+    *,
+    engine="keras",
+    precision="float32",
+    tile=None,
+    overlap=None,
+    tta="none",
+    batch=1,
+    log=None,
+):
     """A function from a raw section (H, W) of any size to its interior probability (H, W), float32.
 
     Parameters
@@ -141,6 +154,8 @@ def section_predictor(network, normalisation, settings, *, tile=None, overlap=No
         Of the TRAINING sections.
     settings : dict
         The network's settings, for its receptive field.
+    engine, precision : str
+        What computes, and for OpenVINO in which numbers; see `engines.forward`.
     tile, overlap : int, optional
         Largest side of the network's input, and context on each side of a tile, in px.
     tta : str
@@ -151,6 +166,7 @@ def section_predictor(network, normalisation, settings, *, tile=None, overlap=No
         Told once per shape of section how it is tiled.
     """
     field = unet.field_from_settings(settings)
+    forward = engines.forward(network, engine, precision)
     plans = {}
 
     def plan(shape):
@@ -164,9 +180,6 @@ def section_predictor(network, normalisation, settings, *, tile=None, overlap=No
             if log:
                 log(f"sections of {shape[0]} x {shape[1]} px: {plans[shape].words}")
         return plans[shape]
-
-    def forward(windows):
-        return np.asarray(network.predict_on_batch(windows[..., None]), np.float32)
 
     def predict_one(section):
         chosen = plan(section.shape)
@@ -192,9 +205,9 @@ def run(args):
     def say(words):
         print(words, file=sys.stderr, flush=True)
 
-    precision = device.choose_precision(args.precision)
+    precision, engine = device.choose_precision(args.precision), engines.choose(args.engine)
     network, record = load_network(args.weight_path, precision)
-    say(device.describe(precision))
+    say(f"{device.describe(precision)}; engine: {engine}")
     source = data.resolve(args.image_path, "test", log=say)
     with data.iter_sections(source) as sections:
         count, (height, width) = len(sections), sections.shape[1:]
@@ -203,6 +216,8 @@ def run(args):
             network,
             data.Normalisation.from_dict(record["normalisation"]),
             record["network"],
+            engine=engine,
+            precision=precision,
             tile=args.tile,
             overlap=args.overlap,
             tta=args.tta,

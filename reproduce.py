@@ -315,7 +315,8 @@ def unet2015_rows(quick: bool) -> Table:
         "The paper's values are on test data whose labels are not public (the challenge's test stack; the Cell "
         "Tracking Challenge's test sequences), ours on held-out sections of the training stack and held-out frames of "
         "sequence 01: beside each other, not against each other. isbi-published is the paper's recipe: unpadded, one "
-        "large tile a batch, SGD, no batch norm; the others are padded and have batch norm and Adam. cells-flat is cells without the border weights (w0 = 0)."
+        "large tile a batch, SGD, no batch norm; the others are padded and have batch norm and Adam. cells-flat is "
+        "cells without the border weights (w0 = 0)."
     )
     factors = (
         Factor("recipe", "Recipe", {"as published": "isbi-published", "batch norm, Adam": "isbi"}, "batch norm, Adam"),

@@ -108,6 +108,7 @@ def test_a_window_that_does_not_fit_is_refused_and_the_nearest_are_offered(train
     )
 
 
+@pytest.mark.slow
 def test_the_window_may_be_larger_than_the_section_by_what_the_network_loses(train):
     """572 px for sections of 512 px: the context is mirrored, and the output lies within the section."""
     assert train("--protocol holdout --window 104 --epochs 1 --inner_sections 1").code == 0
@@ -201,6 +202,7 @@ def test_membranes_are_weighted_through_their_components_for_the_network_of_2017
 # -- the run
 
 
+@pytest.mark.slow
 def test_a_run_on_cells_scores_held_out_frames_and_predicts_labels(train, frames, capsys):
     done = train("--protocol holdout --inner_sections 1 --run_dir r --weight_path w/cells")
     assert done.code == 0, done.err
@@ -227,6 +229,7 @@ def test_a_run_on_cells_scores_held_out_frames_and_predicts_labels(train, frames
     assert json.loads(Path("s.json").read_text())["seg"] == pytest.approx(record["held_out"]["seg"])
 
 
+@pytest.mark.slow
 def test_an_unpadded_network_resumes_exactly(train):
     exact = "--protocol holdout --inner_sections 1"
     assert train(f"{exact} --run_dir whole").code == 0
@@ -236,6 +239,7 @@ def test_an_unpadded_network_resumes_exactly(train):
     assert whole == parts
 
 
+@pytest.mark.slow
 def test_tiles_of_the_saved_network_equal_the_whole_section(train, frames):
     assert train("--protocol holdout --inner_sections 1 --run_dir r --weight_path w/cells").code == 0
     network, record = prediction.load_network("w/cells")

@@ -128,7 +128,6 @@ def test_help_imports_nothing_heavy(tmp_path):
         ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
         ("predct --weight_path x", "unrecognized arguments: predct"),
         ("predict", "the following arguments are required: --weight_path"),
-        ("predict --weight_path w --tile 500", "argument --tile: must be a multiple of 8. Received: 500"),
         ("predict --weight_path w --tile 0", "argument --tile: must be at least 1. Received: 0"),
         ("predict --weight_path w --threshold 1.5", "argument --threshold: must be at least 0.0 and at most 1.0"),
         ("predict --weight_path w --tta 5", "argument --tta: invalid choice: '5'"),

@@ -31,7 +31,8 @@ OWN = {
     # these bring the leaves together
     "evaluation": {"data", "scores", "report"},
     "report": {"data", "evaluation", "segments"},
-    "prediction": {"data", "device", "scores", "tiling", "unet"},
+    "engines": {"data", "device", "unet"},
+    "prediction": {"chunked", "data", "device", "engines", "scores", "tiling", "unet"},
     "training": {
         *(
             "augment",
@@ -61,6 +62,7 @@ FOREIGN = {
     "data": {"numpy"},
     "device": {"keras", "jax", "tensorflow", "torch"},
     "dilatedUnet": set(),
+    "engines": {"keras", "numpy", "openvino"},
     "evaluation": {"numpy"},
     "fetching": {"pooch"},
     "figures": {"PIL", "matplotlib", "numpy", "tifffile"},

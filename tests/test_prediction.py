@@ -1,6 +1,7 @@
 """Weights in and out, and the `predict` verb: any size, any tile, the training's normalisation, flat memory."""
 
 import functools
+import importlib.util
 import json
 import math
 import resource
@@ -27,7 +28,7 @@ SETTINGS = {
     "dropout": 0.3,
     "classes": 2,
 }
-FLOAT32 = ("--precision", "float32")
+FLOAT32 = ("--precision", "float32", "--engine", "keras")
 NORMALISATION = data.Normalisation.from_dict(RECORD["normalisation"])
 RADIUS = unet.receptive_field(**SETTINGS).radius
 
@@ -134,6 +135,17 @@ def test_tiles_differ_from_the_whole_image_where_the_halo_is_too_small():
     assert np.abs(small - whole).max() > 1e-3
 
 
+def test_the_engine_is_a_flag_and_says_what_it_is(predict):
+    section = section_of(100, 90)
+    for engine in ("keras", "openvino"):
+        if engine == "openvino" and importlib.util.find_spec("openvino") is None:
+            pytest.skip("needs OpenVINO: pip install -r requirements-openvino.txt")
+        done = predict(section[None], "--engine", engine, "--force")
+        assert done.code == 0
+        assert f"engine: {engine}" in done.err.splitlines()[0]
+        np.testing.assert_allclose(tifffile.imread("out.tif"), expected(section), atol=1e-5)
+
+
 def test_tile_overlap_and_batch_are_flags(predict, monkeypatch):
     section, given, real = section_of(150, 203), [], keras.Model.predict_on_batch
     monkeypatch.setattr(keras.Model, "predict_on_batch", lambda self, x: given.append(x.shape) or real(self, x))
@@ -149,6 +161,7 @@ def test_tile_overlap_and_batch_are_flags(predict, monkeypatch):
     ("flags", "words"),
     [
         ("--overlap 3", "--overlap must be a non-negative multiple of 4. Received: 3"),
+        ("--tile 502", "--tile must be a multiple of 4. Received: 502"),
         ("--tile 64 --overlap 32", "--overlap must leave at least 4 px of a tile of 64 uncovered. Received: 32"),
     ],
 )
