@@ -674,8 +674,7 @@ class Recorder(keras.callbacks.Callback):
         return better
 
     def save_weights(self, path):
-        half = self.args.half and path == self.weights
-        prediction.save_weights(self.model.network, path, self.weights_record(), half=half)
+        prediction.save_weights(self.model.network, path, self.weights_record())
 
     def weights_record(self):
         keys = ("network", "normalisation", "seed", "precision", "split", "data", "command", "versions", "commit")
