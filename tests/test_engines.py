@@ -1,0 +1,257 @@
+"""Engines: OpenVINO says what Keras says, for any size; what is refused; and work done ahead of its consumer."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import data
+import device
+import engines
+import prediction
+import unet
+from data import DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted(path.stem for path in (ROOT / "weights").glob("isbi2012_*.json"))
+AGREE = 0.9995  # of all pixels, thresholded at 0.5
+
+openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="needs OpenVINO: pip install -r requirements-openvino.txt"
+)
+NETWORKS = {
+    "dilated": ({"filters": (8, 12)}, [(1, 64, 96), (2, 128, 40)]),
+    "standard": (
+        {"filters": (8, 12, 16), "dilate": False, "dilate_rate": 1, "addition": False, "classes": 3},
+        [(1, 64, 96), (2, 128, 40)],
+    ),
+    "2015": ({"arch": "unet2015", "filters": 4, "levels": 3}, [(1, 92, 100), (2, 124, 92)]),
+    "2015 padded": ({"arch": "unet2015", "filters": 4, "padding": "same"}, [(1, 64, 96), (2, 128, 48)]),
+}
+
+
+def windows_of(*shape, seed=0):
+    """Smooth blobs of mean 0 and standard deviation 1."""
+    from scipy.ndimage import gaussian_filter
+
+    noise = gaussian_filter(np.random.default_rng(seed).normal(size=shape), (0, 2, 2))
+    return (noise / noise.std()).astype(np.float32)
+
+
+def trained_like(settings, window, precision="float32"):
+    """A network whose biases and batch-norm statistics are not the initial ones, and whose output is not constant."""
+    network, rng = unet.from_settings(settings, precision=precision), np.random.default_rng(1)
+    for layer in network.layers:
+        if isinstance(layer, unet.BatchNormDropout):
+            channels = layer.gamma.shape
+            layer.gamma.assign(rng.uniform(0.5, 1.5, channels))
+            layer.beta.assign(rng.normal(0, 0.3, channels))
+            layer.moving_mean.assign(rng.normal(0.5, 0.3, channels))
+            layer.moving_variance.assign(rng.uniform(0.3, 3, channels))
+        elif hasattr(layer, "bias"):
+            layer.bias.assign(rng.normal(0, 0.1, layer.bias.shape))
+    head = network.get_layer("head_conv")
+    logits = np.asarray(keras.Model(network.input, head.output)(window[..., None]), np.float32)
+    centre = logits.mean((0, 1, 2))
+    head.kernel.assign(head.kernel * (2 / logits.std()))
+    head.bias.assign((head.bias - centre) * (2 / logits.std()))
+    return network
+
+
+def agreement(found, expected):
+    """Fraction of pixels on the same side of 0.5."""
+    assert found.shape == expected.shape
+    assert found.dtype == np.float32
+    assert 0.1 < (expected > 0.5).mean() < 0.9, "hardly any pixel could be wrong"
+    return np.mean((found > 0.5) == (expected > 0.5))
+
+
+# -- OpenVINO beside Keras ---------------------------------------------------------------------------------------
+
+
+@openvino
+@pytest.mark.parametrize("name", [pytest.param("dilated", marks=pytest.mark.jax), "standard", "2015", "2015 padded"])
+def test_openvino_agrees_with_keras_for_every_size_of_input(name):
+    settings, shapes = NETWORKS[name]
+    network = trained_like(settings, windows_of(*shapes[0]))
+    slow, fast = (engines.forward(network, engine, "float32") for engine in ("keras", "openvino"))
+    for seed, shape in enumerate(shapes):
+        windows = windows_of(*shape, seed=seed)
+        expected, found = slow(windows), fast(windows)
+        assert agreement(found, expected) >= AGREE
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@openvino
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SHIPPED or [pytest.param("", marks=pytest.mark.skip("no weights in weights/"))])
+def test_openvino_agrees_with_float32_keras_on_real_sections(isbi, name, precision):
+    network, record = prediction.load_network(ROOT / "weights" / name)
+    with data.iter_sections(data.resolve(str(isbi), "test")) as sections:
+        window = data.Normalisation.from_dict(record["normalisation"])(next(iter(sections)))[None]
+    found, expected = (
+        engines.forward(network, *engine)(window) for engine in (("openvino", precision), ("keras", "float32"))
+    )
+    assert agreement(found, expected) >= AGREE
+
+
+@openvino
+def test_openvino_in_bfloat16_is_near():
+    settings, (_, shape) = NETWORKS["dilated"]
+    windows = windows_of(*shape)
+    network = trained_like(settings, windows)
+    exact, rounded = (engines.forward(network, "openvino", precision)(windows) for precision in engines.PRECISIONS)
+    assert rounded.dtype == np.float32
+    np.testing.assert_allclose(rounded, exact, atol=0.15)
+    assert np.sqrt(np.mean((rounded - exact) ** 2)) < 0.03
+
+
+@openvino
+def test_openvino_takes_the_float32_weights_of_a_bfloat16_network():
+    settings, (shape, _) = NETWORKS["dilated"]
+    windows = windows_of(*shape)
+    network, reduced = (trained_like(settings, windows, precision) for precision in engines.PRECISIONS)
+    reduced.set_weights(network.get_weights())
+    found, expected = (engines.forward(each, "openvino", "float32")(windows) for each in (reduced, network))
+    np.testing.assert_array_equal(found, expected)
+
+
+@openvino
+def test_a_layer_that_openvino_is_not_told_about_is_refused_by_name():
+    inputs = keras.Input((None, None, 1))
+    network = keras.Model(inputs, keras.layers.AveragePooling2D(2, name="mean")(inputs))
+    with pytest.raises(DataError, match="--engine openvino cannot compute the layer mean, but --engine keras can"):
+        engines.forward(network, "openvino", "float32")
+
+
+@openvino
+def test_nothing_is_reported_to_anybody(tmp_path):
+    """OpenVINO, when imported, writes an identifier into the home folder and sends an event to Google Analytics."""
+    code = "import engines, sys; engines._openvino().Core(); print([m for m in sys.modules if 'telemetry.' in m])"
+    outside_ci = {k: v for k, v in os.environ.items() if k not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=outside_ci | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+    assert not (tmp_path / "intel").exists()
+
+
+# -- which engine ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def present(monkeypatch):
+    """Say whether OpenVINO is installed, and which accelerator there is."""
+
+    def say(installed, accelerator=None):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+        monkeypatch.setattr(device, "accelerator", lambda: accelerator)
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("installed", "accelerator", "chosen"),
+    [(True, None, "openvino"), (True, "NVIDIA H200", "keras"), (False, None, "keras"), (False, "NVIDIA H200", "keras")],
+)
+def test_auto_is_openvino_where_it_is_installed_and_there_is_no_accelerator(present, installed, accelerator, chosen):
+    present(installed, accelerator)
+    assert engines.choose("auto") == chosen
+
+
+def test_an_engine_that_is_asked_for_is_taken(present):
+    present(True, "NVIDIA H200")
+    assert engines.choose("openvino") == "openvino"
+    present(True)
+    assert engines.choose("keras") == "keras"
+
+
+def test_openvino_is_refused_where_it_is_not_installed(present):
+    present(False)
+    with pytest.raises(DataError, match=r"^--engine openvino needs .*pip install -r requirements-openvino\.txt$"):
+        engines.choose("openvino")
+
+
+def test_the_requirements_that_are_named_exist():
+    assert "openvino" in (ROOT / "requirements-openvino.txt").read_text()
+
+
+# -- ahead -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 3, 20])
+def test_every_item_comes_once_and_in_order(count, n):
+    assert list(engines.ahead(iter(range(count)), n)) == list(range(count))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_next_items_are_made_while_the_present_one_is_used_and_no_more(n):
+    made = [threading.Event() for _ in range(10)]
+
+    def source():
+        for i, event in enumerate(made):
+            event.set()
+            yield i
+
+    for i in engines.ahead(source(), n):
+        following = made[i + 1 : i + 1 + n]
+        assert all(event.wait(10) for event in following)
+        assert not any(event.is_set() for event in made[i + 1 + n :])
+
+
+def test_the_items_are_made_in_another_thread():
+    def source():
+        yield threading.current_thread()
+
+    assert list(engines.ahead(source())) != [threading.current_thread()]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_error_arrives_after_the_items_before_it(n):
+    def source():
+        yield 0
+        yield 1
+        raise DataError("section 2 is broken")
+
+    items = engines.ahead(source(), n)
+    assert [next(items), next(items)] == [0, 1]
+    with pytest.raises(DataError, match="section 2 is broken"):
+        next(items)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_closing_early_ends_the_thread_and_closes_the_source(n):
+    closed, before = [], threading.active_count()
+
+    def source():
+        try:
+            yield from range(1000)
+        finally:
+            closed.append(True)
+
+    items = engines.ahead(source(), n)
+    assert next(items) == 0
+    items.close()
+    assert threading.active_count() == before
+    assert closed == [True]
+
+
+def test_nothing_is_made_before_the_first_item_is_asked_for():
+    made = []
+    items = engines.ahead(made.append(i) for i in range(3))
+    assert made == []
+    items.close()
+    assert made == []
