@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+import chunked
 from fetching import CELL_ARCHIVES, DATA_SETS, ISBI_ROLES, data_dir, dataset_path, fetch, is_cached
 from stacks import (
     DataError,
@@ -113,7 +114,10 @@ def iter_sections(path, *, what="image"):
     -------
     StackReader
     """
-    return open_stack(resolve(path, what), what)
+    found = resolve(path, what)
+    if isinstance(found, Path) and chunked.is_zarr(found):
+        return chunked.open_zarr(found, what)
+    return open_stack(found, what)
 
 
 def read_stack(path, *, what="image"):

@@ -265,7 +265,6 @@ def add_output(parser):
     group.add_argument(
         "--weight_path", metavar="FILE", help="best weights; weights/x.weights becomes weights/x.weights.h5 and x.json"
     )
-    group.add_argument("--half", action="store_true", help="store these weights as float16: half the size, to ship")
     group.add_argument("--run_dir", metavar="FOLDER", help="run record, history, checkpoint (default: runs/<name>)")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint, bit for bit")
     group.add_argument("--force", action="store_true", help="replace an earlier run, its weights, or a picture")
@@ -312,6 +311,7 @@ def add_predict(parser):
     group.add_argument("--threshold", type=fraction, help="write an 8-bit 0/255 mask of probability > threshold")
     group.add_argument("--segment", action="store_true", help="write labels, one per cell, by seeded watershed")
     group.add_argument("--force", action="store_true", help="replace an existing output")
+    group.add_argument("--resume", action="store_true", help="go on with an --output of .zarr, chunk by chunk")
     group = parser.add_argument_group("tiles and machine")
     group.add_argument("--tile", type=count, help="largest side of the network's input, px (default: 1024 or 1020)")
     group.add_argument(
@@ -328,6 +328,8 @@ def add_predict(parser):
         help="what computes; auto: on a CPU OpenVINO where it is installed (requirements-openvino.txt), else Keras",
     )
     add_machine(group)
+    group.add_argument("--workers", type=whole, help="processes for an --output of .zarr; 0: this one (default: 1)")
+    group.add_argument("--scheduler", metavar="ADDRESS", help="dask's scheduler instead, such as tcp://host:8786")
     parser.set_defaults(run=run_predict)
 
 

@@ -1,12 +1,11 @@
 """Weights in and out, and the `predict` verb: a stack of any size to a TIFF, one section at a time."""
 
+import functools
 import json
 import math
 import os
 import sys
 from pathlib import Path
-
-import numpy as np
 
 import data
 import device
@@ -36,37 +35,13 @@ def record_file(path):
     return file.with_name(file.name.removesuffix(SUFFIX) + ".json")
 
 
-def save_weights(network, path, record, half=False):
-    """Write the weights (`half`: as float16), then their record; each file replaced as a whole."""
+def save_weights(network, path, record):
+    """Write the weights, then their record; each file replaced as a whole."""
     file = weight_file(path)
     with data.replacing(file, force=True) as partial:
         reserve(partial, network)
         network.save_weights(partial)
-        if half:
-            halve(partial)
     write_json(record_file(file), {"format": FORMAT} | record)
-
-
-def halve(path):
-    """Rewrite the weights in an HDF5 file as float16, which Keras casts back when it loads them."""
-    import h5py
-
-    def copy(name, item):
-        if isinstance(item, h5py.Dataset):
-            small = item.dtype == np.float32 and float(np.abs(item[()]).max(initial=0)) < np.finfo(np.float16).max
-            target = after.create_dataset(name, data=item[()].astype(np.float16) if small else item[()])
-        else:
-            target = after.require_group(name)
-        target.attrs.update(item.attrs)
-
-    beside = path.with_name(f"{path.stem}-half{path.suffix}")
-    try:
-        with h5py.File(path) as before, h5py.File(beside, "w") as after:
-            after.attrs.update(before.attrs)
-            before.visititems(copy)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def write_json(path, record):
@@ -167,19 +142,7 @@ def section_predictor(
     """
     field = unet.field_from_settings(settings)
     forward = engines.forward(network, engine, precision)
-    plans = {}
-
-    def plan(shape):
-        if shape not in plans:
-            largest = tiling.MAX_TILE - (tiling.MAX_TILE - field.remainder) % field.multiple
-            sides = {"multiple": field.multiple, "remainder": field.remainder, "shrink": field.shrink}
-            try:
-                plans[shape] = tiling.plan(shape, field.radius, max_tile=tile or largest, halo=overlap, **sides)
-            except ValueError as error:  # which speaks of a halo where the flag says overlap
-                raise DataError(str(error).replace("--halo", "--overlap")) from error
-            if log:
-                log(f"sections of {shape[0]} x {shape[1]} px: {plans[shape].words}")
-        return plans[shape]
+    plan = planner(field, tile, overlap, log)
 
     def predict_one(section):
         chosen = plan(section.shape)
@@ -199,6 +162,53 @@ def section_predictor(
     return predict
 
 
+def planner(field, tile, overlap, log=None):
+    """A function from the shape of a section to its `tiling.Plan`; `log` is told once per shape."""
+
+    @functools.cache
+    def plan(shape):
+        largest = tiling.MAX_TILE - (tiling.MAX_TILE - field.remainder) % field.multiple
+        sides = {"multiple": field.multiple, "remainder": field.remainder, "shrink": field.shrink}
+        try:
+            chosen = tiling.plan(shape, field.radius, max_tile=tile or largest, halo=overlap, **sides)
+        except ValueError as error:  # which speaks of a halo where the flag says overlap
+            raise DataError(str(error).replace("--halo", "--overlap")) from error
+        if log:
+            log(f"sections of {shape[0]} x {shape[1]} px: {chosen.words}")
+        return chosen
+
+    return plan
+
+
+def window_predictor(weights, precision, engine):
+    """For a worker of `chunked`: a function from raw windows (B, h, w) to their interior probability."""
+    network, record = load_network(weights, precision)
+    normalisation = data.Normalisation.from_dict(record["normalisation"])
+    forward = engines.forward(network, engine, precision)
+    return lambda windows: forward(normalisation(windows))
+
+
+def run_chunked(args, precision, engine, say):
+    """`predict` to OME-Zarr: the workers load the network, so this process does not."""
+    import chunked
+
+    record = read_record(args.weight_path)
+    field = unet.field_from_settings(record["network"])
+    chunked.run(
+        args,
+        data.resolve(args.image_path, "test", log=say),
+        load=window_predictor,
+        weights=weight_file(args.weight_path),
+        how={"precision": precision, "engine": engine},
+        settings={key: record[key] for key in ("network", "normalisation")},
+        plan=planner(field, args.tile, args.overlap),
+        field=field,
+        log=say,
+    )
+    say(f"{args.output}: 1 = interior")
+    return 0
+
+
 def run(args):
     """The `predict` verb; returns the exit code."""
 
@@ -206,8 +216,12 @@ def run(args):
         print(words, file=sys.stderr, flush=True)
 
     precision, engine = device.choose_precision(args.precision), engines.choose(args.engine)
-    network, record = load_network(args.weight_path, precision)
     say(f"{device.describe(precision)}; engine: {engine}")
+    if args.output.endswith(".zarr"):
+        return run_chunked(args, precision, engine, say)
+    if args.resume or args.scheduler or args.workers is not None:
+        raise DataError(f"--resume, --scheduler and --workers go with an --output of .zarr. Received: {args.output}")
+    network, record = load_network(args.weight_path, precision)
     source = data.resolve(args.image_path, "test", log=say)
     with data.iter_sections(source) as sections:
         count, (height, width) = len(sections), sections.shape[1:]

@@ -23,10 +23,11 @@ OWN = {
     "stacks": set(),
     "synthetic": set(),
     "tiling": set(),
+    "chunked": {"stacks", "tiling"},
     "unet": set(),
     # two files behind one door each
     "fetching": {"stacks"},
-    "data": {"stacks", "fetching", "synthetic"},
+    "data": {"chunked", "stacks", "fetching", "synthetic"},
     "scores": {"segments"},
     # these bring the leaves together
     "evaluation": {"data", "scores", "report"},
@@ -56,6 +57,7 @@ OWN = {
 }
 # What each file may import of other people's, the standard library apart.
 FOREIGN = {
+    "chunked": {"dask", "distributed", "numcodecs", "numpy", "zarr"},
     "augment": {"keras", "numpy"},
     "clr_callback": {"keras"},
     "comparison": set(),
@@ -67,7 +69,7 @@ FOREIGN = {
     "fetching": {"pooch"},
     "figures": {"PIL", "matplotlib", "numpy", "tifffile"},
     "losses": {"keras", "numpy", "scipy"},
-    "prediction": {"h5py", "numpy"},
+    "prediction": set(),
     "report": {"PIL", "matplotlib", "numpy", "scipy"},
     "reproduce": set(),
     "scores": {"numpy", "scipy"},
@@ -80,7 +82,7 @@ FOREIGN = {
     "unet": {"keras", "tensorflow"},
     "verdicts": {"scipy"},
 }
-WITHOUT_KERAS = ("data", "tiling", "scores", "figures", "evaluation", "report", "reproduce")
+WITHOUT_KERAS = ("chunked", "data", "tiling", "scores", "figures", "evaluation", "report", "reproduce")
 
 
 def imports(tree, *, only_top_level=False):

@@ -1,0 +1,749 @@
+"""Prediction in blocks: OME-Zarr in and out, on one machine or several, resumable chunk by chunk.
+
+A block is predicted from the very tiles that `tiling.predict_section` cuts for it, out of no more of the section than
+they read, so the result is the same numbers, and no section need fit into memory. That holds for the mean over
+rotated and mirrored versions too, whose tiles are counted from other corners of the section.
+
+The output's chunks are the parts that the tiles fill, a block is a whole number of chunks, and two workers never write
+to the same one. A chunk's file is whole or absent, for zarr (>= 3.1.3) writes it beside its place and moves it there;
+it is never left out for being empty, for what is not written reads as NaN and a probability is not NaN. So a block is
+finished when the files of its chunks are there, and `--resume` predicts the others.
+
+Blocks are sent to the workers of dask, which are processes on this machine, or of the cluster whose scheduler is named.
+A worker loads the network once; it must see image, weights, output and this folder under the same paths, and no more
+than the number of a block goes over the wire.
+
+Metadata: OME-NGFF 0.4 (zarr v2) and 0.5 (zarr v3), https://ngff.openmicroscopy.org/specifications/.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import stacks
+import tiling
+from stacks import DataError
+
+FORMAT = "dilated-unet prediction 1"
+RECORD = "dilated_unet"  # the attribute of the output that says what it is made of
+SPAN = 4  # tiles along a block with rotated versions, whose tiles are computed for every block that they touch
+DEPTH = 16  # most sections of a block: those that share the chunks of the image, which are read once
+SLAB_BYTES = 2**27  # pixels of a block, unless one section has more
+SAMPLE_PX = 512  # side of the pixels that tell images apart
+IN_FLIGHT = 256  # blocks that the scheduler is told of at a time
+IGNORE_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # of workers here: their client ends them
+NANOMETRES = {"picometer": 1e-3, "angstrom": 0.1, "nanometer": 1.0, "micrometer": 1e3}
+NANOMETRES |= {"millimeter": 1e6, "centimeter": 1e7, "meter": 1e9}
+
+
+@contextlib.contextmanager
+def extra():
+    """Around an import: say how to install what is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise DataError(f"OME-Zarr needs {error.name}: pip install -r requirements-zarr.txt") from error
+
+
+# -- OME-Zarr in -------------------------------------------------------------------------------------------------
+
+
+def is_zarr(path):
+    """Whether a path is a folder of zarr's."""
+    return any((Path(path) / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray"))
+
+
+class ZarrReader(stacks.StackReader):
+    """Sections of an OME-Zarr image, one in memory at a time, or with `slab` less than one.
+
+    Attributes
+    ----------
+    array : zarr.Array
+        Level 0: any axes of which one at most is longer than 1, then rows and columns.
+    multiscale : dict
+        The image's metadata.
+    """
+
+    def __init__(self, path, array, multiscale):
+        self.array, self.multiscale = array, multiscale
+        count = math.prod(array.shape[:-2])
+        axes = "".join(axis["name"] for axis in multiscale["axes"])
+        super().__init__(
+            lambda index: array[place(array.ndim, index)],
+            (count, *array.shape[-2:]),
+            array.dtype,
+            names=[f"{path.stem}[{i}]" for i in range(count)],
+            source=path,
+            voxel_nm=_voxel_nm(multiscale),
+            description=f"OME-Zarr, zarr v{array.metadata.zarr_format}, axes {axes}, chunks {array.chunks}",
+        )
+
+    def slab(self, sections, rows, columns):
+        """Pixels of a part of some sections (slices), an array of shape (S, H, W)."""
+        try:
+            pixels = self.array[(*place(self.array.ndim, sections), rows, columns)]
+        except Exception as error:  # codecs raise whatever they like on a damaged chunk
+            raise DataError(f"{self.source}: sections from {sections.start} on are damaged: {error}.") from error
+        if self.dtype.kind == "f" and not np.isfinite(pixels).all():
+            raise DataError(f"{self.source}: sections from {sections.start} on hold NaN or infinite values.")
+        return pixels.astype(self.dtype, copy=False).reshape(-1, *pixels.shape[-2:])
+
+
+def place(axes, index):
+    """Index of a section, or of a slice of sections, in an array of so many axes.
+
+    >>> place(3, 7), place(5, 7), place(2, 0)
+    ((7,), (0, 0, 7), ())
+    """
+    return (0,) * (axes - 3) + (index,) * (axes > 2)
+
+
+def open_zarr(path, what="image"):
+    """Open an OME-Zarr image, level 0, for reading section by section.
+
+    Parameters
+    ----------
+    path : str or Path
+        The folder of the image.
+    what : str
+        The role, for messages.
+
+    Returns
+    -------
+    ZarrReader
+
+    Raises
+    ------
+    DataError
+        Where the folder holds no image of OME-NGFF 0.4 or 0.5, or more than one gray stack.
+    """
+    with extra():
+        import zarr
+    path = Path(path)
+    try:
+        group = zarr.open_group(str(path), mode="r")
+        attributes = group.attrs.asdict()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise stacks.refusal(what, path, f"is no OME-Zarr image: {error}") from error
+    multiscales = attributes.get("ome", attributes).get("multiscales")
+    if not multiscales:
+        hint = "of a bioformats2raw folder give the image inside, such as its folder 0"
+        raise stacks.refusal(what, path, f"is no OME-Zarr image: it holds no multiscales ({hint})")
+    try:
+        names = [axis["name"] for axis in multiscales[0]["axes"]]
+        array = group[multiscales[0]["datasets"][0]["path"]]
+        sizes = dict(zip(names, array.shape, strict=True))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise stacks.refusal(what, path, f"is no image of OME-NGFF 0.4 or 0.5: {error!r}") from error
+    _check_axes(path, what, names, sizes, array.dtype)
+    return ZarrReader(path, array, multiscales[0])
+
+
+def _check_axes(path, what, names, sizes, dtype):
+    """Refuse what is not one gray stack of sections along z."""
+    ordered = names[-2:] == ["y", "x"] and ("z" not in names or names[-3] == "z")
+    longer = [name for name, length in sizes.items() if length > 1 and name not in "zyx"]
+    if not ordered or longer or min(sizes.values()) < 1 or dtype.kind not in "buif":
+        found = f"axes {''.join(names)}, shape {tuple(sizes.values())}, type {dtype}"
+        rule = "one gray stack with axes zyx is needed, t and c before them at most of length 1"
+        raise stacks.refusal(what, path, f"has {found}; {rule}")
+
+
+def _voxel_nm(multiscale):
+    """Voxel size (z, y, x) in nm, z None where only the pixel's is known; None where nothing is."""
+    sizes = {axis["name"]: NANOMETRES.get(axis.get("unit"), math.nan) for axis in multiscale["axes"]}
+    steps = multiscale["datasets"][0].get("coordinateTransformations", [])
+    try:
+        for step in (*steps, *multiscale.get("coordinateTransformations", [])):
+            if step["type"] == "scale":
+                sizes = {name: nm * factor for (name, nm), factor in zip(sizes.items(), step["scale"], strict=True)}
+    except (KeyError, TypeError, ValueError):
+        return None  # a voxel size that cannot be made out is unknown: no reason to refuse the pixels
+    z, y, x = (float(f"{nm:.6g}") if nm > 0 else None for nm in (sizes.get(name, math.nan) for name in "zyx"))
+    return (z, y, x) if y and x else None
+
+
+# -- OME-Zarr out ------------------------------------------------------------------------------------------------
+
+
+def create(path, reader, shape, chunks, record):
+    """Write an OME-Zarr image without chunks: NaN, float32, with the axes and the voxel size of what is predicted.
+
+    Parameters
+    ----------
+    path : Path
+        Must not exist.
+    reader : StackReader
+        What is predicted. The prediction of OME-NGFF 0.4 is 0.4; that of everything else is 0.5.
+    shape, chunks : tuple of int
+        Of level 0, the only one.
+    record : dict
+        For the attribute `RECORD`.
+    """
+    with extra():
+        import numcodecs
+        import zarr
+    multiscale = _multiscale(reader)
+    if zarr_format(reader) == 2:
+        attributes = {"multiscales": [{"version": "0.4"} | multiscale]}
+        layout = {
+            "chunk_key_encoding": {"name": "v2", "separator": "/"},
+            "compressors": numcodecs.Blosc("zstd", clevel=5, shuffle=numcodecs.Blosc.SHUFFLE),
+        }
+    else:
+        attributes = {"ome": {"version": "0.5", "multiscales": [multiscale]}}
+        layout = {
+            "dimension_names": [axis["name"] for axis in multiscale["axes"]],
+            "compressors": zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=4),
+        }
+    group = zarr.create_group(str(path), zarr_format=zarr_format(reader), attributes=attributes | {RECORD: record})
+    group.create_array("0", shape=shape, chunks=chunks, dtype="float32", fill_value=math.nan, **layout)
+
+
+def array_shape(reader):
+    """Shape of level 0: with all axes of an OME-Zarr image, or else (S, H, W)."""
+    return reader.array.shape if isinstance(reader, ZarrReader) else reader.shape
+
+
+def zarr_format(reader):
+    """2 or 3: that of the sections, or 3 where they are no OME-Zarr image."""
+    return reader.array.metadata.zarr_format if isinstance(reader, ZarrReader) else 3
+
+
+def _multiscale(reader):
+    """Metadata of an image with one level; a size that is not known is 1, without a unit."""
+    if isinstance(reader, ZarrReader):
+        levels = [reader.multiscale["datasets"][0] | {"path": "0"}]
+        kept = ("axes", "coordinateTransformations")
+        return {key: reader.multiscale[key] for key in kept if key in reader.multiscale} | {"datasets": levels}
+    sizes = dict(zip("zyx", reader.voxel_nm or (None, None, None), strict=True))
+    scale = [{"type": "scale", "scale": [nm or 1.0 for nm in sizes.values()]}]
+    axes = [{"name": name, "type": "space"} | ({"unit": "nanometer"} if nm else {}) for name, nm in sizes.items()]
+    return {"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": scale}]}
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """What is to be predicted, from what and how; small, for every block is sent with it.
+
+    Attributes
+    ----------
+    image, output, weights : str
+        Paths that every machine sees.
+    load : str
+        "module:function" of the network, see `run`.
+    how : tuple of (str, str)
+        Its keyword arguments.
+    shape : tuple of int
+        (S, H, W) of the sections.
+    axes, zarr_format : int
+        Of the output.
+    tile : tuple of int
+        Height and width of the network's input, in px.
+    halo, shrink, multiple : int
+        As in `tiling`.
+    tta : str
+        A name in `tiling.TRANSFORMS`.
+    batch : int
+        Most windows in one call.
+    depth : int
+        Sections of a block.
+    made_of : str
+        What the numbers depend on, as JSON: a worker that outlives a run loads anew when any of it has changed.
+    """
+
+    image: str
+    output: str
+    weights: str
+    load: str
+    how: tuple[tuple[str, str], ...]
+    shape: tuple[int, int, int]
+    axes: int
+    zarr_format: int
+    tile: tuple[int, int]
+    halo: int
+    shrink: int
+    multiple: int
+    tta: str
+    batch: int
+    depth: int
+    made_of: str
+
+
+@functools.lru_cache(maxsize=2)
+def tile_parts(job):
+    """Rows, and columns, that the tiles of a section fill."""
+    smallest = 2 * job.halo + job.multiple
+    return tuple(
+        [part for part, _ in tiling.tiles((length, 1), (side, smallest), job.halo, job.multiple)]
+        for length, side in zip(job.shape[1:], job.tile, strict=True)
+    )
+
+
+def chunk_size(job):
+    """Rows and columns of a chunk: those that the first tile fills."""
+    return tuple(parts[0].stop for parts in tile_parts(job))
+
+
+def span(job):
+    """Tiles along the rows, and along the columns, of a block: as many as one call takes, or SPAN."""
+    if job.tta != "none":
+        return SPAN, SPAN
+    count = len(tile_parts(job)[1])
+    return 1, -(-count // -(-count // job.batch))
+
+
+@functools.lru_cache(maxsize=2)
+def block_parts(job):
+    """Sections, rows and columns of the blocks, as slices along each axis."""
+    sections = [slice(i, min(i + job.depth, job.shape[0])) for i in range(0, job.shape[0], job.depth)]
+    tiled = (
+        [slice(parts[i].start, parts[min(i + most, len(parts)) - 1].stop) for i in range(0, len(parts), most)]
+        for parts, most in zip(tile_parts(job), span(job), strict=True)
+    )
+    return sections, *tiled
+
+
+def block_count(job):
+    """Blocks of the whole stack."""
+    return math.prod(len(parts) for parts in block_parts(job))
+
+
+def block(job, number):
+    """Sections, rows and columns of a block, as slices."""
+    sections, rows, columns = block_parts(job)
+    number, column = divmod(number, len(columns))
+    number, row = divmod(number, len(rows))
+    return sections[number], rows[row], columns[column]
+
+
+def is_finished(job, number):
+    """Whether the files of all chunks of a block are there."""
+    sections, rows, columns = block(job, number)
+    return all(is_written(job, index, rows, columns) for index in range(sections.start, sections.stop))
+
+
+def is_written(job, index, rows, columns):
+    """Whether the files of all chunks of a part of a section are there."""
+    folder = Path(job.output, "0", *(["c"] if job.zarr_format == 3 else []), *map(str, place(job.axes, index)))
+    keys = [
+        range(part.start // side, -(-part.stop // side))
+        for part, side in zip((rows, columns), chunk_size(job), strict=True)
+    ]
+    files = (folder / str(row) / str(column) for row, column in itertools.product(*keys))
+    return all(file.is_file() and file.stat().st_size > 0 for file in files)
+
+
+# -- predicting a block ------------------------------------------------------------------------------------------
+
+
+class Strip(NamedTuple):
+    """A tile along one axis: pixels of the section that it reads, pixels of the block that it fills, from which."""
+
+    reads: np.ndarray
+    fills: np.ndarray
+    kept: np.ndarray
+
+
+def _strips(job, axis, within, flipped):
+    """The tiles along an axis, counted from its end where it is flipped, that fill some of the slice `within`."""
+    length, strips = job.shape[1 + axis], []
+    for part in tile_parts(job)[axis]:
+        start = part.start - job.halo
+        reads, fills = tiling.reflect(start, start + job.tile[axis], length), np.arange(part.start, part.stop)
+        if flipped:
+            reads, fills = length - 1 - reads, length - 1 - fills
+        inside = np.flatnonzero((within.start <= fills) & (fills < within.stop))
+        if inside.size:
+            strips.append(Strip(reads, fills[inside] - within.start, inside + job.halo - job.shrink))
+    return strips
+
+
+def _versions(job, rows, columns):
+    """The tiles of each rotated and mirrored version, as pairs of Strips, and whether it lies on its side.
+
+    A quarter turn counter-clockwise makes the section's columns, from the last, rows; and its rows columns.
+    """
+    for turns, mirrored in tiling.TRANSFORMS[job.tta]:
+        on_its_side, flipped = turns % 2 == 1, [turns in (2, 3), turns in (1, 2)]
+        if mirrored:  # its columns, which are the section's rows where it lies on its side
+            flipped[not on_its_side] ^= True
+        strips = (_strips(job, axis, part, flipped[axis]) for axis, part in enumerate((rows, columns)))
+        yield list(itertools.product(*strips)), on_its_side
+
+
+def predict_block(job, number):
+    """Predict a block and write its chunks, section by section; what a worker does."""
+    read, predict, array = _tools(job)
+    sections, rows, columns = block(job, number)
+    versions = list(_versions(job, rows, columns))
+    around = _reads(versions)
+    for index, pixels in enumerate(read(sections, *around), sections.start):
+        if not is_written(job, index, rows, columns):
+            values = predict_part(job, versions, pixels, [part.start for part in around], predict)
+            if not np.isfinite(values).all():
+                raise DataError(f"{job.output}: the prediction of section {index} is not finite.")
+            array[(*place(job.axes, index), rows, columns)] = np.clip(values, 0.0, 1.0)
+
+
+def _reads(versions):
+    """Rows and columns of the section that the tiles read, as slices."""
+    strips = zip(*(pair for tiles, _ in versions for pair in tiles), strict=True)
+    ends = [(min(s.reads.min() for s in along), max(s.reads.max() for s in along)) for along in strips]
+    return [slice(int(first), int(last) + 1) for first, last in ends]
+
+
+def predict_part(job, versions, pixels, corner, predict):
+    """Predict a part of a section as `tiling.predict_tta` of `tiling.predict_section` predicts the whole of it.
+
+    Parameters
+    ----------
+    job : Job
+    versions : list
+        Of `_versions`.
+    pixels : ndarray of shape (h, w)
+        What the tiles read, from the row and column `corner` of the section on.
+    corner : (int, int)
+    predict : callable
+        (B, h, w) -> (B, h - 2 shrink, w - 2 shrink). B is the same in all calls, a last batch is filled with repeats.
+
+    Returns
+    -------
+    ndarray of shape (H, W)
+        float32.
+    """
+    filled = [1 + max(int(strip.fills.max()) for strip in along) for along in zip(*versions[0][0], strict=True)]
+    total, size = np.zeros(filled, np.float32), batch_size(job)
+    for tiles, on_its_side in versions:
+        for start in range(0, len(tiles), size):
+            group = tiles[start : start + size]
+            windows = [pixels[np.ix_(row.reads - corner[0], column.reads - corner[1])] for row, column in group]
+            windows += windows[-1:] * (size - len(group))
+            outputs = predict(np.stack([window.T if on_its_side else window for window in windows]))
+            for (row, column), output in zip(group, outputs, strict=False):  # but for the repeats
+                kept = output.T if on_its_side else output
+                total[np.ix_(row.fills, column.fills)] += kept[np.ix_(row.kept, column.kept)]
+    return total / np.float32(len(versions))
+
+
+def batch_size(job):
+    """Windows in one call: no more than a block has tiles."""
+    return min(job.batch, math.prod(map(min, span(job), map(len, tile_parts(job)))))
+
+
+_ONE_AT_A_TIME = threading.Lock()  # a worker's threads: one predicts while the other reads or writes
+
+
+def _tools(job):
+    with _ONE_AT_A_TIME:
+        return _load(job)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(job):
+    """Reader of parts, network and output, once per process."""
+    import zarr
+
+    module, name = job.load.split(":")
+    network = getattr(importlib.import_module(module), name)(job.weights, **dict(job.how))
+
+    def predict(windows):
+        with _ONE_AT_A_TIME:
+            return network(windows)
+
+    return _part_reader(open_sections(job.image)), predict, zarr.open_array(f"{job.output}/0", mode="r+")
+
+
+def _part_reader(reader):
+    """A function (sections, rows, columns), slices -> pixels (S, H, W); of a TIFF, sections are read whole."""
+    if isinstance(reader, ZarrReader):
+        return reader.slab
+    section = functools.lru_cache(maxsize=2)(reader.__getitem__)
+
+    def read(sections, rows, columns):
+        with _ONE_AT_A_TIME:
+            return np.stack([section(index)[rows, columns] for index in range(sections.start, sections.stop)])
+
+    return read
+
+
+def open_sections(path):
+    """Open an OME-Zarr image, or another file or folder of sections."""
+    return open_zarr(path) if is_zarr(path) else stacks.open_stack(Path(path))
+
+
+# -- the whole stack ---------------------------------------------------------------------------------------------
+
+
+def run(args, source, *, load, weights, how, settings, plan, field, log):
+    """Predict a stack to an OME-Zarr image, block by block.
+
+    Parameters
+    ----------
+    args : Namespace
+        Of the `predict` verb.
+    source : Path or Stack
+        A Stack in memory is refused, for workers read the sections themselves.
+    load : callable
+        (weights, **how) -> predict, with predict: raw windows (B, h, w) -> interior probability (B, h - 2 shrink, w -
+        2 shrink), float32. A function of a module, which workers import.
+    weights : str or Path
+        The file that `load` reads.
+    how : dict of str
+        What else `load` takes, such as the precision.
+    settings : dict
+        What else the numbers depend on, for JSON: the network and its normalisation.
+    plan : callable
+        (H, W) -> tiling.Plan; for (W, H) the same, turned.
+    field
+        With `multiple` and `shrink`, as in `tiling`.
+    log : callable
+        Told what is done, in words.
+
+    Raises
+    ------
+    DataError
+        Where flags contradict each other, an input is bad, or the output is there or is made of something else.
+    """
+    _check_flags(args, source)
+    with open_sections(source) as reader:
+        tiles = plan(reader.shape[1:])
+        log(f"sections of {stacks.size_words(reader.shape)} px: {tiles.words}")
+        made_of = {
+            "weights_sha256": _sha256(weights),
+            "image_sha256": _sample_sha256(reader),
+            "image_shape": reader.shape,
+            "tile": tiles.tile,
+            "halo": tiles.halo,
+            "tta": args.tta,
+            **how,
+            **settings,
+        }
+        job = Job(
+            image=str(Path(source).resolve()),
+            output=str(Path(args.output).resolve()),
+            weights=str(Path(weights).resolve()),
+            load=f"{load.__module__}:{load.__name__}",
+            how=tuple(how.items()),
+            shape=reader.shape,
+            axes=len(array_shape(reader)),
+            zarr_format=zarr_format(reader),
+            tile=tiles.tile,
+            halo=tiles.halo,
+            shrink=field.shrink,
+            multiple=field.multiple,
+            tta=args.tta,
+            batch=args.batch_size,
+            depth=1,
+            made_of=json.dumps(made_of),
+        )
+        job = job._replace(depth=_depth(job, reader))
+        _check_output(args, job)
+        with _client(args) as client:
+            if not (args.resume and Path(job.output).exists()):
+                _begin(args, job, reader)
+            _finish(args, job, client, log)
+
+
+def _finish(args, job, client, log):
+    """Predict the blocks that are not finished, and count them on a terminal."""
+    count = block_count(job)
+    todo = [number for number in range(count) if not (args.resume and is_finished(job, number))]
+    log(f"{count} blocks" + (f", {count - len(todo)} of them finished before" if args.resume else ""))
+    finished = _streamed(client, job, todo) if client else (predict_block(job, number) for number in todo)
+    for done, _ in enumerate(finished, count - len(todo) + 1):
+        if sys.stderr.isatty():
+            print(f"\rblock {done}/{count}", end="\n" if done == count else "", file=sys.stderr, flush=True)
+
+
+def _check_flags(args, source):
+    masks = args.threshold is not None or args.segment
+    memory = isinstance(source, stacks.Stack)
+    contradictions = (
+        (masks, "--threshold and --segment go with a TIFF --output"),
+        (args.resume and args.force, "--resume goes on with a prediction and --force replaces it: choose one"),
+        (args.scheduler and args.workers is not None, "--workers is of no use with --scheduler, which has its own"),
+        (memory, "--image_path must be a file or folder, which workers can read, where --output is OME-Zarr"),
+        (not memory and Path(source).resolve() == Path(args.output).resolve(), "--output must not be --image_path"),
+    )
+    for wrong, words in contradictions:
+        if wrong:
+            raise DataError(f"{words}. Received: --image_path {args.image_path} --output {args.output}")
+
+
+def _depth(job, reader):
+    """Sections of a block: those that lie in the same chunks of the image, where that is not too much at a time."""
+    if not isinstance(reader, ZarrReader) or reader.array.ndim < 3:
+        return 1
+    sides = (min(n, s * side) for n, s, side in zip(reader.shape[1:], span(job), job.tile, strict=True))
+    return max(1, min(reader.array.chunks[-3], DEPTH, SLAB_BYTES // (math.prod(sides) * reader.dtype.itemsize)))
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sample_sha256(reader):
+    """SHA-256 of the central pixels of the first, the middle and the last section: the whole may be terabytes."""
+    count, *size = reader.shape
+    centre = [slice(max(0, (n - SAMPLE_PX) // 2), min(n, (n + SAMPLE_PX) // 2)) for n in size]
+    read = _part_reader(reader)
+    samples = [stacks.sha256_pixels(read(slice(i, i + 1), *centre)) for i in sorted({0, count // 2, count - 1})]
+    return hashlib.sha256("".join(samples).encode()).hexdigest()
+
+
+def _check_output(args, job):
+    """Refuse an output that is there, but with --force a prediction, and with --resume one that is made of the same."""
+    if not Path(job.output).exists():
+        return
+    if not (args.resume or args.force):
+        raise DataError(f"{args.output} exists already (--resume goes on with it, --force replaces it).")
+    found, made_of = _record(job.output), json.loads(job.made_of)
+    if not found:
+        raise DataError(f"--resume and --force are for a prediction of this suite, and {args.output} is none.")
+    other = [key for key in sorted({*made_of, *found}) if made_of.get(key) != found.get(key)]
+    if args.resume and other:
+        words = f"is made of another {', '.join(other)} (--force begins anew)"
+        raise DataError(f"--resume goes on with a prediction that is made of the same, and {args.output} {words}.")
+
+
+def _record(output):
+    """What an output says that it is made of, or None where it is no prediction of this suite."""
+    with extra():
+        import zarr
+    try:
+        record = zarr.open_group(output, mode="r").attrs[RECORD]
+        return record["made_of"] if record["format"] == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _begin(args, job, reader):
+    """Make the output, without chunks yet, beside its place, and move it there."""
+    shape, output = array_shape(reader), Path(job.output)
+    chunks = (1,) * (len(shape) - 2) + chunk_size(job)
+    record = {"format": FORMAT, "image": job.image, "weights": job.weights, "made_of": json.loads(job.made_of)}
+    partial, old = (output.with_name(f".{word}{os.getpid()}-{output.name}") for word in ("part", "old"))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        create(partial, reader, shape, chunks, record)
+        if output.exists():
+            output.rename(old)
+        partial.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f"{args.output} could not be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# -- workers -----------------------------------------------------------------------------------------------------
+
+
+def _streamed(client, job, todo):
+    """Send blocks to the workers, a bounded number at a time; dask sends those of a worker that died to another."""
+    import distributed
+
+    call, waiting = _by_value(job), iter(todo)
+    _check_workers(client, call)
+
+    def send():
+        return (client.submit(call, "predict_block", number, pure=False) for number in waiting)
+
+    running = distributed.as_completed(list(itertools.islice(send(), IN_FLIGHT)), loop=client.loop)
+    try:
+        for future in running:
+            yield future.result()
+            for following in itertools.islice(send(), 1):
+                running.add(following)
+    except distributed.KilledWorker as error:
+        words = "out of memory? A smaller --tile takes less"
+        raise DataError(f"{error.allowed_failures + 1} workers died with the same block: {words}.") from error
+
+
+def _by_value(job):
+    """A function (name, ...) that calls the function of that name of this file with the job, wherever the file is seen.
+
+    Being local it is sent by value: the scheduler need not import this suite, and workers find it by its folder.
+    """
+    folder, module, fields = str(Path(__file__).resolve().parent), __name__, job._asdict()
+
+    def call(name, *arguments):
+        import importlib
+        import sys
+
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+        here = importlib.import_module(module)
+        return getattr(here, name)(here.Job(**fields), *arguments)
+
+    return call
+
+
+def _check_workers(client, call):
+    """Wait for a worker, and refuse those that do not see what they are to work on."""
+    client.wait_for_workers(1)
+    try:
+        unseen = client.run(call, "unseen")
+    except Exception as error:  # whatever keeps a worker from importing the suite
+        raise DataError(f"--scheduler: a worker cannot run this suite: {error!r}") from error
+    for worker, paths in unseen.items():
+        if paths:
+            raise DataError(f"--scheduler: the worker {worker} does not see {', '.join(paths)}")
+
+
+def unseen(job):
+    """Paths of a job that this machine does not see."""
+    return [path for path in (job.image, job.weights, job.output) if not Path(path).exists()]
+
+
+@contextlib.contextmanager
+def _client(args):
+    """Client of the scheduler that was named, or of a cluster of processes here, or None with --workers 0."""
+    if args.workers == 0:
+        yield None
+        return
+    with extra():
+        import distributed
+    if not args.scheduler:
+        with _local_cluster(args.workers or 1) as cluster, distributed.Client(cluster, set_as_default=False) as client:
+            yield client
+        return
+    try:
+        client = distributed.Client(args.scheduler, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--scheduler: {args.scheduler} cannot be reached: {error}") from error
+    with client:
+        yield client
+
+
+@contextlib.contextmanager
+def _local_cluster(workers):
+    """Processes that share the cores, each with two threads: one reads and writes while the other predicts."""
+    import dask.system
+    import distributed
+
+    cores = max(1, dask.system.CPU_COUNT // workers)
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
+    threads = {f"distributed.nanny.pre-spawn-environ.{name}": cores for name in names}  # dask would set them to 1
+    options = {"n_workers": workers, "threads_per_worker": 2, "memory_limit": None, "dashboard_address": ":0"}
+    options["silence_logs"] = logging.CRITICAL + 1  # what goes wrong is raised; the rest is how processes end
+    options["preload"] = [IGNORE_CTRL_C]
+    with dask.config.set(threads), distributed.LocalCluster(**options) as cluster:
+        yield cluster

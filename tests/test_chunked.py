@@ -1,0 +1,657 @@
+"""Prediction in blocks: the same numbers as section by section, OME-Zarr in and out, kills, resumption, workers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tifffile
+
+import chunked
+import data
+import tiling
+
+EXTRA = "the optional extra is not installed: pip install -r requirements-zarr.txt"
+zarr = pytest.importorskip("zarr", reason=EXTRA)
+
+PADDED = SimpleNamespace(multiple=4, shrink=0, remainder=0, radius=7)
+UNPADDED = SimpleNamespace(multiple=4, shrink=2, remainder=2, radius=2)
+NM = (40.0, 4.0, 8.0)
+
+
+# -- networks in numpy, which workers import from here -----------------------------------------------------------
+
+
+def load(weights, precision):
+    """A maximum over 4 x 4 px, and those above it and on its right; zeros beyond the input.
+
+    Beside the weights it notes its process and the number of its windows.
+    """
+
+    def predict(windows):
+        with open(f"{weights}.log", "a") as log:
+            log.write(f"{os.getpid()} {len(windows)}\n")
+        count, height, width = windows.shape
+        x = windows.astype(np.float32) / np.float32(255)
+        low = x.reshape(count, height // 4, 4, width // 4, 4).max(axis=(2, 4))
+        around = np.pad(low, ((0, 0), (1, 1), (1, 1)))
+        low = 0.5 * low + 0.3 * around[:, :-2, 1:-1] + 0.2 * around[:, 1:-1, 2:]
+        return (0.25 * x + 0.75 * low.repeat(4, axis=1).repeat(4, axis=2)).astype(np.float32)
+
+    return predict
+
+
+def load_unpadded(weights, precision):
+    """A network that loses 2 px on each side."""
+
+    def predict(windows):
+        x = windows.astype(np.float32) / np.float32(255)
+        return 0.5 * x[:, 2:-2, 2:-2] + 0.3 * x[:, :-4, 2:-2] + 0.2 * x[:, 2:-2, 4:]
+
+    return predict
+
+
+def load_not_a_number(weights, precision):
+    return lambda windows: np.full(windows.shape, np.nan, np.float32)
+
+
+def load_mortal(weights, precision):
+    """`load`, which kills its process after DIES_AFTER calls."""
+    network, left = load(weights, precision), iter(range(int(os.environ["DIES_AFTER"])))
+
+    def predict(windows):
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return network(windows)
+
+    return predict
+
+
+def load_dying_once(weights, precision):
+    """`load`, which kills the first process that comes to its fourth call."""
+    network, left = load(weights, precision), iter(range(3))
+
+    def predict(windows):
+        if next(left, None) is None and not Path(f"{weights}.died").exists():
+            Path(f"{weights}.died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return network(windows)
+
+    return predict
+
+
+# -- a folder with an image, weights and a prediction ------------------------------------------------------------
+
+
+def pixels(*shape, dtype=np.uint8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(dtype)
+
+
+def planner(field, tile, halo):
+    sides = {"multiple": field.multiple, "shrink": field.shrink, "remainder": field.remainder}
+    return lambda shape: tiling.plan(shape, field.radius, max_tile=tile, halo=halo, **sides)
+
+
+class Place:
+    """A folder with weights, where images and their predictions are written."""
+
+    def __init__(self, folder):
+        self.folder, self.weights, self.output = folder, folder / "weights", folder / "prediction.ome.zarr"
+        self.weights.write_bytes(b"0123")
+        self.said = []
+
+    def tiff(self, sections):
+        tifffile.imwrite(self.folder / "image.tif", sections, photometric="minisblack")
+        return self.folder / "image.tif"
+
+    def zarr(self, sections, version="0.5", names="zyx", scale=NM, unit="nanometer", chunks=None, **more):
+        """An OME-Zarr image of two levels; `scale` is that of the last axes, `more` goes into its metadata."""
+        path, kinds = self.folder / "image.ome.zarr", {"t": "time", "c": "channel"}
+        axes = [{"name": n, "type": kinds.get(n, "space")} | ({} if n in kinds else {"unit": unit}) for n in names]
+        levels = {"s0": sections, "s1": sections[..., ::2, ::2]}
+        factors = [1.0] * (len(names) - len(scale)) + list(scale)
+        steps = {level: [f * 2**i for f in factors] for i, level in enumerate(levels)}
+        datasets = [
+            {"path": level, "coordinateTransformations": [{"type": "scale", "scale": steps[level]}]} for level in levels
+        ]
+        multiscale = {"axes": axes, "datasets": datasets} | more
+        if version == "0.4":
+            attributes = {"multiscales": [{"version": "0.4"} | multiscale]}
+        else:
+            attributes = {"ome": {"version": "0.5", "multiscales": [multiscale]}}
+        zarr_format, dimensions = (2, None) if version == "0.4" else (3, list(names))
+        group = zarr.create_group(str(path), zarr_format=zarr_format, attributes=attributes, overwrite=True)
+        for level, array in levels.items():
+            sides = chunks or tuple(min(n, 24) for n in array.shape)
+            group.create_array(level, data=array, chunks=sides, dimension_names=dimensions)
+        return path
+
+    def predict(self, source, *, network=load, field=PADDED, tile=32, halo=None, precision="float32", **flags):
+        """The `predict` verb, in this process but for `workers`; returns the array of the output."""
+        files = {"output": str(self.output), "image_path": str(source), "resume": False, "force": False}
+        machine = {"scheduler": None, "workers": 0, "batch_size": 1, "tta": "none"}
+        args = SimpleNamespace(**files | machine | {"threshold": None, "segment": False} | flags)
+        how = {"settings": {"normalisation": {"mean": 1.0}}, "how": {"precision": precision}, "log": self.said.append}
+        plan = planner(field, tile, halo)
+        chunked.run(args, source, load=network, weights=self.weights, plan=plan, field=field, **how)
+        return zarr.open_group(str(self.output), mode="r")["0"]
+
+    def expected(self, sections, *, network=load, field=PADDED, tile=32, halo=None, tta="none", batch_size=1):
+        """The prediction of one process, section by section, as `prediction.section_predictor` makes it."""
+        predict, plan = network(self.folder / "expected", "float32"), planner(field, tile, halo)
+
+        def predict_one(section):
+            chosen, sides = plan(section.shape), {"multiple": field.multiple, "shrink": field.shrink}
+            return tiling.predict_section(
+                section, predict, tile=chosen.tile, halo=chosen.halo, batch=batch_size, **sides
+            )
+
+        return np.stack([tiling.predict_tta(section, predict_one, tta) for section in sections])
+
+    def windows(self):
+        """How many windows the network has seen for the output, and in how many processes."""
+        log = Path(f"{self.weights}.log")
+        lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+        return sum(int(count) for _, count in lines), len({process for process, _ in lines})
+
+    def chunks(self):
+        """Chunk files of an output of zarr v3, and when they were written."""
+        return {file: file.stat().st_mtime_ns for file in (self.output / "0" / "c").rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def here(tmp_path):
+    return Place(tmp_path)
+
+
+# -- the same numbers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tta", "batch_size"), [("none", 1), ("none", 3), ("4", 1), ("7", 3), ("8", 1)])
+@pytest.mark.parametrize("shape", [(96, 80), (101, 43), (7, 210), (17, 19)])
+@pytest.mark.parametrize("halo", [0, 8])
+def test_blocks_equal_sections_bit_for_bit(here, shape, halo, tta, batch_size):
+    """Whatever the size, and also where the halo is too small: then the places of the tiles show in the numbers."""
+    sections, options = pixels(2, *shape), {"halo": halo, "tta": tta, "batch_size": batch_size}
+    found, expected = here.predict(here.tiff(sections), **options)[:], here.expected(sections, **options)
+    assert expected.std() > 0.02, "a constant would prove nothing"
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("tta", ["none", "8"])
+@pytest.mark.parametrize("shape", [(96, 80), (101, 43), (49, 50)])
+def test_blocks_equal_sections_where_the_network_is_unpadded(here, shape, tta):
+    """Its last tile fills more than the others, and so more than a chunk."""
+    sections, options = pixels(1, *shape), {"network": load_unpadded, "field": UNPADDED, "tile": 22, "tta": tta}
+    found = here.predict(here.tiff(sections), **options)
+    np.testing.assert_array_equal(found[:], here.expected(sections, **options))
+
+
+def test_the_numbers_tell_a_halo_that_is_too_small(here):
+    sections = pixels(1, 96, 80)
+    whole = here.expected(sections, tile=256, halo=8)
+    np.testing.assert_allclose(here.expected(sections, halo=8), whole, atol=1e-6)
+    assert np.abs(here.expected(sections, halo=0) - whole).max() > 0.01
+
+
+@pytest.mark.parametrize("chunks", [(1, 32, 32), (3, 24, 24), (64, 96, 80)])
+@pytest.mark.parametrize("tta", ["none", "8"])
+def test_sections_of_ome_zarr_are_predicted_whatever_their_chunks(here, chunks, tta):
+    sections, options = pixels(7, 96, 80), {"halo": 0, "tta": tta}
+    found = here.predict(here.zarr(sections, chunks=chunks), **options)
+    np.testing.assert_array_equal(found[:], here.expected(sections, **options))
+
+
+@pytest.mark.parametrize(("tta", "widest"), [("none", 32), ("8", 4 * 24 + 2 * 32)])
+def test_no_more_of_a_section_is_read_than_the_tiles_of_a_block(here, monkeypatch, tta, widest):
+    source, real, read = here.zarr(pixels(5, 40, 400), chunks=(4, 40, 40)), chunked.ZarrReader.slab, []
+
+    def slab(self, sections, rows, columns):
+        read.append((sections.stop - sections.start, columns.stop - columns.start))
+        return real(self, sections, rows, columns)
+
+    monkeypatch.setattr(chunked, "_sample_sha256", lambda reader: "")
+    monkeypatch.setattr(chunked.ZarrReader, "slab", slab)
+    here.predict(source, tta=tta, halo=4)
+    assert {depth for depth, _ in read} == {4, 1}, "sections that share chunks are read together"
+    assert max(width for _, width in read) <= widest
+
+
+def test_a_block_is_no_deeper_than_its_pixels_may_be_many(here, monkeypatch):
+    monkeypatch.setattr(chunked, "SLAB_BYTES", 3 * 32 * 32)
+    sections = pixels(7, 40, 40)
+    found = here.predict(here.zarr(sections, chunks=(7, 40, 40)), halo=4)
+    assert here.said[-1] == "12 blocks"  # 2 x 2 tiles, three sections deep
+    np.testing.assert_array_equal(found[:], here.expected(sections, halo=4))
+
+
+# -- OME-Zarr ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("names", ["zyx", "tczyx", "cyx", "yx"])
+def test_an_ome_zarr_image_is_read_section_by_section(here, version, names):
+    sections = pixels(3 if "z" in names else 1, 30, 50, dtype=np.uint16)
+    shape = (1,) * (len(names) - 3) + sections.shape if len(names) > 2 else sections.shape[1:]
+    path = here.zarr(sections.reshape(shape), version, names, NM if "z" in names else NM[1:])
+    with chunked.open_zarr(path) as reader:
+        assert len(reader) == len(sections)
+        assert reader.shape == sections.shape
+        assert reader.dtype == np.uint16
+        assert reader.voxel_nm == (NM[0] if "z" in names else None, *NM[1:])
+        assert reader.names[0] == "image.ome[0]"
+        np.testing.assert_array_equal(np.stack(list(reader)), sections)
+        np.testing.assert_array_equal(reader[-1], sections[-1])
+
+
+def test_the_voxel_size_is_in_nanometres_and_that_of_level_0(here):
+    more = {"coordinateTransformations": [{"type": "scale", "scale": [2.0, 1.0, 1.0]}]}  # of all levels
+    path = here.zarr(pixels(2, 8, 8), scale=(0.03, 0.004, 0.005), unit="micrometer", **more)
+    assert chunked.open_zarr(path).voxel_nm == (60.0, 4.0, 5.0)
+    assert chunked.open_zarr(here.zarr(pixels(2, 8, 8), unit="furlong")).voxel_nm is None
+
+
+def attributes_of(path, version):
+    """Metadata of an image, from the place where its version has it."""
+    attributes = zarr.open_group(str(path), mode="r").attrs.asdict()
+    if version == "0.4":
+        assert attributes["multiscales"][0]["version"] == "0.4"
+        return attributes["multiscales"]
+    assert attributes["ome"]["version"] == "0.5"
+    return attributes["ome"]["multiscales"]
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("names", ["zyx", "tczyx", "yx"])
+def test_the_prediction_has_the_axes_and_the_anisotropic_voxels_of_the_image(here, version, names):
+    sections = pixels(2 if "z" in names else 1, 50, 30)
+    shape = (1,) * (len(names) - 3) + sections.shape if "z" in names else sections.shape[1:]
+    more = {"coordinateTransformations": [{"type": "scale", "scale": [1.0] * (len(names) - 1) + [1.5]}]}
+    source = here.zarr(sections.reshape(shape), version, names, NM if "z" in names else NM[1:], **more)
+    array = here.predict(source)
+    (before,), (after,) = (attributes_of(path, version) for path in (source, here.output))
+    assert after["axes"] == before["axes"]
+    assert after["coordinateTransformations"] == more["coordinateTransformations"]
+    assert after["datasets"] == [before["datasets"][0] | {"path": "0"}]
+    assert array.shape == shape
+    assert array.chunks == (1,) * (len(names) - 2) + (16, 16)  # a tile of 32 without its halo of 8
+    assert array.dtype == np.float32
+    assert array.metadata.zarr_format == (2 if version == "0.4" else 3)
+    assert version == "0.4" or array.metadata.dimension_names == tuple(names)
+    with chunked.open_zarr(here.output) as reader:
+        assert reader.voxel_nm == (40.0 if "z" in names else None, 4.0, 12.0)
+        np.testing.assert_array_equal(np.stack(list(reader)), here.expected(sections))
+
+
+@pytest.mark.parametrize(
+    ("voxel_nm", "scale", "units"),
+    [
+        (NM, [40.0, 4.0, 8.0], ["nanometer"] * 3),
+        ((None, 4.0, 4.0), [1.0, 4.0, 4.0], [None, "nanometer", "nanometer"]),
+        (None, [1.0] * 3, [None] * 3),
+    ],
+)
+def test_the_prediction_of_a_tiff_carries_its_voxel_size_over(here, voxel_nm, scale, units):
+    source = here.folder / "image.tif"
+    data.write_mask(source, pixels(2, 20, 24) // 128, count=2, shape=(20, 24), voxel_nm=voxel_nm)
+    here.predict(source)
+    (multiscale,) = attributes_of(here.output, "0.5")
+    assert [axis["name"] for axis in multiscale["axes"]] == ["z", "y", "x"]
+    assert [axis.get("unit") for axis in multiscale["axes"]] == units
+    assert multiscale["datasets"][0]["coordinateTransformations"] == [{"type": "scale", "scale": scale}]
+    assert chunked.open_zarr(here.output).voxel_nm == voxel_nm
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_what_is_no_image_of_one_gray_stack_is_refused(here, version):
+    def refusal(path):
+        with pytest.raises(data.DataError) as caught:
+            chunked.open_zarr(path)
+        assert str(caught.value).startswith(f"--image_path: {path} ")
+        return str(caught.value)
+
+    zarr_format, rule = {"0.4": 2, "0.5": 3}[version], "one gray stack with axes zyx is needed"
+    assert rule in refusal(here.zarr(pixels(2, 3, 8, 8), version, "czyx"))
+    assert rule in refusal(here.zarr(pixels(3, 8, 8), version, "tyx", scale=NM[1:]))
+    assert rule in refusal(here.zarr(pixels(3, 8, 8), version, "xyz"))
+    assert rule in refusal(here.zarr(pixels(3, 8, 8).astype(np.complex64), version))
+    assert "no image of OME-NGFF 0.4 or 0.5" in refusal(here.zarr(pixels(3, 8, 8), version, axes=["z", "y", "x"]))
+    assert "no image of OME-NGFF 0.4 or 0.5" in refusal(here.zarr(pixels(3, 8, 8), version, datasets=[]))
+    zarr.create_group(str(here.folder / "plain.zarr"), zarr_format=zarr_format)
+    assert "holds no multiscales" in refusal(here.folder / "plain.zarr")
+    zarr.create_array(str(here.folder / "array.zarr"), shape=(3, 8, 8), dtype="u1", zarr_format=zarr_format)
+    assert "is no OME-Zarr image" in refusal(here.folder / "array.zarr")
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_damaged_chunk_is_refused(here, version):
+    path = here.zarr(pixels(2, 30, 30), version, chunks=(1, 30, 30))
+    chunk = path / "s0" / ("1.0.0" if version == "0.4" else "c/1/0/0")
+    chunk.write_bytes(b"no chunk" * 9)
+    reader = chunked.open_zarr(path)
+    np.testing.assert_array_equal(reader[0], pixels(2, 30, 30)[0])
+    with pytest.raises(data.DataError, match=r"section 1 \(image.ome\[1\]\) is damaged or cut off"):
+        reader[1]
+    with pytest.raises(data.DataError, match="sections from 0 on are damaged"):
+        reader.slab(slice(0, 2), slice(0, 8), slice(0, 8))
+
+
+def test_values_that_are_not_finite_are_refused(here):
+    sections = pixels(2, 30, 30).astype(np.float32)
+    sections[1, 20, 20] = np.inf
+    reader = chunked.open_zarr(here.zarr(sections))
+    with pytest.raises(data.DataError, match="holds 1 NaN or infinite"):
+        reader[1]
+    with pytest.raises(data.DataError, match="hold NaN or infinite"):
+        reader.slab(slice(0, 2), slice(0, 30), slice(0, 30))
+    np.testing.assert_array_equal(reader.slab(slice(0, 2), slice(0, 8), slice(0, 8)), sections[:, :8, :8])
+
+
+def test_pixels_are_in_the_byte_order_of_the_machine(here):
+    sections = pixels(2, 30, 30, dtype=">u2")
+    with chunked.open_zarr(here.zarr(sections, "0.4")) as reader:
+        for found in (reader[1], reader.slab(slice(1, 2), slice(0, 30), slice(0, 30))[0]):
+            assert found.dtype.isnative
+            np.testing.assert_array_equal(found, sections[1])
+
+
+def test_a_prediction_that_is_not_finite_is_refused_and_not_written(here):
+    with pytest.raises(data.DataError, match="the prediction of section 0 is not finite"):
+        here.predict(here.tiff(pixels(1, 20, 24)), network=load_not_a_number)
+    assert here.chunks() == {}
+
+
+def test_without_the_extra_the_error_says_what_to_install(here, monkeypatch):
+    path = here.zarr(pixels(2, 8, 8))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "zarr", None)
+        with pytest.raises(data.DataError, match=r"OME-Zarr needs zarr: pip install -r requirements-zarr\.txt"):
+            chunked.open_zarr(path)
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(data.DataError, match="OME-Zarr needs distributed"):
+        here.predict(path, workers=None)
+    assert not here.output.exists()
+    assert np.isfinite(here.predict(path, workers=0)[:]).all()
+
+
+# -- kills and resumption ----------------------------------------------------------------------------------------
+
+
+def kill(here, source, after, **options):
+    """Predict in a process of its own, which dies after so many windows."""
+    code = f"""
+from pathlib import Path
+import test_chunked
+here = test_chunked.Place(Path({str(here.folder)!r}))
+here.predict(Path({str(source)!r}), network=test_chunked.load_mortal, **{options!r})
+"""
+    folders = os.pathsep.join(str(Path(file).parent) for file in (__file__, chunked.__file__))
+    environment = os.environ | {"DIES_AFTER": str(after), "PYTHONPATH": folders}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.parametrize(("tta", "versions", "after", "lost"), [("none", 1, 13, 0), ("8", 8, 200, 56)])
+def test_a_killed_prediction_is_resumed_and_no_chunk_is_predicted_twice(here, monkeypatch, tta, versions, after, lost):
+    """Lost are the windows of the part that was at work: of the third section, after 9 tiles in 8 versions of two."""
+    sections, options = pixels(4, 60, 70), {"halo": 4, "tta": tta}
+    source = here.zarr(sections, chunks=(4, 24, 24))
+    kill(here, source, after, **options)
+    finished = here.chunks()
+    assert len(finished) == (13 if tta == "none" else 18)
+    monkeypatch.setenv("DIES_AFTER", "1000000")
+    found = here.predict(source, network=load_mortal, resume=True, **options)
+    np.testing.assert_array_equal(found[:], here.expected(sections, **options))
+    assert finished.items() <= here.chunks().items(), "a finished chunk was written again"
+    assert here.windows() == (4 * 9 * versions + lost, 2)
+
+
+def test_a_finished_prediction_is_resumed_without_a_window(here):
+    source = here.tiff(pixels(2, 40, 50))
+    here.predict(source)
+    before = here.windows()
+    here.predict(source, resume=True)
+    assert here.windows() == before
+    assert here.said[1::2] == ["24 blocks", "24 blocks, 24 of them finished before"]
+    assert here.said[0].startswith("sections of 40 x 50 px: 12 tiles of 32 x 32 px")
+
+
+def test_resume_without_an_output_begins(here):
+    assert np.isfinite(here.predict(here.tiff(pixels(1, 40, 50)), resume=True)[:]).all()
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "unfinished"])
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_chunk_that_is_not_whole_is_predicted_again(here, version, damage):
+    """A chunk that is missing, empty, or still under the name that zarr gives it until it is whole."""
+    source = here.zarr(pixels(2, 60, 70), version)
+    options = {"tta": "8", "halo": 4}
+    whole = here.predict(source, **options)[:]
+    once = here.windows()[0]
+    chunk = Path(here.output, "0", *([] if version == "0.4" else ["c"]), "1", "1", "1")
+    if damage == "empty":
+        chunk.write_bytes(b"")
+    elif damage == "unfinished":
+        chunk.rename(chunk.with_suffix(".0123456789abcdef.partial"))
+    else:
+        chunk.unlink()
+    np.testing.assert_array_equal(here.predict(source, resume=True, **options)[:], whole)
+    assert here.windows()[0] - once == once // 2, "one of the two sections, and nothing of the other"
+
+
+def test_zarr_moves_a_chunk_to_its_place_when_it_is_whole(here, monkeypatch):
+    """What `is_written` rests on."""
+    moved, real = {}, Path.replace
+
+    def replace(self, target):
+        moved[Path(target)] = self.name
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    here.predict(here.tiff(pixels(1, 20, 20)))
+    (chunk,) = here.chunks()
+    assert moved[chunk].endswith(".partial")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weights": b"9876"}, "weights_sha256"),
+        ({"seed": 1}, "image_sha256"),
+        ({"count": 3}, "image_shape"),
+        ({"tile": 40}, "tile"),
+        ({"halo": 4}, "halo"),
+        ({"tta": "4"}, "tta"),
+        ({"precision": "bfloat16"}, "precision"),
+    ],
+)
+def test_resume_refuses_what_is_made_of_something_else_and_force_replaces_it(here, change, words):
+    here.predict(here.tiff(pixels(2, 60, 70)), halo=8)
+    before, made = here.chunks(), {"weights": b"0123", "seed": 0, "count": 2} | change
+    here.weights.write_bytes(made.pop("weights"))
+    sections = pixels(made.pop("count"), 60, 70, seed=made.pop("seed"))
+    source, options = here.tiff(sections), {"halo": 8} | made
+    with pytest.raises(data.DataError, match=f"is made of another (.*, )?{words}(, .*)? .--force begins anew"):
+        here.predict(source, resume=True, **options)
+    assert here.chunks() == before
+    found = here.predict(source, force=True, **options)[:]
+    options.pop("precision", None)
+    np.testing.assert_array_equal(found, here.expected(sections, **options))
+    assert not list(here.folder.glob(".*")), "what was written beside the output is gone"
+
+
+def test_an_output_that_is_there_is_kept(here):
+    source = here.tiff(pixels(1, 20, 24))
+    here.predict(source)
+    before = here.chunks()
+    with pytest.raises(data.DataError, match=r"exists already .--resume goes on with it, --force replaces it"):
+        here.predict(source)
+    assert here.chunks() == before
+
+
+@pytest.mark.parametrize("flag", ["resume", "force"])
+def test_an_image_that_is_no_prediction_is_kept(here, flag):
+    sections = pixels(2, 20, 24)
+    here.output = here.zarr(sections)
+    with pytest.raises(data.DataError, match=r"for a prediction of this suite, and .*image.ome.zarr is none"):
+        here.predict(here.tiff(sections), **{flag: True})
+    np.testing.assert_array_equal(np.stack(list(chunked.open_zarr(here.output))), sections)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"threshold": 0.5}, "--threshold and --segment go with a TIFF"),
+        ({"segment": True}, "--threshold and --segment go with a TIFF"),
+        ({"resume": True, "force": True}, "choose one"),
+        ({"scheduler": "tcp://127.0.0.1:1", "workers": 2}, "--workers is of no use with --scheduler"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(here, flags, words):
+    with pytest.raises(data.DataError, match=words):
+        here.predict(here.tiff(pixels(1, 20, 24)), **flags)
+    assert not here.output.exists()
+
+
+def test_a_stack_in_memory_and_the_image_as_its_own_output_are_refused(here):
+    with pytest.raises(data.DataError, match="--image_path must be a file or folder"):
+        here.predict(data.synthetic(2, (16, 16))[0])
+    here.output = here.zarr(pixels(2, 20, 24))
+    with pytest.raises(data.DataError, match="--output must not be --image_path"):
+        here.predict(here.output, force=True)
+
+
+# -- workers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def distributed():
+    """The module; what it leaves in the environment goes afterwards."""
+    module, before = pytest.importorskip("distributed", reason=EXTRA), dict(os.environ)
+    yield module
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("distributed")
+def test_two_processes_one_of_which_dies_give_the_same_numbers(here):
+    sections = pixels(4, 60, 70)
+    found = here.predict(here.zarr(sections), network=load_dying_once, workers=2, halo=4)
+    np.testing.assert_array_equal(found[:], here.expected(sections, halo=4))
+    assert Path(f"{here.weights}.died").exists()
+    assert here.windows()[1] >= 2
+    assert here.windows()[0] >= 4 * 9
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("distributed")
+def test_errors_of_workers_arrive_as_one_sentence(here, monkeypatch):
+    import dask
+
+    source = here.tiff(pixels(2, 20, 24))
+    with pytest.raises(data.DataError, match=r"the prediction of section . is not finite"):
+        here.predict(source, network=load_not_a_number, workers=1)
+    monkeypatch.setenv("DIES_AFTER", "0")
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        pytest.raises(data.DataError, match=r"2 workers died with the same block: out of memory\?"),
+    ):
+        here.predict(source, network=load_mortal, workers=1, resume=True)
+    np.testing.assert_array_equal(here.predict(source, resume=True)[:], here.expected(pixels(2, 20, 24)))
+
+
+@pytest.fixture
+def scheduler(tmp_path):
+    """Address of a scheduler with one worker, which run in another folder and know the networks above but no suite."""
+    pytest.importorskip("distributed", reason=EXTRA)
+    (tmp_path / "elsewhere").mkdir()
+    file, environment = (
+        tmp_path / "elsewhere" / "scheduler.json",
+        os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+    )
+    both = ("--scheduler-file", str(file), "--no-dashboard")
+    commands = [
+        ("scheduler", "--port", "0", *both),
+        ("worker", "--nthreads", "2", "--local-directory", tmp_path, *both),
+    ]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dask", *map(str, command)],
+            cwd=file.parent,
+            env=environment,
+            stderr=subprocess.DEVNULL,
+        )
+        for command in commands
+    ]
+    while not file.exists() or not file.read_text().endswith("}"):
+        assert running[0].poll() is None
+        time.sleep(0.05)
+    yield json.loads(file.read_text())["address"]
+    for process in reversed(running):
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.slow
+def test_workers_of_a_scheduler_that_is_there_need_not_know_the_suite(here, scheduler):
+    sections = pixels(3, 60, 70)
+    found = here.predict(here.zarr(sections), scheduler=scheduler, workers=None, halo=4)
+    np.testing.assert_array_equal(found[:], here.expected(sections, halo=4))
+    assert here.windows()[1] == 1
+    with pytest.raises(data.DataError, match=r"the prediction of section . is not finite"):
+        here.predict(here.zarr(sections), network=load_not_a_number, scheduler=scheduler, workers=None, force=True)
+    here.weights.write_bytes(b"new weights: a worker that is still there loads them")
+    here.predict(here.zarr(sections), scheduler=scheduler, workers=None, force=True)
+    assert here.windows() == (3 * 9 + 3 * 20, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("distributed")
+def test_a_scheduler_that_cannot_be_reached_is_said_to_be(here, monkeypatch):
+    import dask
+
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+        pytest.raises(data.DataError, match=r"--scheduler: tcp://127.0.0.1:1 cannot be reached"),
+    ):
+        here.predict(here.tiff(pixels(1, 20, 24)), scheduler="tcp://127.0.0.1:1", workers=None)
+    assert not here.output.exists()
+
+
+# -- the network of the suite ------------------------------------------------------------------------------------
+
+
+def load_keras(weights, precision):
+    """The network of weights, as the `predict` verb loads it."""
+    import prediction
+
+    network, record = prediction.load_network(weights, precision)
+    normalisation = data.Normalisation.from_dict(record["normalisation"])
+    return lambda windows: np.asarray(network.predict_on_batch(normalisation(windows)[..., None]), np.float32)
+
+
+@pytest.mark.slow
+def test_a_network_of_the_suite_gives_the_same_bits_as_section_by_section(here):
+    import prediction
+    import unet
+
+    settings = {"filters": [4, 6], "dilate": False, "dilate_rate": 1, "addition": True, "dropout": 0.0, "classes": 2}
+    record = {"network": settings, "normalisation": {"mean": 120.0, "std": 45.0, "epsilon": 1e-10}}
+    prediction.save_weights(unet.build(**settings, seed=0), here.weights, record)
+    here.weights = prediction.weight_file(here.weights)
+    network, _ = prediction.load_network(here.weights)
+    section, normalisation = pixels(70, 101), data.Normalisation.from_dict(record["normalisation"])
+    options = {"tile": 64, "overlap": 8, "tta": "8", "batch": 2}
+    predict = prediction.section_predictor(network, normalisation, settings, **options)
+    field = SimpleNamespace(multiple=4, shrink=0, remainder=0, radius=unet.receptive_field(**settings).radius)
+    how = {"network": load_keras, "field": field, "tile": 64, "halo": 8, "tta": "8", "batch_size": 2}
+    found = here.predict(here.tiff(section[None]), **how)[0]
+    assert found.std() > 1e-3
+    np.testing.assert_array_equal(found, predict(section))
