@@ -9,8 +9,6 @@ hundredths.
 
 import importlib.util
 import sys
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import numpy as np
@@ -60,26 +58,6 @@ def forward(network, engine, precision):
     if engine == "openvino":
         return _compiled(_openvino_model(network), precision)
     return lambda windows: np.asarray(network.predict_on_batch(windows[..., None]), np.float32)
-
-
-def ahead(items, n=1):
-    """Pass items on, while the next `n` are already made in another thread.
-
-    An error arrives after the items before it. Closing the generator waits for the item at work, and for no other.
-
-    >>> list(ahead(range(3)))
-    [0, 1, 2]
-    """
-    source, end = iter(items), object()
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
-    try:
-        coming = deque(pool.submit(next, source, end) for _ in range(n))
-        while (item := coming.popleft().result()) is not end:
-            coming.append(pool.submit(next, source, end))
-            yield item
-            del item  # held by the caller alone, if at all, while the next one is awaited
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # -- OpenVINO ---------------------------------------------------------------------------------------------------

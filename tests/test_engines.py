@@ -1,10 +1,9 @@
-"""Engines: OpenVINO says what Keras says, for any size; what is refused; and work done ahead of its consumer."""
+"""Engines: OpenVINO says what Keras says, for any size; what is refused."""
 
 import importlib.util
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import keras
@@ -186,72 +185,3 @@ def test_openvino_is_refused_where_it_is_not_installed(present):
 
 def test_the_requirements_that_are_named_exist():
     assert "openvino" in (ROOT / "requirements-openvino.txt").read_text()
-
-
-# -- ahead -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [1, 2, 5])
-@pytest.mark.parametrize("count", [0, 1, 3, 20])
-def test_every_item_comes_once_and_in_order(count, n):
-    assert list(engines.ahead(iter(range(count)), n)) == list(range(count))
-
-
-@pytest.mark.parametrize("n", [1, 3])
-def test_the_next_items_are_made_while_the_present_one_is_used_and_no_more(n):
-    made = [threading.Event() for _ in range(10)]
-
-    def source():
-        for i, event in enumerate(made):
-            event.set()
-            yield i
-
-    for i in engines.ahead(source(), n):
-        following = made[i + 1 : i + 1 + n]
-        assert all(event.wait(10) for event in following)
-        assert not any(event.is_set() for event in made[i + 1 + n :])
-
-
-def test_the_items_are_made_in_another_thread():
-    def source():
-        yield threading.current_thread()
-
-    assert list(engines.ahead(source())) != [threading.current_thread()]
-
-
-@pytest.mark.parametrize("n", [1, 3])
-def test_an_error_arrives_after_the_items_before_it(n):
-    def source():
-        yield 0
-        yield 1
-        raise DataError("section 2 is broken")
-
-    items = engines.ahead(source(), n)
-    assert [next(items), next(items)] == [0, 1]
-    with pytest.raises(DataError, match="section 2 is broken"):
-        next(items)
-
-
-@pytest.mark.parametrize("n", [1, 3])
-def test_closing_early_ends_the_thread_and_closes_the_source(n):
-    closed, before = [], threading.active_count()
-
-    def source():
-        try:
-            yield from range(1000)
-        finally:
-            closed.append(True)
-
-    items = engines.ahead(source(), n)
-    assert next(items) == 0
-    items.close()
-    assert threading.active_count() == before
-    assert closed == [True]
-
-
-def test_nothing_is_made_before_the_first_item_is_asked_for():
-    made = []
-    items = engines.ahead(made.append(i) for i in range(3))
-    assert made == []
-    items.close()
-    assert made == []
