@@ -538,6 +538,36 @@ def test_kill_9_at_three_random_moments_and_ctrl_c_leave_no_trace(processes, tmp
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+# -- training on every section, and how the end is scored ----------------------------------------------------------
+
+
+def test_protocol_all_trains_on_every_section_keeps_the_last_weights_and_scores_nothing_as_held_out(train):
+    done = train("--protocol all --run_dir run --weight_path w/all")
+    assert done.code == 0, done.err
+    assert "all: train on 0-9 (10), hold nothing out" in done.err
+    record = strict("run/run.json")
+    assert record["split"] == {"train": [*range(10)], "inner": [], "held_out": [], "gap": [], "protocol": "all"}
+    assert "held_out" not in record
+    assert record["training_sections"]["sections"] == [0, 1, 3, 5, 6, 8]
+    assert record["final"]["best_val_loss"] is None
+    assert all("val_loss" not in row or not row["val_loss"] for row in history(Path("run")))
+    network, kept = prediction.load_network("w/all"), prediction.load_network("run/last")
+    for ours, last in zip(network[0].variables, kept[0].variables, strict=True):
+        np.testing.assert_array_equal(ours, last)
+    assert network[1]["threshold"] == record["threshold"]
+
+
+def test_the_end_is_scored_with_rotations_averaged_where_asked_for(train):
+    flags = f"{HOLDOUT} --lr 1e-3 --max_lr 1e-2"
+    assert train(f"{flags} --run_dir plain").code == 0
+    assert train(f"{flags} --run_dir rotated --tta").code == 0
+    plain, rotated = strict("plain/run.json"), strict("rotated/run.json")
+    assert rotated["settings"]["tta"] == "8"
+    assert Path("plain/history.csv").read_text() == Path("rotated/history.csv").read_text()
+    assert plain["held_out"]["bce"] != rotated["held_out"]["bce"]
+    assert rotated["held_out"]["warping_error"] >= 0
+
+
 # -- nothing leaks -----------------------------------------------------------------------------------------------
 
 
