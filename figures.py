@@ -822,10 +822,14 @@ def _read_history(path: Path) -> dict[str, np.ndarray]:
 
 
 def _run_names(runs: Sequence[str]) -> list[str]:
-    """Names of run folders; what was typed, where they are not told apart by their names."""
+    """As much of each run's path, from its end, as tells the runs apart: a legend has no room for more."""
     paths = [Path(run).resolve() for run in runs]
-    names = [path.parent.name if path.name == "history.csv" else path.name for path in paths]
-    return names if len(set(names)) == len(names) else list(runs)
+    paths = [path.parent if path.name == "history.csv" else path for path in paths]
+    for count in range(1, max(len(path.parts) for path in paths) + 1):
+        names = [str(Path(*path.parts[-count:])) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _compared(histories: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, tuple]]:

@@ -909,7 +909,9 @@ def test_the_rate_of_every_update_is_the_schedules(flags, rates):
 
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_the_loss_is_the_one_asked_for(name):
-    assert trainee(f"--loss {name}")[0].loss_function is losses.LOSSES[name]
+    mask, interior = np.random.default_rng(0).random((2, 2, 8, 8)).astype(np.float32)
+    found = trainee(f"--loss {name}")[0].compute_loss(y_pred=(interior, mask))
+    assert float(found) == float(losses.LOSSES[name](mask, interior))
 
 
 @pytest.mark.parametrize(
@@ -1118,8 +1120,8 @@ def test_a_mask_that_is_all_background_is_a_warning(train, tmp_path):
 def test_inverted_labels_are_turned(small, tmp_path):
     tifffile.imwrite(tmp_path / "turned.tif", 255 - tifffile.imread(small / "labels.tif"))
     files = ["--image_path", str(small / "images.tif"), *TINY.split(), "--mask_path"]
-    _, plain = training.load(dilatedUnet.parse([*files, str(small / "labels.tif")]))
-    _, turned = training.load(dilatedUnet.parse([*files, str(tmp_path / "turned.tif"), "--invert_mask"]))
+    _, plain, _ = training.load(dilatedUnet.parse([*files, str(small / "labels.tif")]))
+    _, turned, _ = training.load(dilatedUnet.parse([*files, str(tmp_path / "turned.tif"), "--invert_mask"]))
     assert np.array_equal(plain.sections, turned.sections)
     assert plain.sections.mean() > 0.5
 
@@ -1141,7 +1143,7 @@ def test_a_published_command_trains_on_the_real_stack_and_predicts_it(call, isbi
     """Word for word, with fewer epochs, updates and validation windows; the scores of whole sections are cut short."""
     name = words.split("/")[1].split(".")[0]
     monkeypatch.setattr(training, "score", lambda truth, interior, sections: {"sections": sections})
-    monkeypatch.setattr(training, "choose_threshold", lambda *_: 0.5)
+    monkeypatch.setattr(training, "choose_threshold", lambda *_: {"threshold": 0.5})
     done = call(*words.split(), "--epochs", "1", "--steps_per_epoch", "1", "--val_windows", "1")
     assert done.code == 0, done.err
     assert f"weights: weights/{name}.weights.h5 (Keras 3 saves weights as .weights.h5)" in done.err
