@@ -240,7 +240,7 @@ def run(args):
         )
         finished = reported(tiling.predict_stack(sections, predict), count)
         write(args, finished, count, (height, width), sections.voxel_nm, record)
-    say(f"{args.output}: {count} sections, 1 = interior")
+    say(f"{args.output}: {count} sections, {'one number per cell' if args.segment else '1 = interior'}")
     return 0
 
 
