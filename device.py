@@ -46,17 +46,19 @@ def _cpu_field(field):
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
 
 
-def choose_precision(asked):
+def choose_precision(asked, engine="keras"):
     """The precision to compute in: what was asked for, or for "auto" bfloat16 where it is the faster one.
 
-    That is on GPUs, and with TensorFlow on processors with AVX512-BF16 or AMX; XLA's CPU convolutions gain nothing.
+    That is on GPUs, and with TensorFlow or the engine OpenVINO on processors with AVX512-BF16 or AMX; XLA's CPU
+    convolutions gain nothing.
     """
     if asked != "auto":
         return asked
     if accelerator():
         return "bfloat16"
     fast = {"avx512_bf16", "amx_bf16"} & set(_cpu_field("flags").split())
-    return "bfloat16" if fast and keras.backend.backend() == "tensorflow" else "float32"
+    gains = engine == "openvino" or keras.backend.backend() == "tensorflow"
+    return "bfloat16" if fast and gains else "float32"
 
 
 def use_xla():

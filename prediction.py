@@ -215,7 +215,8 @@ def run(args):
     def say(words):
         print(words, file=sys.stderr, flush=True)
 
-    precision, engine = device.choose_precision(args.precision), engines.choose(args.engine)
+    engine = engines.choose(args.engine)
+    precision = device.choose_precision(args.precision, engine)
     say(f"{device.describe(precision)}; engine: {engine}")
     if args.output.endswith(".zarr"):
         return run_chunked(args, precision, engine, say)

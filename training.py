@@ -553,7 +553,7 @@ def versions():
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version(), "backend": keras.backend.backend()}
-    for name in ("keras", "tensorflow", "jax", "torch", "numpy", "tifffile"):
+    for name in ("keras", "tensorflow", "jax", "torch", "openvino", "numpy", "tifffile"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -15,6 +15,7 @@ import tifffile
 
 import data
 import dilatedUnet
+import engines
 import prediction
 import tiling
 import unet
@@ -144,6 +145,14 @@ def test_the_engine_is_a_flag_and_says_what_it_is(predict):
         assert done.code == 0
         assert f"engine: {engine}" in done.err.splitlines()[0]
         np.testing.assert_allclose(tifffile.imread("out.tif"), expected(section), atol=1e-4)
+
+
+def test_the_engines_of_the_command_line_are_those_that_there_are(capsys):
+    for name in engines.ENGINES:
+        assert dilatedUnet.parse(["predict", "--weight_path", "w", "--engine", name]).engine == name
+    with pytest.raises(SystemExit):
+        dilatedUnet.parse(["predict", "--weight_path", "w", "--engine", "onnx"])
+    assert "choose from" in capsys.readouterr().err
 
 
 def test_tile_overlap_and_batch_are_flags(predict, monkeypatch):
