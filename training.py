@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import keras
@@ -121,9 +121,8 @@ def run(args):
     say(f"data: {images.source}, {count} sections of {height} x {width} px")
     say(f"split: {split.describe()}")
     trainee, clr = make_trainee(args, normalisation, precision)
-    targets = targets_of(args, masks, cells, split)
     if args.lr_find:
-        return find_learning_rate(args, trainee, images, targets, split, folder)
+        return find_learning_rate(args, trainee, images, targets_of(args, masks, cells, split), split, folder)
     say(f"schedule: {describe_schedule(args)}")
     record = new_record(args, settings, images, masks, split, normalisation, precision, trainee.network)
     extra = extra_callbacks(args, folder)
@@ -131,6 +130,7 @@ def run(args):
     if done:
         say(done)
         return 0
+    targets = targets_of(args, masks, cells, split)
     recorder = Recorder(args, folder, weights, record, validation_batches(args, images, targets, split))
     first_epoch = recorder.restore(trainee) if args.resume else 0
     say(f"run record: {folder}; weights: {weights} (Keras 3 saves weights as .weights.h5)")
@@ -809,13 +809,14 @@ def finish(args, trainee, recorder, images, truth, split, normalisation, folder,
             recorder.save_weights(weights)
     trainee.network.load_weights(weights)
     predict = prediction.section_predictor(trainee.network, normalisation, recorder.record["network"], tta=args.tta)
+    interior_of = cache(lambda i: predict(images.sections[i]))  # some sections both choose and are scored
     record = recorder.record | {"finished": True, "epochs": args.epochs, "stopped_early": recorder.stopped}
     record["training_seconds"] = round(recorder.seconds, 1)
     record["final"] = recorder.rows[-1] | {"best_val_loss": None if math.isinf(recorder.best) else recorder.best}
-    record |= choose_cells(images, cells, split, predict) if cells else choose_threshold(images, masks, split, predict)
+    record |= choose_cells(cells, split, interior_of) if cells else choose_threshold(masks, split, interior_of)
     prediction.add_to_record(weights, **{key: record[key] for key in prediction.SEGMENTATION if key in record})
     sections = list(split.held_out or split.inner or some(split.train))
-    interior = np.stack([predict(images.sections[i]) for i in sections])
+    interior = np.stack([interior_of(i) for i in sections])
     role = "held_out" if split.held_out else "training_sections"
     if cells:
         labels = np.stack(list(prediction.segment_stack(interior, record)))
@@ -834,25 +835,25 @@ def some(sections, most=6):
     return [sections[i * len(sections) // most] for i in range(most)] if len(sections) > most else list(sections)
 
 
-def choose_threshold(images, masks, split, predict):
+def choose_threshold(masks, split, interior_of):
     """Threshold of the highest V_rand on (at most six) training sections, for `predict --segment`."""
     import scores
 
     chosen = some(split.inner or split.train)
     if not masks.sections[chosen].any():
         return {"threshold": 0.5}
-    found = scores.best_threshold([predict(images.sections[i]) for i in chosen], masks.sections[chosen])
+    found = scores.best_threshold([interior_of(i) for i in chosen], masks.sections[chosen])
     return {"threshold": found}
 
 
-def choose_cells(images, cells, split, predict):
+def choose_cells(cells, split, interior_of):
     """How to cut the probability into cells: highest mean IoU on (at most six) training sections."""
     import scores
 
     chosen = some(split.inner or split.train)
     if not cells.sections[chosen].any():
         return {"threshold": 0.5}
-    found = scores.best_segmentation([predict(images.sections[i]) for i in chosen], cells.sections[chosen])
+    found = scores.best_segmentation([interior_of(i) for i in chosen], cells.sections[chosen])
     return {"threshold": found.threshold, "background": found.background, "smallest_cell_px": found.min_size}
 
 
