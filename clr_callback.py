@@ -150,7 +150,7 @@ class CyclicLR(keras.callbacks.Callback):
         return Schedule(self.rate)
 
     def on_train_begin(self, logs=None):
-        self.update = int(self.model.optimizer.iterations)
+        self.update = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
         configured = getattr(self.model.optimizer, "_learning_rate", None)
         self._in_graph = isinstance(configured, Schedule)
         if isinstance(configured, keras.optimizers.schedules.LearningRateSchedule) and not self._in_graph:

@@ -5,6 +5,12 @@ from pathlib import Path
 import keras
 
 
+def load(shared=False):
+    """Load what the backend needs; `shared` by several processes, JAX's must find each other before any device."""
+    if not (shared and keras.backend.backend() == "jax"):
+        accelerator()
+
+
 def name():
     """The accelerator's name, or the processor's with its number of usable cores."""
     return accelerator() or processor()
@@ -61,10 +67,13 @@ def choose_precision(asked, engine="keras"):
     return "bfloat16" if fast and gains else "float32"
 
 
-def use_xla():
-    """`jit_compile` of the model: XLA's CPU convolutions are several times slower than oneDNN's."""
+def use_xla(replicas=1):
+    """`jit_compile` of the model: XLA's CPU convolutions are several times slower than oneDNN's.
+
+    TensorFlow's sums over several replicas do not compile.
+    """
     if keras.backend.backend() == "tensorflow":
-        return accelerator() is not None
+        return accelerator() is not None and replicas == 1
     return "auto"
 
 

@@ -271,6 +271,15 @@ def add_output(parser):
     group.add_argument("--tensorboard", action="store_true", help="TensorBoard logs in the run folder")
     add_machine(group)
     group.add_argument(
+        "--distribute",
+        type=count,
+        nargs="?",
+        const=0,
+        metavar="N",
+        help="share every batch among all GPUs, of all machines that TF_CONFIG or KERAS_DISTRIBUTION_* name; N: the "
+        "first N of this machine, on a CPU N virtual devices",
+    )
+    group.add_argument(
         "--steps_per_execution",
         type=count,
         help="updates per compiled call, a divisor of --steps_per_epoch (default: 1 on a CPU, else up to 10)",
@@ -398,6 +407,7 @@ def check_train(args, parser):
         (args.max_lr and args.clr_mode == "none", "--max_lr is of no use with --clr_mode none"),
         ((args.max_lr or 5e-4) < args.lr and args.clr_mode != "none", "--max_lr must be at least --lr"),
         (momentum and args.optimizer not in ("rmsprop", "sgd"), "--momentum goes with rmsprop and sgd"),
+        (args.lr_find and args.distribute is not None, "--lr_find runs on one device: without --distribute"),
         (args.lr_find and args.augment_preview, "--lr_find and --augment_preview are two different jobs: choose one"),
         (args.resume and args.force, "--resume goes on with a run and --force replaces it: choose one"),
         (args.steps_per_epoch % execution, "--steps_per_execution must be a divisor of --steps_per_epoch"),
@@ -429,13 +439,15 @@ def check_train(args, parser):
 def prepare_machine(args):
     """What must be in the environment before Keras is imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    shared = getattr(args, "distribute", None) is not None
     if args.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if not shared:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     with quiet_stderr():
         import device
 
-        device.accelerator()
+        device.load(shared)
 
 
 @contextlib.contextmanager

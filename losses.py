@@ -16,6 +16,8 @@ from math import ceil, inf, log, sqrt
 import numpy as np
 from keras import ops
 
+import distribution
+
 SMOOTHING = 1.0
 CLIP = 1e-7  # keeps the logarithm finite, as keras.losses.BinaryCrossentropy does
 NEGLIGIBLE = 1e-6  # border terms below this fraction of w0 may be left out
@@ -27,8 +29,9 @@ def soft_dice(truth, interior):
     The smoothing of 1 is the study's; an empty mask predicted empty scores 1 (Milletari et al. 2016, arXiv
     1606.04797, without the squares).
     """
-    overlap = ops.sum(truth * interior)
-    return (2 * overlap + SMOOTHING) / (ops.sum(truth) + ops.sum(interior) + SMOOTHING)
+    sums = ops.stack([ops.sum(truth * interior), ops.sum(truth), ops.sum(interior)])
+    overlap, of_truth, of_interior = ops.unstack(distribution.total(sums))
+    return (2 * overlap + SMOOTHING) / (of_truth + of_interior + SMOOTHING)
 
 
 def bce(truth, interior):

@@ -28,6 +28,7 @@ import augment
 import clr_callback
 import data
 import device
+import distribution
 import losses
 import prediction
 import unet
@@ -35,7 +36,7 @@ from data import DataError
 
 # What may differ between a run and its resumption; every other setting must be the same.
 FREE_ON_RESUME = (
-    *("epochs", "resume", "force", "tensorboard", "gpu", "lr_find", "augment_preview"),
+    *("epochs", "resume", "force", "tensorboard", "gpu", "distribute", "lr_find", "augment_preview"),
     *("verb", "run", "argv"),
 )
 KEPT = ("rows", "best", "waited", "reference", "stopped", "seconds")  # of the recorder, in the checkpoint
@@ -81,13 +82,16 @@ class Trainee(keras.Model):
             return interior, mask, logits
         return self.network(image, training=training), mask
 
+    def _maybe_symbolic_build(self, **_):
+        """Nothing: all variables are there already, and Keras's own (3.15) cannot average a dict over workers."""
+
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        return self.loss_function(*y_pred)
+        return self.loss_function(*y_pred) / distribution.replicas()  # their gradients are summed
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         interior, mask, *_ = y_pred
         self.dice.update_state(losses.soft_dice(ops.cast(mask > 0, "float32"), interior))
-        return self.get_metrics_result()
+        return {key: distribution.for_logs(value) for key, value in self.get_metrics_result().items()}
 
     def state(self):
         """Everything that changes during training: weights, statistics, dropout keys, optimizer slots."""
@@ -108,10 +112,21 @@ def weighted_loss(interior, signed, logits):
 
 def run(args):
     """Train as the parsed command line says; returns the exit code."""
+    with refused():
+        spread = distribution.start(args.distribute)
+    check_batch(args, spread)
+    try:
+        return train(args, spread)
+    except spread.losses as error:
+        say(f"another process of this run is lost ({first_line(error)}); {how_to_go_on(output_paths(args)[0])}")
+        return 1
+
+
+def train(args, spread):
     folder, weights = output_paths(args)
     settings = resolved_settings(args)
     precision = device.choose_precision(args.precision)
-    say(device.describe(precision))
+    say(device.describe(precision) + spread.words)
     images, masks, cells = load(args)
     split = split_of(args, len(images.sections))
     normalisation = data.Normalisation.fit(images.sections[list(split.train)])
@@ -120,23 +135,27 @@ def run(args):
     count, height, width = images.sections.shape
     say(f"data: {images.source}, {count} sections of {height} x {width} px")
     say(f"split: {split.describe()}")
-    trainee, clr = make_trainee(args, normalisation, precision)
+    trainee, clr = make_trainee(args, normalisation, precision, spread)
     if args.lr_find:
         return find_learning_rate(args, trainee, images, targets_of(args, masks, cells, split), split, folder)
     say(f"schedule: {describe_schedule(args)}")
     record = new_record(args, settings, images, masks, split, normalisation, precision, trainee.network)
-    extra = extra_callbacks(args, folder)
-    done = prepare_folder(args, folder, weights, record)
-    if done:
-        say(done)
+    extra = extra_callbacks(args, folder) if spread.chief else []
+    done = prepare_folder(args, folder, weights, record) if spread.chief else None
+    if spread.agree(bool(done)):
+        say(done or f"{folder}: finished already")
         return 0
     targets = targets_of(args, masks, cells, split)
-    recorder = Recorder(args, folder, weights, record, validation_batches(args, images, targets, split))
+    validation = validation_batches(args, images, targets, split)
+    with spread.apart():
+        apart = trainee if spread.replicas == 1 else make_trainee(args, normalisation, precision)[0]
+    recorder = Recorder(args, folder, weights, record, validation, spread, apart)
     first_epoch = recorder.restore(trainee) if args.resume else 0
+    check_shared(spread, first_epoch, folder)
     say(f"run record: {folder}; weights: {weights} (Keras 3 saves weights as .weights.h5)")
-    if targets is not masks:
+    if targets is not masks and spread.chief:
         draw_weights(images, targets, split, folder)
-    feed = training_batches(args, images, targets, split, first_epoch)
+    feed = spread.feed(partial(training_batches, args, images, targets, split, first_epoch, spread.replicas))
     callbacks = [clr, recorder, *extra]
     if not recorder.stopped:
         try:
@@ -152,12 +171,41 @@ def run(args):
         except KeyboardInterrupt:
             say(recorder.interrupted())
             return 130
-    finish(args, trainee, recorder, images, (masks, cells), split, normalisation, folder, weights)
+    if spread.chief:
+        with spread.apart():
+            finish(args, recorder, images, (masks, cells), split, normalisation, folder, weights)
+    spread.agree(0)  # who leaves early takes the others along
     return 0
 
 
 def say(words):
     print(words, file=sys.stderr, flush=True)
+
+
+def how_to_go_on(folder, done=""):
+    return f"the checkpoint {done}is in {folder}; the same command with --resume goes on from there"
+
+
+def first_line(error):
+    return str(error).strip().partition("\n")[0]
+
+
+def check_batch(args, spread):
+    if args.batch_size % spread.replicas:
+        raise DataError(
+            f"--batch_size must be a multiple of the {spread.replicas} devices that share it. "
+            f"Received: {args.batch_size}"
+        )
+
+
+def check_shared(spread, first_epoch, folder):
+    """Every process has read the checkpoint that the chief has read."""
+    chiefs = spread.agree(first_epoch)
+    if first_epoch != chiefs:
+        raise DataError(
+            f"{folder} must be a folder that all machines share: the first process goes on after epoch {chiefs}, this "
+            f"one sees epoch {first_epoch}."
+        )
 
 
 def output_paths(args):
@@ -251,8 +299,14 @@ def refused():
         raise DataError(f"{error}.".replace("..", ".")) from error
 
 
-def make_trainee(args, normalisation, precision):
+def make_trainee(args, normalisation, precision, spread=None):
     """The compiled model and its learning-rate callback (None for a rate without cycles)."""
+    spread = spread or distribution.Alone()
+    with spread.scope():
+        return _make_trainee(args, normalisation, precision, spread)
+
+
+def _make_trainee(args, normalisation, precision, spread):
     network = unet.from_settings(network_settings(args), precision=precision, seed=args.seed)
     clr = None
     if args.clr_mode in clr_callback.MODES:
@@ -273,7 +327,7 @@ def make_trainee(args, normalisation, precision):
     trainee.compile(
         optimizer=OPTIMIZERS[args.optimizer](**options),
         steps_per_execution=device.steps_per_execution(args.steps_per_execution, args.steps_per_epoch),
-        jit_compile=device.use_xla(),
+        jit_compile=device.use_xla(spread.replicas),
     )
     trainee.optimizer.build(network.trainable_variables)
     return trainee, clr
@@ -356,15 +410,19 @@ def montage_shape(count):
     return count // columns, columns
 
 
-def training_batches(args, images, masks, split, first_epoch):
-    """Batches without end, from `first_epoch` on; batch b of epoch e holds the crops b * B ... of e."""
+def training_batches(args, images, masks, split, first_epoch, cuts=1, slices=range(1)):
+    """Batches without end, from `first_epoch` on; batch b of epoch e holds the crops b * B ... of e.
+
+    Each is cut into `cuts` equal ones, of which those in `slices` come, in turn.
+    """
     stacks = windows_source(args, images, masks, split, "train")
     recipe = recipe_of(args)
-    epoch = first_epoch
+    epoch, size = first_epoch, args.batch_size // cuts
     while True:
         for step in range(args.steps_per_epoch):
-            indices = range(step * args.batch_size, (step + 1) * args.batch_size)
-            yield (crops(stacks, recipe, args, epoch, indices),)
+            for cut in slices:
+                first = step * args.batch_size + cut * size
+                yield (crops(stacks, recipe, args, epoch, range(first, first + size)),)
         epoch += 1
 
 
@@ -589,10 +647,12 @@ class Recorder(keras.callbacks.Callback):
     the others changed.
     """
 
-    def __init__(self, args, folder, weights, record, validation):
+    def __init__(self, args, folder, weights, record, validation, spread=None, apart=None):
         super().__init__()
         self.args, self.folder, self.weights, self.record = args, folder, weights, record
         self.validation = validation
+        self.spread = spread or distribution.Alone()
+        self._apart = apart  # where several devices train: their trainee's copy on one, to validate and to save
         self.rate = rate_function(args)
         self.rows, self.best, self.waited, self.stopped = [], math.inf, 0, False
         self.reference = math.inf  # of early stopping: improves only by MIN_DELTA or more
@@ -612,10 +672,24 @@ class Recorder(keras.callbacks.Callback):
         say(f"resumed after epoch {len(self.rows)}, update {len(self.rows) * self.args.steps_per_epoch}")
         return len(self.rows)
 
+    @property
+    def apart(self):
+        return self._apart or self.model
+
+    def take_over(self):
+        """Bring the copy up to date."""
+        if self._apart in (None, self.model):
+            return
+        for copy, variable in zip(self._apart.state(), self.model.state(), strict=True):
+            copy.assign(ops.convert_to_numpy(variable))
+
     def on_train_begin(self, logs=None):
-        prediction.write_json(self.folder / "run.json", self.record)
-        if not self.rows:
-            self.save_checkpoint()
+        if self.spread.chief:
+            prediction.write_json(self.folder / "run.json", self.record)
+            if not self.rows:
+                with self.spread.apart():
+                    self.take_over()
+                    self.save_checkpoint()
         self.progress.start(len(self.rows))
         self.began = time.monotonic() - self.seconds
 
@@ -639,7 +713,19 @@ class Recorder(keras.callbacks.Callback):
         last = (epoch + 1) * self.args.steps_per_epoch - 1
         row = {"epoch": epoch + 1, "update": last + 1, "learning_rate": float(self.rate(last))}
         row |= {"loss": float(logs["loss"]), "dice": float(logs["dice"])}
-        with averaged_weights(self.model):
+        if self.spread.chief:
+            with self.spread.apart():
+                self.take_over()
+                self.close_epoch(row, last, logs)
+        else:
+            self.rows.append(row)
+        self.stopped = bool(self.spread.agree(self.stopped))
+        if self.stopped:
+            self.model.stop_training = True
+
+    def close_epoch(self, row, last, logs):
+        """Validate and save."""
+        with averaged_weights(self.apart):
             if self.validation:
                 row |= self.validate()
                 self.refuse_infinite(row["val_loss"], last, "validation loss")
@@ -650,15 +736,13 @@ class Recorder(keras.callbacks.Callback):
         self.seconds = time.monotonic() - self.began
         self.write_history()
         self.save_checkpoint()
-        if self.stopped:
-            self.model.stop_training = True
 
     def validate(self):
         """Loss and Dice as the mean over the fixed validation batches."""
         found = []
         for batch in self.validation:
-            self.model.reset_metrics()
-            found.append(self.model.test_on_batch(batch, return_dict=True))
+            self.apart.reset_metrics()
+            found.append(self.apart.test_on_batch(batch, return_dict=True))
         sizes = [len(batch["key"]) for batch in self.validation]
         means = {key: float(np.average([float(f[key]) for f in found], weights=sizes)) for key in ("loss", "dice")}
         return {"val_loss": means["loss"], "val_dice": means["dice"]}
@@ -674,7 +758,7 @@ class Recorder(keras.callbacks.Callback):
         return better
 
     def save_weights(self, path):
-        prediction.save_weights(self.model.network, path, self.weights_record())
+        prediction.save_weights(self.apart.network, path, self.weights_record())
 
     def weights_record(self):
         keys = ("network", "normalisation", "seed", "precision", "split", "data", "command", "versions", "commit")
@@ -691,15 +775,13 @@ class Recorder(keras.callbacks.Callback):
 
     def save_checkpoint(self):
         kept = {key: getattr(self, key) for key in KEPT}
-        save_checkpoint(self.folder / "checkpoint.npz", self.model.state(), kept)
+        save_checkpoint(self.folder / "checkpoint.npz", self.apart.state(), kept)
 
     def interrupted(self):
         self.progress.end()
         epoch = len(self.rows)
-        return (
-            f"interrupted: the checkpoint after epoch {epoch} (update {epoch * self.args.steps_per_epoch}) is in "
-            f"{self.folder}; the same command with --resume goes on from there"
-        )
+        done = f"after epoch {epoch} (update {epoch * self.args.steps_per_epoch}) "
+        return f"interrupted: {how_to_go_on(self.folder, done)}"
 
     def on_train_end(self, logs=None):
         self.progress.end()
@@ -800,9 +882,10 @@ def extra_callbacks(args, folder):
 # -- after training ---------------------------------------------------------------------------------------------
 
 
-def finish(args, trainee, recorder, images, truth, split, normalisation, folder, weights):
+def finish(args, recorder, images, truth, split, normalisation, folder, weights):
     """Last weights, threshold, scores on the held-out sections, pictures, final record."""
     masks, cells = truth
+    trainee = recorder.apart
     with averaged_weights(trainee):
         recorder.save_weights(folder / "last.weights.h5")
         if not any("val_loss" in row for row in recorder.rows):  # nothing to choose by: the last weights it is

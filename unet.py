@@ -15,6 +15,8 @@ from math import sqrt
 import keras
 from keras import ops
 
+import distribution
+
 FILTERS = (44, 88, 176)
 CENTRE_DILATIONS = (1, 2, 4, 8, 16, 32)
 PARAMETERS_2017 = 2_772_816
@@ -30,7 +32,7 @@ MOMENTUM = 0.99
 # below is the same; only the random bits are fewer and the sums are matrix products.
 
 
-def random_bytes(shape, key):
+def random_bytes(shape, key, part=0):
     """Uniform random bytes, a pure function of (shape, key), the same on every backend.
 
     Parameters
@@ -38,6 +40,8 @@ def random_bytes(shape, key):
     shape : tuple of int or scalar tensors
     key : tensor of shape (2,), integer
         For instance the state of a `keras.random.SeedGenerator`.
+    part : int or scalar tensor
+        Which part of a larger array this is, all parts being of one shape, their sizes a multiple of 4.
 
     Returns
     -------
@@ -52,7 +56,8 @@ def random_bytes(shape, key):
     for size in shape:
         count = count * size
     key = ops.cast(key, "int32")
-    words = ops.arange((count + 3) // 4, dtype="int32") * -1640531535  # 2^32 / golden ratio, odd
+    words = ops.arange((count + 3) // 4, dtype="int32") + part * ((count + 3) // 4)
+    words = words * -1640531535  # 2^32 / golden ratio, odd
     words = _mix(ops.bitwise_xor(words, key[0] * 747796405 + key[1] * -1403630843), 15, 0x1FFFF, -2048144789)
     words = _mix(words + key[1] * 1540483477, 13, 0x7FFFF, -1028477387)
     words = ops.bitwise_xor(words, ops.bitwise_and(ops.right_shift(words, 16), 0xFFFF))
@@ -82,7 +87,7 @@ def kept_levels(rate):
 def _keep_mask(x, rate, key):
     """1 where an element survives, 0 elsewhere, in the dtype of x; and the factor that keeps the expectation."""
     kept = kept_levels(rate)
-    survives = random_bytes(ops.shape(x), key) < ops.cast(kept, "uint8")
+    survives = random_bytes(ops.shape(x), key, distribution.replica()) < ops.cast(kept, "uint8")
     return ops.cast(survives, x.dtype), 256 / kept
 
 
@@ -145,10 +150,14 @@ class BatchNormDropout(keras.layers.Layer):
 
 
 def _moments(x):
-    """Mean and biased variance of each channel, float32."""
-    count = ops.cast(ops.prod(ops.shape(x)[:-1]), "float32")
-    mean = _channel_sums(x) / count
-    return mean, ops.maximum(_channel_sums(x * x) / count - mean * mean, 0.0)
+    """Mean and biased variance of each channel over the whole batch, float32."""
+    mean, square = ops.unstack(distribution.total(ops.stack([_channel_sums(x), _channel_sums(x * x)])) / _count(x))
+    return mean, ops.maximum(square - mean * mean, 0.0)
+
+
+def _count(x):
+    """Elements of each channel of the whole batch."""
+    return ops.cast(ops.prod(ops.shape(x)[:-1]) * distribution.replicas(), "float32")
 
 
 def _channel_sums(x):
@@ -185,7 +194,7 @@ def _normalise_by_hand(x, gamma, beta, mean, variance, mask, factor):
     """`_normalise` with its gradient written out: two sums and two scalings instead of a dozen generic passes."""
     mean, variance = ops.stop_gradient(mean), ops.stop_gradient(variance)
     inverse = ops.rsqrt(variance + EPSILON)
-    count = ops.cast(ops.prod(ops.shape(x)[:-1]), "float32")
+    count = _count(x)
 
     @ops.custom_gradient
     def forward(x, gamma, beta):
@@ -195,9 +204,10 @@ def _normalise_by_hand(x, gamma, beta, mean, variance, mask, factor):
             g = upstream if mask is None else upstream * mask
             sum_g = _channel_sums(g)
             sum_gx = (_channel_sums(g * x) - mean * sum_g) * inverse  # against the normalised x
+            all_g, all_gx = ops.unstack(distribution.total(ops.stack([sum_g, sum_gx])))
             scale = gamma * inverse * factor
-            slope = -scale * inverse * sum_gx / count
-            grad_x = _affine(g, scale, -scale * sum_g / count - slope * mean) + _affine(x, slope)
+            slope = -scale * inverse * all_gx / count
+            grad_x = _affine(g, scale, -scale * all_g / count - slope * mean) + _affine(x, slope)
             return grad_x, factor * sum_gx, factor * sum_g
 
         return y, gradient

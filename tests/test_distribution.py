@@ -1,0 +1,179 @@
+"""One run on several devices and in several processes: the loss curve of one device, and what a death leaves."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import dilatedUnet
+import distribution
+import unet
+
+ROOT = Path(__file__).resolve().parent.parent
+TENSORFLOW = keras.backend.backend() == "tensorflow"
+pytestmark = pytest.mark.jax
+# Stochastic gradient descent, for RMSprop divides by gradients near 0: rounding would grow to a different curve.
+FLAGS = (
+    "--protocol holdout --inner_sections 2 --filters 4,8 --window 32 --batch_size 4 --epochs 6 --steps_per_epoch 3 "
+    "--augment all --dropout 0.3 --optimizer sgd --clr_mode none --lr 0.01 --precision float32"
+)
+
+
+@pytest.fixture(scope="module")
+def start(small, tmp_path_factory):
+    """Start the command line in a process of its own; `.folder` is where."""
+    folder = tmp_path_factory.mktemp("distributed")
+    files = ["--image_path", small / "images.tif", "--mask_path", small / "labels.tif"]
+    started = []
+
+    def process(name, *more, environment=None):
+        words = [sys.executable, ROOT / "dilatedUnet.py", *files, *FLAGS.split(), *more]
+        with open(folder / f"{name}.txt", "w") as said:
+            options = {"cwd": folder, "stdout": said, "stderr": said, "env": os.environ | (environment or {})}
+            started.append(subprocess.Popen(list(map(str, words)), **options))
+        return started[-1]
+
+    process.folder = folder
+    yield process
+    for left in started:
+        left.kill()
+        left.wait()
+
+
+def finished(start, name, *more):
+    """A run in one process, to its end."""
+    code = start(name, "--run_dir", name, *more).wait(300)
+    assert code == 0, said(start, name)
+    return history(start.folder / name)
+
+
+def said(start, name):
+    return (start.folder / f"{name}.txt").read_text()
+
+
+def history(folder):
+    with open(folder / "history.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def workers(start, name, *more, folders=("run", "run")):
+    """Two processes of one run, on this machine."""
+    addresses = [f"localhost:{port}" for port in free_ports(2)]
+    found = []
+    for i, folder in enumerate(folders):
+        if TENSORFLOW:
+            task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
+            environment = {"TF_CONFIG": json.dumps(task)}
+        else:
+            environment = {
+                "KERAS_DISTRIBUTION_JOB_ADDRESSES": ",".join(addresses),
+                "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+                "KERAS_DISTRIBUTION_PROCESS_ID": str(i),
+            }
+        words = ("--distribute", "--run_dir", folder, *more)
+        found.append(start(f"{name}-{i}", *words, environment=environment))
+    return found
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for opened in sockets:
+        opened.bind(("localhost", 0))
+    ports = [opened.getsockname()[1] for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def alone(start):
+    """History of the run on one device."""
+    return finished(start, "alone")
+
+
+def assert_same_curve(found, expected):
+    assert [row["update"] for row in found] == [row["update"] for row in expected]
+    for key in ("loss", "dice", "val_loss", "val_dice"):
+        ours, theirs = ([row[key] for row in rows] for rows in (found, expected))
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, err_msg=key)
+
+
+@pytest.mark.slow
+def test_two_devices_give_the_loss_curve_of_one(start, alone):
+    both = finished(start, "both", "--distribute", 2)
+    assert "every batch shared by 2 devices" in said(start, "both").splitlines()[0]
+    assert both != alone  # rounding: two devices were at work
+    assert_same_curve(both, alone)
+    losses = [row["loss"] for row in alone]
+    assert losses[-1] < 0.9 * losses[0]  # it is a curve
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_loss_curve_of_one_and_only_the_first_writes(start, alone):
+    chief, other = workers(start, "pair", folders=("first", "second"))
+    assert (chief.wait(300), other.wait(300)) == (0, 0), said(start, "pair-0") + said(start, "pair-1")
+    assert "2 processes, this one number 1" in said(start, "pair-1")
+    assert_same_curve(history(start.folder / "first"), alone)
+    assert json.loads((start.folder / "first" / "run.json").read_text())["finished"]
+    assert not (start.folder / "second").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_leaves_a_checkpoint_from_which_the_rest_resume(start):
+    flags = ("--epochs", 60, "--steps_per_epoch", 2, "--batch_size", 2, "--lr", 0.001)  # rounding grows with the rate
+    expected = finished(start, "whole", *flags)
+    chief, other = workers(start, "dying", *flags)
+    wait_for_epochs(start.folder / "run", 2, chief)
+    other.kill()
+    other.wait()
+    assert chief.wait(300) not in (0, 2), said(start, "dying-0")
+    if TENSORFLOW:  # JAX's own service ends the process
+        assert chief.returncode == 1
+        assert "another process of this run is lost" in said(start, "dying-0").splitlines()[-1]
+    done = len(history(start.folder / "run"))
+    assert 2 <= done < 60, "the process died too late"
+    code = start("rest", "--run_dir", "run", "--resume", *flags).wait(300)
+    assert code == 0, said(start, "rest")
+    assert f"resumed after epoch {done}," in said(start, "rest")
+    assert_same_curve(history(start.folder / "run"), expected)
+
+
+def wait_for_epochs(folder, count, process):
+    for _ in range(6000):
+        if (folder / "history.csv").exists() and len(history(folder)) >= count:
+            return
+        assert process.poll() is None
+        time.sleep(0.02)
+    raise AssertionError(f"epoch {count} never came")
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(start):
+    process = start("uneven", "--run_dir", "uneven", "--batch_size", 3, "--distribute", 2)
+    assert process.wait(120) == 2
+    assert "--batch_size must be a multiple of the 2 devices that share it. Received: 3" in said(start, "uneven")
+    assert not (start.folder / "uneven").exists()
+
+
+def test_the_range_test_is_for_one_device(refuses):
+    refuses("--lr_find runs on one device", "--lr_find", "--distribute")
+
+
+def test_a_parts_random_bytes_are_those_of_the_whole():
+    key = keras.ops.convert_to_tensor([3, 5], "int32")
+    whole = keras.ops.convert_to_numpy(unet.random_bytes((4, 3, 8), key))
+    parts = [keras.ops.convert_to_numpy(unet.random_bytes((2, 3, 8), key, part)) for part in range(2)]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_one_device_shares_nothing():
+    spread = distribution.start(dilatedUnet.parse([]).distribute)
+    assert (spread.replicas, spread.chief, spread.agree(7)) == (1, True, 7)
+    assert list(spread.feed(lambda slices: iter(slices))) == [0]
