@@ -9,11 +9,13 @@ of 2017, layer by layer, in bfloat16 by autocast, channels last unless it says o
 segmentation_models_pytorch (SMP) bring networks of their own, to be compared by GFLOP/s. FLOPs are those of the
 convolutions, forward and backward, counted by PyTorch; ours are those of "PyTorch", which has the same 2 772 816
 parameters, as has the standard network. The peak is that of a product of two large square matrices. Every candidate
-lives in a process of its own; in each round each is told in turn to do its steps, while the others wait. What is not
-installed, crashes, or has a loss that is not finite after an update is named and left out.
+lives in a process of its own; in each round each of one precision is told in turn to do its steps, while the others
+wait (in up to 20 GB of memory together). What is not installed, crashes, or has a loss that is not finite after an
+update is named and left out.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -250,26 +252,27 @@ class Worker:
 
     def step(self):
         """Do a step; {"seconds": ...}, or {"missing": why}."""
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
         return self.hear()
 
     def close(self):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
 
 
-def names():
-    for precision in PRECISIONS:
-        for name in ("TensorFlow product", "PyTorch product", "ours", *NETWORKS):
-            yield name, precision
+def names(only):
+    found = ("TensorFlow product", "PyTorch product", "ours", *NETWORKS)
+    return [name for name in found if not only or name in only]
 
 
-def start(args):
+def start(args, precision):
     """The workers that could be started, by (name, precision); the others are named."""
     workers = {}
-    for name, precision in names():
+    for name in names(args.only):
         ours = name == "ours" or name.startswith("TensorFlow")
         workers[name, precision] = Worker(sys.executable if ours else args.python, name, precision, args)
         leave_out_if_missing(workers, (name, precision), workers[name, precision].known)
@@ -337,6 +340,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps of each candidate per round")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these candidates")
     parser.add_argument("--json", help="write the record there")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)  # how this script starts its candidates
     args = parser.parse_args()
@@ -349,12 +353,14 @@ def main():
     print(
         f"device: {device.name()}; {args.batch_size} windows of {args.window} x {args.window} px per step", flush=True
     )
-    workers = start(args)
-    try:
-        rows = table(workers, measure(workers, args.rounds, args.steps))
-    finally:
-        for worker in workers.values():
-            worker.close()
+    rows = []
+    for precision in PRECISIONS:
+        workers = start(args, precision)
+        try:
+            rows += table(workers, measure(workers, args.rounds, args.steps))
+        finally:
+            for worker in workers.values():
+                worker.close()
     print_table(rows)
     if args.json:
         record = {"command": " ".join(sys.argv), "versions": training.versions(), "hardware": training.hardware()}

@@ -6,7 +6,7 @@
 Every round times a few updates of each candidate in turn, so that a busy moment of the machine hits them all; what
 counts are the ratios of the medians. "stock" is the same architecture with Keras's own batch norm, dropout and
 upsampling; "train_on_batch" feeds it the same finished batch again and again; "program" is an update as a run does
-it: crops drawn and cut, warp on the device, learning rate, progress and history.
+it: crops drawn and cut, warp on the device (--augment all; none), learning rate, progress and history.
 """
 
 import argparse
@@ -131,14 +131,16 @@ def main():
     network = {"dilate": True, "dilate_rate": 2}
     fixed = args.batch_size, args.window
     with tempfile.TemporaryDirectory() as folder:
-        words = f"--dilate 1 --dilate_rate 2 --augment all --image_path synthetic --window {args.window}"
-        words += f" --batch_size {args.batch_size} --protocol holdout"
+        words = f"--dilate 1 --dilate_rate 2 --image_path synthetic --window {args.window}"
+        words += f" --batch_size {args.batch_size} --protocol holdout --augment"
+        program = {augment: Program([*words.split(), augment], folder, auto) for augment in ("all", "none")}
         candidates = {
             "stock float32, train_on_batch": on_fixed_batch(stock_network(**network), *fixed),
             "ours float32, train_on_batch": on_fixed_batch(unet.build(**network), *fixed),
             f"stock {auto}, train_on_batch": on_fixed_batch(stock_network(**network, precision=auto), *fixed),
             f"ours {auto}, train_on_batch": on_fixed_batch(unet.build(**network, precision=auto), *fixed),
-            f"ours {auto}, program": Program(words.split(), folder, auto),
+            f"ours {auto}, program": program["all"],
+            f"ours {auto}, program without augmentation": program["none"],
         }
         for run in candidates.values():
             run(1) if isinstance(run, Program) else run()
@@ -151,7 +153,7 @@ def report(args, auto, found):
     print(device.describe(auto))
     print(f"{args.batch_size} windows of {args.window} x {args.window} px per update")
     for name, (median, low, high) in found.items():
-        print(f"{name:34s} {median:7.3f} s ({low:.3f}..{high:.3f})  {median / stock:5.2f} of stock float32")
+        print(f"{name:44s} {median:7.3f} s ({low:.3f}..{high:.3f})  {median / stock:5.2f} of stock float32")
     program = found[f"ours {auto}, program"][0] / found[f"ours {auto}, train_on_batch"][0]
     print(f"whole program / train_on_batch of the same network: {program:.3f} (limit 1.05)")
     print(f"whole program in {auto} / stock float32: {found[f'ours {auto}, program'][0] / stock:.3f} (limit 0.85)")

@@ -1,0 +1,102 @@
+"""What a run costs beside its updates: starting, loading, writing the checkpoint; no data needed.
+
+    python benchmarks/overheads.py
+
+The command line is timed as processes, in turn, beside Python's own start. The checkpoint (weights, optimizer,
+statistics, history, and the best weights, as after every epoch) is that of the dilated network of 2017 with RMSprop,
+beside an epoch of the study: 10 updates of 3 windows of 512 x 512 px. Sections are read from a TIFF of 30 sections of
+512 x 512 px, LZW-compressed, with its labels.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import tifffile
+from training_step import Program, measure  # also sets the path to the suite
+
+import data
+import device
+import prediction
+import training
+
+PROGRAM = Path(training.__file__).with_name("dilatedUnet.py")
+FLAGS = "--dilate 1 --dilate_rate 2 --addition 1 --augment all --image_path synthetic --protocol holdout"
+
+
+def started(*words):
+    """A function that runs Python with those words to its end."""
+    command = [sys.executable, *map(str, words)]
+    return lambda: subprocess.run(command, cwd=PROGRAM.parent, capture_output=True, check=True)
+
+
+def starts():
+    """What is started, by its name."""
+    return {
+        "python -c pass": started("-c", "pass"),
+        "dilatedUnet.py --help": started(PROGRAM, "--help"),
+        "dilatedUnet.py train --help": started(PROGRAM, "train", "--help"),
+        "reproduce table --list": started(PROGRAM, "reproduce", "table", "--list"),
+        "import training": started("-c", "import training"),
+    }
+
+
+def written_stack(folder):
+    """Paths of 30 sections and their labels."""
+    images, masks = data.synthetic()
+    paths = [Path(folder) / name for name in ("images.tif", "labels.tif")]
+    for path, stack in zip(paths, (images, masks), strict=True):
+        tifffile.imwrite(path, stack.sections, compression="lzw", photometric="minisblack")
+    return paths
+
+
+def after_an_epoch(program, folder):
+    """A function that writes what is written after every epoch."""
+    recorder = training.Recorder(program.args, folder, folder / "best.weights.h5", {}, [])
+    recorder.set_model(program.trainee)
+    recorder.weights_record = dict
+    recorder.rows = [dict.fromkeys(training.HISTORY, 0.5)]
+
+    def write():
+        recorder.write_history()
+        recorder.save_weights(recorder.weights)
+        recorder.save_checkpoint()
+
+    return write
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--json", help="write the record there")
+    args = parser.parse_args()
+    precision = device.choose_precision("auto")
+    with tempfile.TemporaryDirectory() as folder:
+        program = Program([*FLAGS.split(), "--window", str(args.window)], folder, precision)
+        program(1)
+        seconds = {"an update": program(max(3, args.rounds))}
+        stack = written_stack(folder)
+        rest = {
+            "loading and checking a stack": lambda: data.load_pair(*stack),
+            "checkpoint, history, best weights": after_an_epoch(program, Path(folder)),
+        }
+        found = measure(starts() | rest, args.rounds, 1)
+        size = (Path(folder) / "checkpoint.npz").stat().st_size / 2**20
+    update = sorted(seconds["an update"])[len(seconds["an update"]) // 2]
+    epoch = 10 * update
+    print(device.describe(precision))
+    for name, (median, low, high) in found.items():
+        print(f"{name:36s} {1000 * median:8.0f} ms ({1000 * low:.0f}..{1000 * high:.0f})")
+    share = found["checkpoint, history, best weights"][0] / (epoch + found["checkpoint, history, best weights"][0])
+    print(f"an epoch of 10 updates: {epoch:.1f} s; checkpoint of {size:.0f} MiB: {100 * share:.2f} % of it (limit 2 %)")
+    if args.json:
+        record = {"command": " ".join(sys.argv), "versions": training.versions(), "hardware": training.hardware()}
+        record |= {"seconds": found, "update_seconds": update, "checkpoint_share": share, "checkpoint_mib": size}
+        prediction.write_json(Path(args.json), record)
+
+
+if __name__ == "__main__":
+    main()

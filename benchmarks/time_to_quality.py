@@ -1,0 +1,150 @@
+"""Held-out V_rand against training time: this suite's recipe, the study's of 2017, and the usual Keras U-Net.
+
+    python benchmarks/time_to_quality.py --minutes 25                       all three, one after the other
+    python benchmarks/time_to_quality.py --only start.py --minutes 2        a quick look
+
+Sections 24-29 of ISBI-2012 are held out, and scored whenever `--every` seconds of training have passed; the clock
+stands still meanwhile. "start.py" is that script's recipe, to its end. "2017" is the published dilated recipe, RMSprop
+and cycles, of which few of 500 epochs fit into the time. "usual" is the U-Net that most Keras tutorials train: 31
+million parameters, padded, no batch norm, sections rescaled to 256 x 256 and predictions scaled back, binary
+cross-entropy, Adam 1e-4, batches of 2, light affine augmentation, float32; it runs in this suite's program, so what
+is slow or fast about it is the recipe. All three start from scratch with the same seed.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import keras
+import numpy as np
+import training_step  # noqa: F401 - sets the path to the suite
+from skimage.transform import resize
+
+import data
+import device
+import dilatedUnet
+import evaluation
+import prediction
+import start
+import training
+
+RECIPES = {
+    "start.py": " ".join(start.RECIPE).replace("--epochs 5 --steps_per_epoch 100", "--epochs 25 --steps_per_epoch 20"),
+    "2017": "--protocol holdout --inner_sections 0 --dilate 1 --dilate_rate 2 --addition 1 --lr 1e-5 --max_lr 0.01 "
+    "--epochs 500",
+    "usual": "--protocol holdout --inner_sections 0 --arch unet2015 --padding same --window 256 --batch_size 2 "
+    "--loss bce --optimizer adam --lr 1e-4 --clr_mode none --augment affine --precision float32 --epochs 5000",
+}
+USUAL_SIDE = 256
+
+
+class Run:
+    """One recipe, its stack, and the predictor of its held-out sections."""
+
+    def __init__(self, name, image_path, seed):
+        words = [*RECIPES[name].split(), "--image_path", image_path, "--seed", str(seed)]
+        self.args = args = dilatedUnet.parse(words)
+        images, masks, _ = training.load(args)
+        self.split = training.split_of(args, len(images.sections))
+        held_out = list(self.split.held_out)
+        self.raw, self.truth = images.sections[held_out], masks.sections[held_out]
+        self.rescaled = name == "usual"
+        if self.rescaled:
+            images, masks = rescaled(images), rescaled(masks, binary=True)
+        self.normalisation = data.Normalisation.fit(images.sections[list(self.split.train)])
+        precision = device.choose_precision(args.precision)
+        self.trainee, self.clr = training.make_trainee(args, self.normalisation, precision)
+        self.feed = training.training_batches(args, images, masks, self.split, 0)
+
+    def v_rand(self):
+        """Of the held-out sections, each at full size."""
+        settings = training.network_settings(self.args)
+        predict = prediction.section_predictor(self.trainee.network, self.normalisation, settings)
+        with training.averaged_weights(self.trainee):
+            if self.rescaled:
+                found = [resize(predict(small(s)), s.shape, order=1) for s in self.raw]
+            else:
+                found = [predict(section) for section in self.raw]
+        return evaluation.score_arrays(np.stack(found), self.truth, ("v_rand",))["v_rand"]
+
+    def points(self, minutes, every):
+        """[(seconds of training, updates, V_rand), ...]"""
+        watch = Watch(self, 60 * minutes, every)
+        length = {"epochs": self.args.epochs, "steps_per_epoch": self.args.steps_per_epoch}
+        callbacks = [callback for callback in (self.clr, watch) if callback]
+        self.trainee.fit(self.feed, **length, callbacks=callbacks, shuffle=False, verbose=0)
+        return watch.found
+
+
+class Watch(keras.callbacks.Callback):
+    """Scores at the ends of epochs, with the clock stopped; ends the training when the time is up."""
+
+    def __init__(self, run, limit, every):
+        super().__init__()
+        self.run, self.limit, self.every = run, limit, every
+        self.seconds, self.scored, self.found = 0.0, 0.0, []
+
+    def on_train_begin(self, logs=None):
+        self.began = time.monotonic()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seconds += time.monotonic() - self.began
+        last = epoch + 1 == self.run.args.epochs or self.seconds >= self.limit
+        if last or self.seconds - self.scored >= self.every:
+            self.scored = self.seconds
+            updates = (epoch + 1) * self.run.args.steps_per_epoch
+            self.found.append((round(self.seconds, 1), updates, round(self.run.v_rand(), 4)))
+            print("{:6.0f} s, {:5d} updates: V_rand {:.4f}".format(*self.found[-1]), flush=True)
+        self.model.stop_training = last
+        self.began = time.monotonic()
+
+
+def small(section):
+    """A section of USUAL_SIDE px a side, in its gray values."""
+    return resize(section, (USUAL_SIDE, USUAL_SIDE), order=1, anti_aliasing=True, preserve_range=True)
+
+
+def rescaled(stack, binary=False):
+    sections = np.stack([small(section) for section in stack.sections])
+    sections = (sections > 0.5).astype(np.uint8) if binary else np.round(sections).astype(np.uint8)
+    return replace(stack, sections=sections)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_path", default="isbi2012")
+    parser.add_argument("--minutes", type=float, default=25, help="of training, for each recipe at most")
+    parser.add_argument("--every", type=float, default=60, help="seconds of training between two scores")
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="write the record there")
+    args = parser.parse_args()
+    print(device.describe(device.choose_precision("auto")))
+    found = {}
+    for name in args.only:
+        print(f"{name}: {RECIPES[name]}", flush=True)
+        found[name] = Run(name, args.image_path, args.seed).points(args.minutes, args.every)
+    print_comparison(found)
+    if args.json:
+        record = {"command": " ".join(sys.argv), "versions": training.versions(), "hardware": training.hardware()}
+        prediction.write_json(Path(args.json), record | {"recipes": RECIPES, "points": found})
+
+
+def print_comparison(found):
+    """How soon start.py's recipe had what the others ended with."""
+    ours = found.get("start.py", ())
+    for name, points in found.items():
+        seconds, updates, score = points[-1]
+        line = f"{name:10s} V_rand {score:.4f} after {seconds / 60:5.1f} minutes, {updates} updates"
+        reached = next((t for t, _, v in ours if v >= score), None)
+        if name != "start.py" and ours:
+            line += f"; start.py's recipe has it after {reached / 60:.1f}" if reached else "; start.py's recipe never"
+        if name != "start.py" and reached:
+            line += f", {reached / seconds:.2f} of the time (target: at most 0.20)"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
