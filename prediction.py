@@ -239,7 +239,8 @@ def run(args):
             batch=args.batch_size,
             log=say,
         )
-        finished = reported(tiling.predict_stack(sections, predict), count)
+        predictions = tiling.ahead(tiling.predict_stack(sections, predict))  # the next one, while one is written
+        finished = reported(predictions, count)
         write(args, finished, count, (height, width), sections.voxel_nm, record)
     say(f"{args.output}: {count} sections, {'one number per cell' if args.segment else '1 = interior'}")
     return 0

@@ -306,16 +306,28 @@ def predict_stack(
     ndarray of shape (H, W)
         The prediction of each section, in order.
     """
-    reader, end = iter(sections), object()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-section") as pool:
+    for section in ahead(sections):
+        prediction = predict_one(section)
+        # While the caller writes, only the prediction and the next section are held.
+        del section
+        yield prediction
+        del prediction
+
+
+def ahead(items: Iterable) -> Iterator:
+    """The items of an iterable, the next one being made in another thread while the caller is at work with one.
+
+    `items` is never advanced further than one ahead. An error in it arrives after the items before it.
+
+    >>> list(ahead(range(3)))
+    [0, 1, 2]
+    """
+    reader, end = iter(items), object()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as pool:
         coming = pool.submit(next, reader, end)
-        while (section := coming.result()) is not end:
+        while (ready := [coming.result()])[0] is not end:
             coming = pool.submit(next, reader, end)
-            prediction = predict_one(section)
-            # While the caller writes, only the prediction and the next section are held.
-            del section
-            yield prediction
-            del prediction
+            yield ready.pop()  # so that it is not held here
 
 
 def _pair(tile: int | tuple[int, int]) -> tuple[int, int]:

@@ -469,6 +469,18 @@ def test_the_next_section_is_read_while_this_one_is_predicted():
     assert threading.current_thread() not in stack.threads
 
 
+def test_the_next_item_is_made_while_the_caller_is_at_work_with_this_one():
+    second = threading.Event()
+
+    def items():
+        yield 1
+        second.set()
+        yield 2
+
+    for _ in tiling.ahead(items()):
+        assert second.wait(10), "the second item was not made while the caller had the first"
+
+
 def test_reading_stays_one_section_ahead_and_stops_when_the_caller_stops():
     stack = Stack(10)
     predictions = tiling.predict_stack(stack, lambda section: section)
