@@ -309,7 +309,13 @@ def add_tta(group, what=""):
 
 def add_predict(parser):
     group = parser.add_argument_group("files")
-    group.add_argument("--weight_path", required=True, metavar="FILE", help="weights, their record beside them")
+    group.add_argument(
+        "--weight_path",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="weights, their record beside them; of several networks: the mean of their probabilities",
+    )
     group.add_argument(
         "--image_path",
         default="isbi2012",

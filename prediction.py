@@ -162,6 +162,30 @@ def section_predictor(
     return predict
 
 
+def predictor_of(network, record, **how):
+    """`section_predictor` of a network and its record."""
+    return section_predictor(network, data.Normalisation.from_dict(record["normalisation"]), record["network"], **how)
+
+
+def mean_of(predictors):
+    """The ensemble: the mean of several predictors' probabilities, each section normalised as each was trained."""
+
+    def predict(section):
+        total = predictors[0](section)
+        for other in predictors[1:]:
+            total = total + other(section)
+        return total / len(predictors)
+
+    return predictors[0] if len(predictors) == 1 else predict
+
+
+def segmentation_of(members):
+    """The first member's record, with the mean of the thresholds that were chosen for them."""
+    records = [record for _, record in members]
+    thresholds = [record["threshold"] for record in records if "threshold" in record]
+    return records[0] | ({"threshold": sum(thresholds) / len(thresholds)} if thresholds else {})
+
+
 def planner(field, tile, overlap, log=None):
     """A function from the shape of a section to its `tiling.Plan`; `log` is told once per shape."""
 
@@ -192,13 +216,16 @@ def run_chunked(args, precision, engine, say):
     """`predict` to OME-Zarr: the workers load the network, so this process does not."""
     import chunked
 
-    record = read_record(args.weight_path)
+    if len(args.weight_path) > 1:
+        raise DataError(f"--weight_path must be one for an --output of .zarr. Received: {len(args.weight_path)}")
+    (weights,) = args.weight_path
+    record = read_record(weights)
     field = unet.field_from_settings(record["network"])
     chunked.run(
         args,
         data.resolve(args.image_path, "test", log=say),
         load=window_predictor,
-        weights=weight_file(args.weight_path),
+        weights=weight_file(weights),
         how={"precision": precision, "engine": engine},
         settings={key: record[key] for key in ("network", "normalisation")},
         plan=planner(field, args.tile, args.overlap),
@@ -222,26 +249,20 @@ def run(args):
         return run_chunked(args, precision, engine, say)
     if args.resume or args.scheduler or args.workers is not None:
         raise DataError(f"--resume, --scheduler and --workers go with an --output of .zarr. Received: {args.output}")
-    network, record = load_network(args.weight_path, precision)
+    members = [load_network(path, precision) for path in args.weight_path]
     source = data.resolve(args.image_path, "test", log=say)
     with data.iter_sections(source) as sections:
         count, (height, width) = len(sections), sections.shape[1:]
-        say(f"{args.image_path}: {count} sections of {height} x {width} px; {network.name} of {args.weight_path}")
-        predict = section_predictor(
-            network,
-            data.Normalisation.from_dict(record["normalisation"]),
-            record["network"],
-            engine=engine,
-            precision=precision,
-            tile=args.tile,
-            overlap=args.overlap,
-            tta=args.tta,
-            batch=args.batch_size,
-            log=say,
+        names = ", ".join(
+            f"{member.name} of {path}" for (member, _), path in zip(members, args.weight_path, strict=True)
         )
+        say(f"{args.image_path}: {count} sections of {height} x {width} px; {names}")
+        how = {"engine": engine, "precision": precision, "tile": args.tile, "overlap": args.overlap}
+        how |= {"tta": args.tta, "batch": args.batch_size, "log": say}
+        predict = mean_of([predictor_of(*member, **how) for member in members])
         predictions = tiling.ahead(tiling.predict_stack(sections, predict))  # the next one, while one is written
         finished = reported(predictions, count)
-        write(args, finished, count, (height, width), sections.voxel_nm, record)
+        write(args, finished, count, (height, width), sections.voxel_nm, segmentation_of(members))
     say(f"{args.output}: {count} sections, {'one number per cell' if args.segment else '1 = interior'}")
     return 0
 

@@ -198,6 +198,29 @@ def test_tta_is_the_mean_over_turned_and_mirrored_versions(predict, flag, versio
     assert np.abs(found - expected(section)).max() > 1e-3
 
 
+def test_several_networks_are_averaged_each_with_its_own_normalisation(call, weights, tmp_path):
+    """Probabilities, and the threshold that `--segment` takes."""
+    other = data.Normalisation(mean=150.0, std=30.0)
+    record = RECORD | {"network": SETTINGS, "normalisation": other.to_dict(), "threshold": 0.25}
+    prediction.save_weights(network_of(1), tmp_path / "other", record)
+    section = section_of(60, 44)
+    tifffile.imwrite("stack.tif", section[None], photometric="minisblack")
+    words = ("predict", "--weight_path", weights, tmp_path / "other", "--image_path", "stack.tif", *FLOAT32)
+    done = call(*words, "--output", "out.tif")
+    assert done.code == 0, done.err
+    assert str(tmp_path / "other") in done.err
+    second = prediction.section_predictor(network_of(1), other, SETTINGS)(section)
+    np.testing.assert_allclose(tifffile.imread("out.tif"), (expected(section) + second) / 2, atol=1e-6)
+    assert np.abs(second - expected(section)).max() > 0.1
+    members = [(None, {"threshold": 0.75, "background": 0.1}), (None, {"threshold": 0.25}), (None, {})]
+    assert prediction.segmentation_of(members) == {"threshold": 0.5, "background": 0.1}
+
+
+def test_an_ensemble_is_not_written_in_chunks(refuses, weights):
+    files = ("--weight_path", weights, weights, "--image_path", "synthetic", "--output", "out.zarr")
+    refuses("--weight_path must be one for an --output of .zarr. Received: 2", "predict", *files)
+
+
 def test_tta_without_a_number_is_all_eight():
     assert dilatedUnet.parse(["predict", "--weight_path", "w", "--tta"]).tta == "8"
     assert dilatedUnet.parse(["predict", "--weight_path", "w"]).tta == "none"
