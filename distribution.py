@@ -71,7 +71,7 @@ class Alone:
     slices: range = range(1)  # of the global batch that this process feeds
     chief = True  # whether this process is the one that writes
     words = ""  # on it, for the first line of a run
-    losses: tuple[type[Exception], ...] = ()  # what is raised where another process is lost
+    lost: tuple[type[Exception], ...] = ()  # what is raised where another process is lost
 
     def scope(self):
         """Where the network and its optimizer are made."""
@@ -115,7 +115,7 @@ class TensorFlow(Alone):
         self.slices = share(self, len(self.strategy.extended.worker_devices))
         self.chief = self.process == 0
         if self.processes > 1:
-            self.losses = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
+            self.lost = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
         engine = "MultiWorkerMirroredStrategy" if self.processes > 1 else "MirroredStrategy"
         self.words = describe(f"tf.distribute.{engine}", self)
 

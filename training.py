@@ -117,7 +117,7 @@ def run(args):
     check_batch(args, spread)
     try:
         return train(args, spread)
-    except spread.losses as error:
+    except spread.lost as error:
         say(f"another process of this run is lost ({first_line(error)}); {how_to_go_on(output_paths(args)[0])}")
         return 1
 
