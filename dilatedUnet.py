@@ -478,7 +478,7 @@ def run_train(args):
     prepare_machine(args)
     import training
 
-    return training.run(args)
+    return training.run(args, vars(parse([])))
 
 
 def run_predict(args):

@@ -110,19 +110,22 @@ def weighted_loss(interior, signed, logits):
 # -- the run ----------------------------------------------------------------------------------------------------
 
 
-def run(args):
-    """Train as the parsed command line says; returns the exit code."""
+def run(args, defaults=None):
+    """Train as the parsed command line says; returns the exit code.
+
+    `defaults` are the settings of a command line without flags: an older run whose record lacks a flag had those.
+    """
     with refused():
         spread = distribution.start(args.distribute)
     check_batch(args, spread)
     try:
-        return train(args, spread)
+        return train(args, spread, defaults or {})
     except spread.lost as error:
         say(f"another process of this run is lost ({first_line(error)}); {how_to_go_on(output_paths(args)[0])}")
         return 1
 
 
-def train(args, spread):
+def train(args, spread, defaults):
     folder, weights = output_paths(args)
     settings = resolved_settings(args)
     precision = device.choose_precision(args.precision)
@@ -141,7 +144,7 @@ def train(args, spread):
     say(f"schedule: {describe_schedule(args)}")
     record = new_record(args, settings, images, masks, split, normalisation, precision, trainee.network)
     extra = extra_callbacks(args, folder) if spread.chief else []
-    done = prepare_folder(args, folder, weights, record) if spread.chief else None
+    done = prepare_folder(args, folder, weights, record, defaults) if spread.chief else None
     if spread.agree(bool(done)):
         say(done or f"{folder}: finished already")
         return 0
@@ -507,11 +510,11 @@ def refuse_picture(args, path):
 # -- the run folder ---------------------------------------------------------------------------------------------
 
 
-def prepare_folder(args, folder, weights, record):
+def prepare_folder(args, folder, weights, record, defaults):
     """Refuse to overwrite, check that a resumed run is the same run; a sentence if there is nothing left to do."""
     before, checkpoint = read_record(folder), folder / "checkpoint.npz"
     if args.resume and before and checkpoint.exists():
-        check_same_run(args, before, record)
+        check_same_run(args, before, record, defaults)
         if before["finished"] and (before["epochs"] >= args.epochs or before["stopped_early"]):
             return f"{folder}: finished after epoch {before['final']['epoch']} already; {what_now(before)}"
     elif args.resume:
@@ -562,8 +565,9 @@ def read_record(folder):
     return record
 
 
-def check_same_run(args, before, record):
-    was, now = before["settings"], json.loads(json.dumps(record["settings"]))
+def check_same_run(args, before, record, defaults):
+    now = json.loads(json.dumps(record["settings"]))
+    was = {key: defaults[key] for key in now if key in defaults} | before["settings"]
     for key in sorted(was.keys() | now.keys()):
         if was.get(key) != now.get(key):
             raise DataError(f"--resume needs the same settings: --{key} was {was.get(key)}. Received: {now.get(key)}")

@@ -311,6 +311,18 @@ def test_another_setting_is_refused_by_name_on_resume(again, tmp_path, flags, wo
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize(("flags", "code"), [("", 0), ("--tta 8", 2)])
+def test_a_run_older_than_a_flag_is_resumed_where_the_flag_has_its_default(again, tmp_path, flags, code):
+    (path,) = tmp_path.glob("runs/*/run.json")
+    record = json.loads(path.read_text())
+    assert record["settings"].pop("tta") == "none"
+    path.write_text(json.dumps(record))
+    done = again(f"--resume --epochs 4 {flags}")
+    assert done.code == code, done.err
+    if code:
+        assert done.err.splitlines()[-1].endswith("--tta was none. Received: 8")
+
+
 def test_other_pixels_are_refused_on_resume(again, tmp_path):
     images = tifffile.imread("images.tif")
     images[0, 0, 0] ^= 1
