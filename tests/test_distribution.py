@@ -113,7 +113,7 @@ def test_two_devices_give_the_loss_curve_of_one(start, alone):
     assert both != alone  # rounding: two devices were at work
     assert_same_curve(both, alone)
     losses = [row["loss"] for row in alone]
-    assert losses[-1] < 0.9 * losses[0]  # it is a curve
+    assert losses[-1] < losses[0]  # it learns
 
 
 @pytest.mark.slow
