@@ -669,6 +669,9 @@ class Recorder(keras.callbacks.Callback):
         if not path.exists():
             return 0
         kept = load_checkpoint(path, trainee.state())
+        if self._apart not in (None, trainee):
+            with self.spread.apart():
+                load_checkpoint(path, self._apart.state())
         for key in KEPT:
             setattr(self, key, kept[key])
         if len(self.rows) > self.args.epochs:

@@ -140,10 +140,22 @@ def test_a_process_that_dies_leaves_a_checkpoint_from_which_the_rest_resume(star
         assert "another process of this run is lost" in said(start, "dying-0").splitlines()[-1]
     done = len(history(start.folder / "run"))
     assert 2 <= done < 60, "the process died too late"
-    code = start("rest", "--run_dir", "run", "--resume", *flags).wait(300)
+    code = start("rest", "--run_dir", "run", "--resume", "--distribute", 2, *flags).wait(300)
     assert code == 0, said(start, "rest")
     assert f"resumed after epoch {done}," in said(start, "rest")
     assert_same_curve(history(start.folder / "run"), expected)
+    scored = unfinish(start.folder / "run")
+    code = start("scoring", "--run_dir", "run", "--resume", "--distribute", 2, *flags).wait(300)
+    assert code == 0, said(start, "scoring")
+    again = json.loads((start.folder / "run" / "run.json").read_text())
+    assert again["held_out"]["dice"] == scored["held_out"]["dice"]
+
+
+def unfinish(folder):
+    """As if the process had died after the last epoch, before the scores; the record as it was."""
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"finished": False, "held_out": None}))
+    return record
 
 
 def wait_for_epochs(folder, count, process):
