@@ -768,7 +768,7 @@ def test_early_stopping_goes_on_waiting_where_it_was_killed(tmp_path):
         before.rows.append({"val_loss": loss})
     before.save_checkpoint()
     after.restore(model)
-    own = {"progress", "rate", "_model"}
+    own = {"progress", "rate", "spread", "_model"}
     assert {k: v for k, v in vars(after).items() if k not in own} == {
         k: v for k, v in vars(before).items() if k not in own
     }
