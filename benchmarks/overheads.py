@@ -9,6 +9,7 @@ beside an epoch of the study: 10 updates of 3 windows of 512 x 512 px. Sections 
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import prediction
 import training
 
 PROGRAM = Path(training.__file__).with_name("dilatedUnet.py")
+SAVING = "checkpoint, history, best weights"
 FLAGS = "--dilate 1 --dilate_rate 2 --addition 1 --augment all --image_path synthetic --protocol holdout"
 
 
@@ -77,20 +79,19 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         program = Program([*FLAGS.split(), "--window", str(args.window)], folder, precision)
         program(1)
-        seconds = {"an update": program(max(3, args.rounds))}
+        update = statistics.median(program(max(3, args.rounds)))
         stack = written_stack(folder)
         rest = {
             "loading and checking a stack": lambda: data.load_pair(*stack),
-            "checkpoint, history, best weights": after_an_epoch(program, Path(folder)),
+            SAVING: after_an_epoch(program, Path(folder)),
         }
         found = measure(starts() | rest, args.rounds, 1)
         size = (Path(folder) / "checkpoint.npz").stat().st_size / 2**20
-    update = sorted(seconds["an update"])[len(seconds["an update"]) // 2]
-    epoch = 10 * update
+    epoch, saving = 10 * update, found[SAVING][0]
     print(device.describe(precision))
     for name, (median, low, high) in found.items():
         print(f"{name:36s} {1000 * median:8.0f} ms ({1000 * low:.0f}..{1000 * high:.0f})")
-    share = found["checkpoint, history, best weights"][0] / (epoch + found["checkpoint, history, best weights"][0])
+    share = saving / (epoch + saving)
     print(f"an epoch of 10 updates: {epoch:.1f} s; checkpoint of {size:.0f} MiB: {100 * share:.2f} % of it (limit 2 %)")
     if args.json:
         record = {"command": " ".join(sys.argv), "versions": training.versions(), "hardware": training.hardware()}

@@ -7,17 +7,16 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import dilatedUnet
 import distribution
 import unet
 
-ROOT = Path(__file__).resolve().parent.parent
 TENSORFLOW = keras.backend.backend() == "tensorflow"
 pytestmark = pytest.mark.jax
 # Stochastic gradient descent, for RMSprop divides by gradients near 0: rounding would grow to a different curve.
