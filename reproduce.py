@@ -11,7 +11,7 @@
 Every row x seed x fold is a run in a folder of its own, `runs/reproduce/TABLE/ROW-PROTOCOL-fF-sS[-quick]`. A finished
 one is not repeated and a half-finished one is resumed, so the same command simply goes on. `--collect` copies the
 records, without weights, into `results/TABLE[-quick].json`, which are committed and from which `--render` works in a
-fresh clone.
+fresh clone; `--missing` trains only what that file lacks, for more seeds on another machine.
 
 Exit code 0: every row lies within its tolerance; 1: a row misses it, learned nothing, or lacks a run; 2: bad usage;
 130: interrupted.
@@ -185,7 +185,7 @@ STRONG = {
 }
 STRONG_QUICK = {"filters": "16,32,64", "window": 192, "epochs": 5, "ema": 0.98}
 BEST = {"epochs": 80, "ema": 0.999, "tta": 8}
-BEST_QUICK = {"window": 256, "epochs": 5, "steps_per_epoch": 50, "ema": 0.98}  # half of start.py's updates
+BEST_QUICK = {"window": 256, "epochs": 5, "ema": 0.98}  # as start.py
 
 
 def best_rows(quick: bool) -> Table:
@@ -196,7 +196,7 @@ def best_rows(quick: bool) -> Table:
         Row(
             name,
             words(STRONG | BEST | (BEST_QUICK if quick else {}) | network),
-            minutes=7 if quick else 6,
+            minutes=11 if quick else 6,
             target=target,
             protocols=("kfold",),
         )
@@ -358,6 +358,7 @@ def add_arguments(parser):
     group.add_argument("--list", action="store_true", help="print the command lines, and train nothing")
     group.add_argument("--render", action="store_true", help="render whatever records exist, and train nothing")
     group.add_argument("--collect", action="store_true", help="copy finished records, no weights, into --records")
+    group.add_argument("--missing", action="store_true", help="train only what --records lack, and add it to them")
     group.add_argument("--output", metavar="FILE.md", help="write the Markdown there as well")
     group.add_argument("--figures", metavar="FOLDER", help="draw a PNG per factor of study")
     group.add_argument("--runs", default="runs/reproduce", metavar="FOLDER", help="where the runs are")
@@ -378,15 +379,15 @@ def run(args, parse, launch=None) -> int:
     """
     try:
         table = select(args)
-        kept = committed(args.records, table) if args.render or args.collect else {}
+        kept = committed(args.records, table) if args.render or args.collect or args.missing else {}
         jobs = jobs_of(table, args, kept)
-        plan = Plan(table, jobs, parse, Path(args.runs), kept if args.render else {})
+        plan = Plan(table, jobs, parse, Path(args.runs), kept if args.render or args.missing else {})
         check(args, plan)
         if args.list:
-            print("\n".join(listing(plan)))
+            print("\n".join(listing(plan, args.missing)))
             return 0
         interrupted = False if args.render else train(plan, args, launch or in_own_process)
-        if args.collect:
+        if args.collect or args.missing:
             collect(plan, args.records)
         return finish(plan, args, interrupted)
     except Refused as error:
@@ -436,8 +437,8 @@ def select(args) -> Table:
 
 def check(args, plan):
     """Refuse before the work what would fail after it."""
-    if args.list and args.render:
-        raise Refused("--list and --render are two different jobs: choose one.")
+    if args.render and (args.list or args.missing):
+        raise Refused("--render trains nothing: choose it, or --list, or --missing.")
     if not plan.jobs:
         raise Refused(f"--protocol must be one that {args.name} has. Received: {args.protocol}")
     if args.output and not is_ours(Path(args.output)):
@@ -553,9 +554,11 @@ def default_seeds(table, args, kept):
     return max([int(seed) + 1 for seed in seeds if seed.isdigit()], default=default)
 
 
-def listing(plan) -> Iterator[str]:
-    """The commands, with their expected cost."""
+def listing(plan, missing=False) -> Iterator[str]:
+    """The commands, with their expected cost; only of the runs that are missing, if so asked."""
     for job in plan.jobs:
+        if missing and find(plan, job).state == "finished":
+            continue
         yield f"# {job.name}: about {job.row.minutes:g} minutes on {machine(job.quick)}"
         yield shlex.join(["python", "dilatedUnet.py", *job.command(plan.folder(job))])
 
@@ -566,7 +569,7 @@ def machine(quick):
 
 def train(plan, args, launch) -> bool:
     """Run what is neither finished nor in the way; True if interrupted."""
-    states = [(job, look_up(plan, job)) for job in plan.jobs]
+    states = [(job, find(plan, job)) for job in plan.jobs]
     todo = [(job, found) for job, found in states if found.state in ("absent", "half")]
     minutes = sum(job.row.minutes for job, _ in todo)
     say(f"{len(todo)} of {len(states)} runs to go: about {minutes:.0f} minutes on {machine(plan.table.quick)}")
@@ -584,7 +587,7 @@ def train(plan, args, launch) -> bool:
             return True
         if code:
             say(f"{job.name} failed with exit code {code}; the others go on")
-        if args.collect:
+        if args.collect or args.missing:
             collect(plan, args.records)
     return False
 

@@ -269,7 +269,8 @@ def test_cells_are_ranked_and_compared_by_their_mean_iou(reproduced):
         (["table", "--seeds", "0"], "--seeds must be at least 1 .* Received: 0 and 5"),
         (["table", "--folds", "1"], "--folds at least 2. Received: 3 and 1"),
         (["best", "--protocol", "published"], "--protocol must be one that best has. Received: published"),
-        (["table", "--list", "--render"], "choose one"),
+        (["table", "--list", "--render"], "--render trains nothing"),
+        (["table", "--missing", "--render"], "--render trains nothing"),
         (["table", "--output", "README.md"], "README.md exists and is not a table written by reproduce"),
         (["table", "--output", "."], "exists and is not a table written by reproduce"),
     ],
@@ -707,6 +708,23 @@ def test_committed_records_do_not_stand_in_for_runs_when_reproducing(reproduced)
     assert len(calls) == 2
     assert code == 1
     assert "no run of published-f0-s0, holdout-f0-s0 (missing)" in out
+
+
+def test_only_what_the_records_lack_is_trained_and_added_to_them(reproduced):
+    words = ("table", "--only", "unet", "--seeds")
+    reproduced(*words, 1, "--collect")
+    Path("runs").rename("elsewhere")
+    listed = reproduced(*words, 2, "--missing", "--list")[1].splitlines()[::2]
+    assert [line.split()[1] for line in listed] == ["unet-published-f0-s1:", "unet-holdout-f0-s1:"]
+    _, out, err, calls = reproduced(*words, 2, "--missing")
+    assert calls == ["unet-published-f0-s1", "unet-holdout-f0-s1"]
+    assert "2 of 4 runs to go" in err
+    assert "4 runs, 8 minutes" in out
+    kept = json.loads(Path("results/table.json").read_text())["rows"]["unet"]
+    assert sorted(kept) == [f"{p}-f0-s{s}" for p in ("holdout", "published") for s in (0, 1)]
+    other = Path("results/table.json").read_text().replace('"step_size":2000', '"step_size":2001')
+    Path("results/table.json").write_text(other)
+    assert len(reproduced(*words, 1, "--missing")[3]) == 2, "the record of another recipe is none"
 
 
 def test_collecting_keeps_what_was_collected_before_and_one_line_per_run(reproduced):
