@@ -151,9 +151,10 @@ def train(args, spread, defaults):
     targets = targets_of(args, masks, cells, split)
     validation = validation_batches(args, images, targets, split)
     with spread.apart():
-        apart = trainee if spread.replicas == 1 else make_trainee(args, normalisation, precision)[0]
-    recorder = Recorder(args, folder, weights, record, validation, spread, apart)
-    first_epoch = recorder.restore(trainee) if args.resume else 0
+        copy = None if spread.replicas == 1 else make_trainee(args, normalisation, precision)[0]
+    recorder = Recorder(args, folder, weights, record, validation, spread, copy)
+    recorder.set_model(trainee)  # `fit` does, but not every resumption has an epoch left
+    first_epoch = recorder.restore() if args.resume else 0
     check_shared(spread, first_epoch, folder)
     say(f"run record: {folder}; weights: {weights} (Keras 3 saves weights as .weights.h5)")
     if targets is not masks and spread.chief:
@@ -651,27 +652,27 @@ class Recorder(keras.callbacks.Callback):
     the others changed.
     """
 
-    def __init__(self, args, folder, weights, record, validation, spread=None, apart=None):
+    def __init__(self, args, folder, weights, record, validation, spread=None, copy=None):
         super().__init__()
         self.args, self.folder, self.weights, self.record = args, folder, weights, record
         self.validation = validation
         self.spread = spread or distribution.Alone()
-        self._apart = apart  # where several devices train: their trainee's copy on one, to validate and to save
+        self.copy = copy  # where several devices train: their trainee's copy on one, to validate and to save
         self.rate = rate_function(args)
         self.rows, self.best, self.waited, self.stopped = [], math.inf, 0, False
         self.reference = math.inf  # of early stopping: improves only by MIN_DELTA or more
         self.seconds = 0.0  # of training, over all resumptions
         self.progress = Progress(args)
 
-    def restore(self, trainee):
+    def restore(self):
         """Set the state of the checkpoint, if there is one; returns the epoch to go on with."""
         path = self.folder / "checkpoint.npz"
         if not path.exists():
             return 0
-        kept = load_checkpoint(path, trainee.state())
-        if self._apart not in (None, trainee):
+        kept = load_checkpoint(path, self.model.state())
+        if self.copy is not None:
             with self.spread.apart():
-                load_checkpoint(path, self._apart.state())
+                load_checkpoint(path, self.copy.state())
         for key in KEPT:
             setattr(self, key, kept[key])
         if len(self.rows) > self.args.epochs:
@@ -680,15 +681,16 @@ class Recorder(keras.callbacks.Callback):
         return len(self.rows)
 
     @property
-    def apart(self):
-        return self._apart or self.model
+    def alone(self):
+        """What is on one device: the copy, or else the trainee itself."""
+        return self.model if self.copy is None else self.copy
 
     def take_over(self):
-        """Bring the copy up to date."""
-        if self._apart in (None, self.model):
+        """Bring the copy, if there is one, up to date."""
+        if self.copy is None:
             return
-        for copy, variable in zip(self._apart.state(), self.model.state(), strict=True):
-            copy.assign(ops.convert_to_numpy(variable))
+        for kept, variable in zip(self.copy.state(), self.model.state(), strict=True):
+            kept.assign(ops.convert_to_numpy(variable))
 
     def on_train_begin(self, logs=None):
         if self.spread.chief:
@@ -732,7 +734,7 @@ class Recorder(keras.callbacks.Callback):
 
     def close_epoch(self, row, last, logs):
         """Validate and save."""
-        with averaged_weights(self.apart):
+        with averaged_weights(self.alone):
             if self.validation:
                 row |= self.validate()
                 self.refuse_infinite(row["val_loss"], last, "validation loss")
@@ -748,8 +750,8 @@ class Recorder(keras.callbacks.Callback):
         """Loss and Dice as the mean over the fixed validation batches."""
         found = []
         for batch in self.validation:
-            self.apart.reset_metrics()
-            found.append(self.apart.test_on_batch(batch, return_dict=True))
+            self.alone.reset_metrics()
+            found.append(self.alone.test_on_batch(batch, return_dict=True))
         sizes = [len(batch["key"]) for batch in self.validation]
         means = {key: float(np.average([float(f[key]) for f in found], weights=sizes)) for key in ("loss", "dice")}
         return {"val_loss": means["loss"], "val_dice": means["dice"]}
@@ -765,7 +767,7 @@ class Recorder(keras.callbacks.Callback):
         return better
 
     def save_weights(self, path):
-        prediction.save_weights(self.apart.network, path, self.weights_record())
+        prediction.save_weights(self.alone.network, path, self.weights_record())
 
     def weights_record(self):
         keys = ("network", "normalisation", "seed", "precision", "split", "data", "command", "versions", "commit")
@@ -782,7 +784,7 @@ class Recorder(keras.callbacks.Callback):
 
     def save_checkpoint(self):
         kept = {key: getattr(self, key) for key in KEPT}
-        save_checkpoint(self.folder / "checkpoint.npz", self.apart.state(), kept)
+        save_checkpoint(self.folder / "checkpoint.npz", self.alone.state(), kept)
 
     def interrupted(self):
         self.progress.end()
@@ -892,7 +894,7 @@ def extra_callbacks(args, folder):
 def finish(args, recorder, images, truth, split, normalisation, folder, weights):
     """Last weights, threshold, scores on the held-out sections, pictures, final record."""
     masks, cells = truth
-    trainee = recorder.apart
+    trainee = recorder.alone
     with averaged_weights(trainee):
         recorder.save_weights(folder / "last.weights.h5")
         if not any("val_loss" in row for row in recorder.rows):  # nothing to choose by: the last weights it is

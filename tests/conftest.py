@@ -1,5 +1,6 @@
 """What the tests share: the real data where it is, small stacks, and the command line as a user calls it."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -78,6 +79,12 @@ def positive(network, last):
         if hasattr(layer, "kernel"):
             layer.kernel.assign(np.full(layer.kernel.shape, 0.3, np.float32))
     return keras.Model(network.input, network.get_layer(last).output)
+
+
+def history(folder):
+    """The rows of a run's history.csv; a column is left out of the rows where it is empty."""
+    with open(folder / "history.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def with_ctrl_c():

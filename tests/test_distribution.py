@@ -1,6 +1,5 @@
 """One run on several devices and in several processes: the loss curve of one device, and what a death leaves."""
 
-import csv
 import json
 import os
 import socket
@@ -11,7 +10,7 @@ import time
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, history
 
 import dilatedUnet
 import distribution
@@ -56,11 +55,6 @@ def finished(start, name, *more):
 
 def said(start, name):
     return (start.folder / f"{name}.txt").read_text()
-
-
-def history(folder):
-    with open(folder / "history.csv", newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 def workers(start, name, *more, folders=("run", "run")):

@@ -1,6 +1,5 @@
 """A training run, whole: what it writes, exact resume, splits that do not leak, flags that act, what goes wrong."""
 
-import csv
 import errno
 import itertools
 import json
@@ -23,7 +22,7 @@ import keras
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, call_here, with_ctrl_c
+from conftest import ROOT, call_here, history, with_ctrl_c
 
 import augment
 import clr_callback
@@ -108,11 +107,6 @@ def assert_same_run(run, other):
         assert same(weights_in(run / name), weights_in(other / name)), name
     mine, theirs = (json.loads((folder / "best.json").read_text()) for folder in (run, other))
     assert mine["after"] == theirs["after"]
-
-
-def history(folder):
-    with open(folder / "history.csv", newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def files(folder):
@@ -767,7 +761,8 @@ def test_early_stopping_goes_on_waiting_where_it_was_killed(tmp_path):
         before.is_best({"val_loss": loss})
         before.rows.append({"val_loss": loss})
     before.save_checkpoint()
-    after.restore(model)
+    after.set_model(model)
+    after.restore()
     own = {"progress", "rate", "spread", "_model"}
     assert {k: v for k, v in vars(after).items() if k not in own} == {
         k: v for k, v in vars(before).items() if k not in own
