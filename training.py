@@ -625,7 +625,7 @@ def versions():
 
 
 def commit():
-    """The suite's own Git commit, with "+" where its files were changed since; None outside a clone."""
+    """The suite's own Git commit, with "+" where its program was changed since; None outside a clone."""
 
     def git(*words):
         here = Path(__file__).parent
@@ -633,7 +633,7 @@ def commit():
 
     try:
         head = git("rev-parse", "--verify", "--quiet", "HEAD")
-        return head.stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno").stdout) or None
+        return head.stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno", "--", "*.py").stdout) or None
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -221,9 +221,11 @@ def test_the_commit_is_a_commit_or_nothing(monkeypatch, tmp_path):
     assert training.commit() is None
     git("init")
     assert training.commit() is None
-    (tmp_path / "training.py").write_text("1")
+    for name in ("training.py", "table.json"):
+        (tmp_path / name).write_text("1")
     git("add", ".")
     git("commit", "-m", "x")
+    (tmp_path / "table.json").write_text("2")  # a record that a run adds to is not the program
     assert len(training.commit()) == 40
     (tmp_path / "training.py").write_text("2")
     assert training.commit()[40:] == "+"
