@@ -1,17 +1,21 @@
 """Held-out V_rand against training time: this suite's recipe, the study's of 2017, and the usual Keras U-Net.
 
-    python benchmarks/time_to_quality.py --minutes 25                       all three, one after the other
+    python benchmarks/time_to_quality.py --minutes 20                       all, one after the other
     python benchmarks/time_to_quality.py --only start.py --minutes 2        a quick look
+    python benchmarks/time_to_quality.py --record results/benchmarks/time_to_quality*.json --figure time.png
 
 Sections 24-29 of ISBI-2012 are held out, and scored whenever `--every` seconds of training have passed; the clock
-stands still meanwhile. "start.py" is that script's recipe, to its end. "2017" is the published dilated recipe, RMSprop
-and cycles, of which few of 500 epochs fit into the time. "usual" is the U-Net that most Keras tutorials train: 31
-million parameters, padded, no batch norm, sections rescaled to 256 x 256 and predictions scaled back, binary
-cross-entropy, Adam 1e-4, batches of 2, light affine augmentation, float32; it runs in this suite's program, so what
-is slow or fast about it is the recipe. All three start from scratch with the same seed.
+stands still meanwhile. "start.py" is that script's recipe, to its end; "start.py / 2" has half the updates, and its
+learning rate falls twice as fast. "2017" is the published dilated recipe, RMSprop and cycles, of which few of 500
+epochs fit into the time. "usual" is the U-Net that most Keras tutorials train: 31 million parameters, padded, no batch
+norm, sections rescaled to 256 x 256 and predictions scaled back, binary cross-entropy, Adam 1e-4, batches of 2, light
+affine augmentation, float32; it runs in this suite's program, so what is slow or fast about it is the recipe. All start
+from scratch with the same seed.
 """
 
 import argparse
+import json
+import statistics
 import sys
 import time
 from dataclasses import replace
@@ -26,18 +30,22 @@ import data
 import device
 import dilatedUnet
 import evaluation
+import figures
 import prediction
 import start
 import training
 
+OURS = " ".join(start.RECIPE)
 RECIPES = {
-    "start.py": " ".join(start.RECIPE).replace("--epochs 5 --steps_per_epoch 100", "--epochs 25 --steps_per_epoch 20"),
+    "start.py": OURS.replace("--epochs 5 --steps_per_epoch 100", "--epochs 25 --steps_per_epoch 20"),
+    "start.py / 2": OURS.replace("--epochs 5 --steps_per_epoch 100", "--epochs 25 --steps_per_epoch 10"),
     "2017": "--protocol holdout --inner_sections 0 --dilate 1 --dilate_rate 2 --addition 1 --lr 1e-5 --max_lr 0.01 "
     "--epochs 500",
     "usual": "--protocol holdout --inner_sections 0 --arch unet2015 --padding same --window 256 --batch_size 2 "
     "--loss bce --optimizer adam --lr 1e-4 --clr_mode none --augment affine --precision float32 --epochs 5000",
 }
 USUAL_SIDE = 256
+LATE = 5  # minutes over which a recipe that swings is averaged
 
 
 class Run:
@@ -120,30 +128,59 @@ def main():
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write the record there")
+    parser.add_argument("--record", nargs="+", help="train nothing: compare what these records hold")
+    parser.add_argument("--figure", help="draw V_rand against time there, a PNG")
     args = parser.parse_args()
+    found = recorded(args.record) if args.record else measured(args)
+    print("\n".join(comparison(found)))
+    if args.figure:
+        lines = {name: ([t / 60 for t, _, _ in p], [v for _, _, v in p], [0.0] * len(p)) for name, p in found.items()}
+        title = "Sections 24-29 of ISBI-2012, held out"
+        figures.factor({"V_rand": lines}, args.figure, xlabel="minutes of training", title=title)
+
+
+def recorded(paths):
+    """{recipe: points} of records."""
+    found = {}
+    for path in paths:
+        found |= json.loads(Path(path).read_text())["points"]
+    return found
+
+
+def measured(args):
+    """{recipe: points}, trained one after the other."""
     print(device.describe(device.choose_precision("auto")))
     found = {}
     for name in args.only:
         print(f"{name}: {RECIPES[name]}", flush=True)
         found[name] = Run(name, args.image_path, args.seed).points(args.minutes, args.every)
-    print_comparison(found)
     if args.json:
         record = {"command": " ".join(sys.argv), "versions": training.versions(), "hardware": training.hardware()}
         prediction.write_json(Path(args.json), record | {"recipes": RECIPES, "points": found})
+    return found
 
 
-def print_comparison(found):
-    """How soon start.py's recipe had what the others ended with."""
-    ours = found.get("start.py", ())
+def comparison(found):
+    """Lines: how each recipe ended, how it swings, and how soon start.py's had what it ended with, and its best."""
+    ours = {name: points for name, points in found.items() if name.startswith("start.py")}
     for name, points in found.items():
-        seconds, updates, score = points[-1]
-        line = f"{name:10s} V_rand {score:.4f} after {seconds / 60:5.1f} minutes, {updates} updates"
-        reached = next((t for t, _, v in ours if v >= score), None)
-        if name != "start.py" and ours:
-            line += f"; start.py's recipe has it after {reached / 60:.1f}" if reached else "; start.py's recipe never"
-        if name != "start.py" and reached:
-            line += f", {reached / seconds:.2f} of the time (target: at most 0.20)"
-        print(line)
+        seconds, updates, final = points[-1]
+        late = [v for t, _, v in points if t > seconds - 60 * LATE]
+        mean = statistics.fmean(late)
+        at, best = max(((t, v) for t, _, v in points), key=lambda point: point[1])
+        yield f"{name}: V_rand {final:.4f} after {seconds / 60:.1f} minutes, {updates} updates"
+        swings = f"{mean:.4f} ({min(late):.4f}..{max(late):.4f})"
+        yield f"    best {best:.4f} after {at / 60:.1f} minutes; mean of the last {LATE} minutes {swings}"
+        for ahead, theirs in ours.items() if name not in ours else ():
+            marks = {"final": (final, seconds), "late mean": (mean, seconds), "best": (best, at)}
+            times = [f"its {what} {how_soon(theirs, *mark)}" for what, mark in marks.items()]
+            yield f"    {ahead} has {', '.join(times)}"
+
+
+def how_soon(points, score, seconds):
+    """When a recipe first had a score, and as a part of the seconds that another needed."""
+    reached = next((t for t, _, v in points if v >= score), None)
+    return "never" if reached is None else f"after {reached / 60:.1f} ({reached / seconds:.3f} of the time)"
 
 
 if __name__ == "__main__":
