@@ -379,7 +379,8 @@ def run(args, parse, launch=None) -> int:
     """
     try:
         table = select(args)
-        kept = committed(args.records, table) if args.render or args.collect or args.missing else {}
+        args.collect |= args.missing  # what was missing is added to the records
+        kept = committed(args.records, table) if args.render or args.collect else {}
         jobs = jobs_of(table, args, kept)
         plan = Plan(table, jobs, parse, Path(args.runs), kept if args.render or args.missing else {})
         check(args, plan)
@@ -387,7 +388,7 @@ def run(args, parse, launch=None) -> int:
             print("\n".join(listing(plan, args.missing)))
             return 0
         interrupted = False if args.render else train(plan, args, launch or in_own_process)
-        if args.collect or args.missing:
+        if args.collect:
             collect(plan, args.records)
         return finish(plan, args, interrupted)
     except Refused as error:
@@ -587,7 +588,7 @@ def train(plan, args, launch) -> bool:
             return True
         if code:
             say(f"{job.name} failed with exit code {code}; the others go on")
-        if args.collect or args.missing:
+        if args.collect:
             collect(plan, args.records)
     return False
 
