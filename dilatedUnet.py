@@ -153,7 +153,9 @@ def add_protocol(parser):
         help="training sections set aside for validation, early stopping and the choice of weights; 0 keeps the last "
         "weights (default: an eighth, at most 3)",
     )
-    group.add_argument("--val_windows", type=count, help="validation windows of --protocol published (default: 9)")
+    group.add_argument(
+        "--val_windows", type=count, help="validation windows of --protocol published, others each epoch (default: 30)"
+    )
     add_tta(group, "of the scoring at the end: ")
 
 
@@ -432,7 +434,7 @@ def check_train(args, parser):
             parser.error(words)
     args.depth, args.padding = args.depth or 4, args.padding or "valid"
     args.w0, args.sigma = 10.0 if args.w0 is None else args.w0, args.sigma or 5.0
-    args.val_windows = args.val_windows or 9
+    args.val_windows = args.val_windows or (30 if published else 9)  # elsewhere of no use, and 9 in old records
     args.max_lr = args.max_lr or 5e-4
     args.step_size = args.step_size or 2000
     args.clr_gamma = args.clr_gamma or 0.9994

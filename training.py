@@ -30,6 +30,7 @@ import data
 import device
 import distribution
 import losses
+import optimizers
 import prediction
 import unet
 from data import DataError
@@ -41,13 +42,8 @@ FREE_ON_RESUME = (
 )
 KEPT = ("rows", "best", "waited", "reference", "stopped", "seconds")  # of the recorder, in the checkpoint
 HISTORY = ("epoch", "update", "learning_rate", "loss", "dice", "val_loss", "val_dice")
+VALIDATION = 2**30  # added to the epoch that keys the windows of validation, so that they are not those of training
 MIN_DELTA = 1e-3  # of the validation loss, for early stopping; the study's value
-OPTIMIZERS = {
-    "rmsprop": keras.optimizers.RMSprop,
-    "adam": keras.optimizers.Adam,
-    "adamax": keras.optimizers.Adamax,
-    "sgd": keras.optimizers.SGD,
-}
 
 
 # -- the network, with the warp in front and the loss behind ------------------------------------------------------
@@ -329,7 +325,7 @@ def _make_trainee(args, normalisation, precision, spread):
         shrink=output_side(args)[1],
     )
     trainee.compile(
-        optimizer=OPTIMIZERS[args.optimizer](**options),
+        optimizer=optimizers.OPTIMIZERS[args.optimizer](**options),
         steps_per_execution=device.steps_per_execution(args.steps_per_execution, args.steps_per_epoch),
         jit_compile=device.use_xla(spread.replicas),
     )
@@ -447,19 +443,24 @@ def crops(stacks, recipe, args, epoch, indices):
 
 
 def validation_batches(args, images, masks, split):
-    """The same windows after every epoch: at random places of the montage, or a grid over the inner sections."""
+    """Validation windows after an epoch: a function from the epoch's number to batches.
+
+    `published`: windows at random places of the montage, others after every epoch, as in 2017. Otherwise the same
+    grid over the inner sections after every epoch.
+    """
     if split.protocol == "published":
         stacks = windows_source(args, images, masks, split, "validate")
         chosen = range(args.val_windows)
         groups = [chosen[i : i + args.batch_size] for i in chosen[:: args.batch_size]]
-        return [crops(stacks, augment.RECIPES["none"], args, 2**31 - 1, group) for group in groups]
+        return lambda epoch: (crops(stacks, augment.RECIPES["none"], args, VALIDATION + epoch, g) for g in groups)
     side, context = output_side(args)
     places = grid(images.sections.shape[1:], side, split.inner)
     places = places[:: max(1, math.ceil(len(places) / 64))]
-    return [
+    batches = [
         windows_at(images.sections, masks.sections, places[i : i + args.batch_size], side, context)
         for i in range(0, len(places), args.batch_size)
     ]
+    return (lambda epoch: batches) if batches else None
 
 
 def grid(shape, window, sections):
@@ -736,7 +737,7 @@ class Recorder(keras.callbacks.Callback):
         """Validate and save."""
         with averaged_weights(self.alone):
             if self.validation:
-                row |= self.validate()
+                row |= self.validate(row["epoch"])
                 self.refuse_infinite(row["val_loss"], last, "validation loss")
                 logs.update({key: row[key] for key in ("val_loss", "val_dice")})  # for TensorBoard
             self.rows.append(row)
@@ -746,13 +747,13 @@ class Recorder(keras.callbacks.Callback):
         self.write_history()
         self.save_checkpoint()
 
-    def validate(self):
-        """Loss and Dice as the mean over the fixed validation batches."""
-        found = []
-        for batch in self.validation:
+    def validate(self, epoch):
+        """Loss and Dice as the mean over the validation windows of an epoch."""
+        found, sizes = [], []
+        for batch in self.validation(epoch):
             self.alone.reset_metrics()
             found.append(self.alone.test_on_batch(batch, return_dict=True))
-        sizes = [len(batch["key"]) for batch in self.validation]
+            sizes.append(len(batch["key"]))
         means = {key: float(np.average([float(f[key]) for f in found], weights=sizes)) for key in ("loss", "dice")}
         return {"val_loss": means["loss"], "val_dice": means["dice"]}
 

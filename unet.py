@@ -328,14 +328,14 @@ class _Layers:
         self.rate = dropout
         self.seeds = iter(range(seed * 1000, seed * 1000 + 1000))
 
-    def _conv(self, width, size, name, dilation=1, activation="relu"):
+    def _conv(self, width, size, name, dilation=1, activation="relu", initial=keras.initializers.HeNormal):
         return keras.layers.Conv2D(
             width,
             size,
             padding="same",
             dilation_rate=dilation,
             activation=activation,
-            kernel_initializer=keras.initializers.HeNormal(next(self.seeds)),
+            kernel_initializer=initial(next(self.seeds)),
             dtype=self.dtype,
             name=name,
         )
@@ -344,7 +344,8 @@ class _Layers:
         return self._conv(width, 3, name, dilation)(x)
 
     def head(self, x, classes, name):
-        return self._conv(classes, 1, name, activation=None)(x)
+        # Only its 3 x 3 convolutions are He-normal in the study's script; this one has the framework's default.
+        return self._conv(classes, 1, name, activation=None, initial=keras.initializers.GlorotUniform)(x)
 
     def bn_drop(self, x, name):
         return BatchNormDropout(self.rate, seed=next(self.seeds), dtype=self.dtype, name=name)(x)

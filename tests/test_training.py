@@ -30,6 +30,7 @@ import data
 import device
 import dilatedUnet
 import losses
+import optimizers
 import prediction
 import training
 
@@ -623,7 +624,9 @@ def test_an_eighth_of_the_sections_chooses_the_weights_by_default(sections, inne
 def test_validation_windows_cover_the_inner_sections(plan, small):
     args, images, split = plan(f"{HOLDOUT} --batch_size 4", tifffile.imread(small / "images.tif"))
     stacks = [data.Stack(array, None, [], "") for array in (images, images)]
-    batches = training.validation_batches(args, *stacks, split)
+    validation = training.validation_batches(args, *stacks, split)
+    batches = validation(1)
+    assert validation(2) is batches
     shown = np.concatenate([batch["image"] for batch in batches])
     assert [len(batch["key"]) for batch in batches] == [4, 4, 4]  # 2 sections x 2 x 3 windows of 32 px
     for section in split.inner:
@@ -665,7 +668,11 @@ def test_the_published_protocol_cuts_windows_from_two_montages_of_all_sections()
     windows = next(training.training_batches(args, *stacks, split, 0))[0]["image"]
     assert len({section for window in windows for section in np.unique(window)}) > 20
     assert any(len(np.unique(window)) > 1 for window in windows), "windows run across the seams"
-    assert sum(len(batch["key"]) for batch in training.validation_batches(args, *stacks, split)) == 9
+    validation = training.validation_batches(args, *stacks, split)
+    first, again, second = ([batch["image"] for batch in validation(epoch)] for epoch in (1, 1, 2))
+    assert sum(map(len, first)) == 30
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    assert any((a != b).any() for a, b in zip(first, second, strict=True)), "other windows after every epoch"
 
 
 @pytest.mark.parametrize(("count", "shape"), [(30, (6, 5)), (12, (4, 3)), (9, (3, 3)), (7, (7, 1)), (1, (1, 1))])
@@ -796,7 +803,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_update_named(train, tm
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(train, monkeypatch, tmp_path):
-    monkeypatch.setattr(training.Recorder, "validate", lambda self: {"val_loss": math.nan, "val_dice": 0.5})
+    monkeypatch.setattr(training.Recorder, "validate", lambda self, epoch: {"val_loss": math.nan, "val_dice": 0.5})
     done = train(f"{HOLDOUT} --run_dir run")
     assert done.code == 2
     assert "the validation loss is not finite at update 1" in done.err.splitlines()[-1]
@@ -878,12 +885,12 @@ def test_a_network_that_learned_nothing_is_said_to_have_learned_nothing(train, t
 @pytest.mark.parametrize(
     ("flags", "kind", "settings"),
     [
-        ("", keras.optimizers.RMSprop, {"momentum": 0.0, "use_ema": False}),
-        ("--momentum 0.9", keras.optimizers.RMSprop, {"momentum": 0.9}),
+        ("", optimizers.RMSprop, {"momentum": 0.0, "use_ema": False}),
+        ("--momentum 0.9", optimizers.RMSprop, {"momentum": 0.9}),
         ("--optimizer adam", keras.optimizers.Adam, {"beta_1": 0.9}),
         ("--optimizer adamax", keras.optimizers.Adamax, {}),
         ("--optimizer sgd --momentum 0.5", keras.optimizers.SGD, {"momentum": 0.5}),
-        ("--ema 0.9", keras.optimizers.RMSprop, {"use_ema": True, "ema_momentum": 0.9}),
+        ("--ema 0.9", optimizers.RMSprop, {"use_ema": True, "ema_momentum": 0.9}),
     ],
 )
 def test_the_optimizer_is_the_one_asked_for(flags, kind, settings):

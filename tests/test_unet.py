@@ -39,6 +39,16 @@ def test_every_published_variant_has_the_published_parameters(dilate, rate, addi
     assert network.count_params() == unet.PARAMETERS_2017 == 2_772_816
 
 
+def test_the_3x3_convolutions_start_he_normal_and_the_head_glorot_uniform():
+    network = unet.build()
+    for layer in network.layers:
+        if hasattr(layer, "kernel"):
+            kind = "GlorotUniform" if layer.name == "head_conv" else "HeNormal"
+            assert type(layer.kernel_initializer).__name__ == kind
+    limit = np.sqrt(6 / (22 + 2))
+    assert np.abs(network.get_layer("head_conv").kernel).max() == pytest.approx(limit, rel=0.2)
+
+
 @pytest.mark.jax
 def test_every_layer_has_the_shape_of_the_study():
     network = unet.build(dilate=True, dilate_rate=2, addition=True)

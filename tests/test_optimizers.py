@@ -1,0 +1,25 @@
+"""RMSprop as in 2017."""
+
+import keras
+import numpy as np
+import pytest
+
+import optimizers
+
+
+@pytest.mark.jax
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_rmsprop_divides_by_the_root_plus_epsilon(momentum):
+    """Against the formula in numpy, with gradients as small as epsilon matters for."""
+    gradients = np.float32([[1e-5, -1e-4, 1e-2], [3e-5, 2e-4, -1e-2], [-1e-6, 1e-3, 2e-2]])
+    weights = keras.Variable(np.zeros(3, np.float32))
+    optimizer = optimizers.RMSprop(learning_rate=0.01, momentum=momentum)
+    optimizer.build([weights])
+    expected, v, m = np.zeros(3), np.zeros(3), np.zeros(3)
+    for g in gradients.astype(np.float64):
+        optimizer.apply([keras.ops.convert_to_tensor(np.float32(g))], [weights])
+        v = 0.9 * v + 0.1 * g**2
+        m = momentum * m + 0.01 * g / (np.sqrt(v) + 1e-7)
+        expected -= m
+    np.testing.assert_allclose(np.array(weights), expected, rtol=1e-4)
+    assert abs(expected[0]) > 0.02, "Keras 3's own would hardly have moved this one"
