@@ -1,5 +1,7 @@
 """What the program runs on: device, backend, and the precision and compilation that are fastest there."""
 
+import math
+import time
 from pathlib import Path
 
 import keras
@@ -55,16 +57,32 @@ def _cpu_field(field):
 def choose_precision(asked, engine="keras"):
     """The precision to compute in: what was asked for, or for "auto" bfloat16 where it is the faster one.
 
-    That is on GPUs, and with TensorFlow or the engine OpenVINO on processors with AVX512-BF16 or AMX; XLA's CPU
-    convolutions gain nothing.
+    That is on GPUs, and with TensorFlow or the engine OpenVINO on processors with AVX512-BF16 or AMX whose bfloat16
+    products are the faster ones: on some of them they are not. XLA's CPU convolutions gain nothing.
     """
     if asked != "auto":
         return asked
     if accelerator():
         return "bfloat16"
-    fast = {"avx512_bf16", "amx_bf16"} & set(_cpu_field("flags").split())
-    gains = engine == "openvino" or keras.backend.backend() == "tensorflow"
-    return "bfloat16" if fast and gains else "float32"
+    has = {"avx512_bf16", "amx_bf16"} & set(_cpu_field("flags").split())
+    gains = has and (engine == "openvino" or keras.backend.backend() == "tensorflow") and _speedup_of_bfloat16() > 1.15
+    return "bfloat16" if gains else "float32"
+
+
+def _speedup_of_bfloat16():
+    """How many times faster TensorFlow multiplies two large matrices in bfloat16 than in float32; 0.2 s."""
+    try:
+        import tensorflow as tf
+    except ImportError:
+        return 1.0
+    matrices = {kind: tf.cast(tf.fill((1024, 1024), 0.5), kind) for kind in ("float32", "bfloat16")}
+    fastest = dict.fromkeys(matrices, math.inf)
+    for _ in range(6):  # in turn, so that whatever else runs here delays both
+        for kind, matrix in matrices.items():
+            begin = time.perf_counter()
+            tf.matmul(matrix, matrix).numpy()
+            fastest[kind] = min(fastest[kind], time.perf_counter() - begin)
+    return fastest["float32"] / fastest["bfloat16"]
 
 
 def use_xla(replicas=1):

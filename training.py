@@ -124,7 +124,7 @@ def run(args, defaults=None):
 def train(args, spread, defaults):
     folder, weights = output_paths(args)
     settings = resolved_settings(args)
-    precision = device.choose_precision(args.precision)
+    precision = precision_of(args, folder)
     say(device.describe(precision) + spread.words)
     images, masks, cells = load(args)
     split = split_of(args, len(images.sections))
@@ -176,6 +176,12 @@ def train(args, spread, defaults):
             finish(args, recorder, images, (masks, cells), split, normalisation, folder, weights)
     spread.agree(0)  # who leaves early takes the others along
     return 0
+
+
+def precision_of(args, folder):
+    """That of the run that is resumed, unless another is asked for, which is then refused."""
+    before = read_record(folder) if args.resume and args.precision == "auto" else None
+    return before["precision"] if before else device.choose_precision(args.precision)
 
 
 def say(words):

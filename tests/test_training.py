@@ -956,13 +956,25 @@ def test_addition_and_seed_change_the_network():
     assert not np.array_equal(one, three)
 
 
-@pytest.mark.parametrize(("flags", "has"), [("--precision auto", "avx512_bf16"), ("--precision auto", "none")])
-def test_automatic_precision_is_bfloat16_where_the_processor_has_it(monkeypatch, flags, has):
+@pytest.mark.parametrize(
+    ("has", "speedup", "expected"),
+    [("avx512_bf16", 1.6, "bfloat16"), ("avx512_bf16", 0.8, "float32"), ("none", 1.6, "float32")],
+)
+def test_automatic_precision_is_bfloat16_where_the_processor_is_faster_with_it(monkeypatch, has, speedup, expected):
     monkeypatch.setattr(device, "accelerator", lambda: None)
     monkeypatch.setattr(device, "_cpu_field", lambda field: f"fpu {has} sse")
-    expected = "bfloat16" if has == "avx512_bf16" and TENSORFLOW else "float32"
-    assert device.choose_precision("auto") == expected
+    monkeypatch.setattr(device, "_speedup_of_bfloat16", lambda: speedup)
+    assert device.choose_precision("auto") == (expected if TENSORFLOW else "float32")
     assert device.choose_precision("float32") == "float32"
+
+
+def test_a_resumed_run_keeps_its_precision_whatever_is_faster_here(train, monkeypatch, tmp_path):
+    words = f"{HOLDOUT} --run_dir run"
+    assert train(f"{words} --epochs 1").code == 0
+    monkeypatch.setattr(device, "choose_precision", lambda asked: "bfloat16" if asked == "auto" else asked)
+    done = train(f"{words} --epochs 2 --resume --precision auto")
+    assert done.code == 0, done.err
+    assert strict("run/run.json")["precision"] == "float32"
 
 
 @pytest.mark.parametrize(
