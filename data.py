@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-import chunked
-from fetching import CELL_ARCHIVES, DATA_SETS, ISBI_ROLES, data_dir, dataset_path, fetch, is_cached
-from stacks import (
+from files import omezarr
+from files.fetching import CELL_ARCHIVES, DATA_SETS, ISBI_ROLES, data_dir, dataset_path, fetch, is_cached
+from files.stacks import (
     DataError,
     Stack,
     StackReader,
@@ -115,8 +115,8 @@ def iter_sections(path, *, what="image"):
     StackReader
     """
     found = resolve(path, what)
-    if isinstance(found, Path) and chunked.is_zarr(found):
-        return chunked.open_zarr(found, what)
+    if isinstance(found, Path) and omezarr.is_zarr(found):
+        return omezarr.open_zarr(found, what)
     return open_stack(found, what)
 
 
@@ -148,7 +148,7 @@ def synthetic(sections=30, size=(512, 512), seed=0):
 
 @functools.lru_cache(maxsize=2)
 def _painted(sections, size, seed):
-    from synthetic import paint
+    from files.synthetic import paint
 
     if sections < 1 or len(size) != 2 or min(size) < 1 or seed < 0:
         raise DataError(f"sections and size must be >= 1, the seed >= 0. Received: {sections}, {size}, {seed}")

@@ -351,14 +351,14 @@ def add_predict(parser):
 
 
 def add_evaluate(parser):
-    import evaluation
+    from score import evaluation
 
     evaluation.add_arguments(parser)
     parser.set_defaults(run=run_evaluate)
 
 
 def add_reproduce(parser):
-    import reproduce
+    from studies import reproduce
 
     reproduce.add_arguments(parser)
     parser.set_defaults(run=run_reproduce)
@@ -453,7 +453,7 @@ def prepare_machine(args):
     if not shared:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     with quiet_stderr():
-        import device
+        from network import device
 
         device.load(shared)
 
@@ -478,26 +478,26 @@ def quiet_stderr():
 
 def run_train(args):
     prepare_machine(args)
-    import training
+    from train import run as training
 
     return training.run(args, vars(parse([])))
 
 
 def run_predict(args):
     prepare_machine(args)
-    import prediction
+    from predict import prediction
 
     return prediction.run(args)
 
 
 def run_evaluate(args):
-    import evaluation
+    from score import evaluation
 
     return evaluation.run(args)
 
 
 def run_reproduce(args):
-    import reproduce
+    from studies import reproduce
 
     return reproduce.run(args, parse)
 

@@ -19,11 +19,11 @@ import tifffile
 from training_step import Program, measure  # also sets the path to the suite
 
 import data
-import device
-import prediction
-import training
+from network import device
+from predict import prediction
+from train import run as training
 
-PROGRAM = Path(training.__file__).with_name("dilatedUnet.py")
+PROGRAM = Path(training.__file__).parent.parent / "dilatedUnet.py"
 SAVING = "checkpoint, history, best weights"
 FLAGS = "--dilate 1 --dilate_rate 2 --addition 1 --augment all --image_path synthetic --protocol holdout"
 
@@ -41,7 +41,7 @@ def starts():
         "dilatedUnet.py --help": started(PROGRAM, "--help"),
         "dilatedUnet.py train --help": started(PROGRAM, "train", "--help"),
         "reproduce table --list": started(PROGRAM, "reproduce", "table", "--list"),
-        "import training": started("-c", "import training"),
+        "import train.run": started("-c", "import train.run"),
     }
 
 

@@ -166,7 +166,7 @@ def torch_step(name, precision, batch, window):
 def our_step(precision, batch, window):
     from training_step import on_fixed_batch
 
-    import unet
+    from network import unet
 
     network = unet.build(dilate=True, dilate_rate=2, precision=precision)
     return on_fixed_batch(network, batch, window), {"parameters": PARAMETERS_2017}
@@ -346,9 +346,9 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return work(*args.worker, args.batch_size, args.window)
-    import device
-    import prediction
-    import training
+    from network import device
+    from predict import prediction
+    from train import run as training
 
     print(
         f"device: {device.name()}; {args.batch_size} windows of {args.window} x {args.window} px per step", flush=True

@@ -26,14 +26,11 @@ import tifffile
 from training_step import measure, stock_network
 
 import data
-import device
-import engines
-import prediction
-import tiling
-import training
-import unet
+from network import device, unet
+from predict import engines, prediction, tiling
+from train import run as training
 
-PROGRAM = Path(unet.__file__).with_name("dilatedUnet.py")
+PROGRAM = Path(unet.__file__).parent.parent / "dilatedUnet.py"
 NETWORK = {"dilate": True, "dilate_rate": 2}
 STOCK = "stock float32, model.predict"
 STOCK_LIMIT = 1024  # px a side: `model.predict` takes a section whole, which is gigabytes for larger ones

@@ -27,13 +27,13 @@ import training_step  # noqa: F401 - sets the path to the suite
 from skimage.transform import resize
 
 import data
-import device
 import dilatedUnet
-import evaluation
 import figures
-import prediction
 import start
-import training
+from network import device
+from predict import prediction
+from score import evaluation
+from train import run as training
 
 OURS = " ".join(start.RECIPE)
 RECIPES = {

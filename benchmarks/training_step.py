@@ -23,12 +23,10 @@ import keras
 import numpy as np
 
 import data
-import device
 import dilatedUnet
-import losses
-import prediction
-import training
-import unet
+from network import device, losses, unet
+from predict import prediction
+from train import run as training
 
 
 class StockLayers(unet._Layers):

@@ -19,11 +19,9 @@ from functools import partial
 from training_step import measure
 
 import data
-import device
-import engines
-import prediction
-import training
-import unet
+from network import device, unet
+from predict import engines, prediction
+from train import run as training
 
 SETTINGS = {"arch": "unet2015", "filters": 64, "levels": 4, "padding": "valid"}
 

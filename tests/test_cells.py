@@ -13,13 +13,10 @@ from keras import ops
 import augment
 import data
 import dilatedUnet
-import evaluation
-import losses
-import prediction
-import scores
-import tiling
-import training
-import unet
+from network import losses, unet
+from predict import prediction, tiling
+from score import evaluation, scores
+from train import run as training
 
 JAX = pytest.mark.jax
 TINY = "--filters 2 --depth 2 --window 60 --precision float32 --steps_per_epoch 2 --epochs 2 --lr 1e-3"

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tifffile
+from conftest import ROOT
 
-import chunked
 import data
-import tiling
+from files import omezarr
+from predict import blocks, tiling
 
 EXTRA = "the optional extra is not installed: pip install -r requirements-zarr.txt"
 zarr = pytest.importorskip("zarr", reason=EXTRA)
@@ -139,7 +140,7 @@ class Place:
         args = SimpleNamespace(**files | machine | {"threshold": None, "segment": False} | flags)
         how = {"settings": {"normalisation": {"mean": 1.0}}, "how": {"precision": precision}, "log": self.said.append}
         plan = planner(field, tile, halo)
-        chunked.run(args, source, load=network, weights=self.weights, plan=plan, field=field, **how)
+        blocks.run(args, source, load=network, weights=self.weights, plan=plan, field=field, **how)
         return zarr.open_group(str(self.output), mode="r")["0"]
 
     def expected(self, sections, *, network=load, field=PADDED, tile=32, halo=None, tta="none", batch_size=1):
@@ -210,21 +211,21 @@ def test_sections_of_ome_zarr_are_predicted_whatever_their_chunks(here, chunks, 
 
 @pytest.mark.parametrize(("tta", "widest"), [("none", 32), ("8", 4 * 24 + 2 * 32)])
 def test_no_more_of_a_section_is_read_than_the_tiles_of_a_block(here, monkeypatch, tta, widest):
-    source, real, read = here.zarr(pixels(5, 40, 400), chunks=(4, 40, 40)), chunked.ZarrReader.slab, []
+    source, real, read = here.zarr(pixels(5, 40, 400), chunks=(4, 40, 40)), omezarr.ZarrReader.slab, []
 
     def slab(self, sections, rows, columns):
         read.append((sections.stop - sections.start, columns.stop - columns.start))
         return real(self, sections, rows, columns)
 
-    monkeypatch.setattr(chunked, "_sample_sha256", lambda reader: "")
-    monkeypatch.setattr(chunked.ZarrReader, "slab", slab)
+    monkeypatch.setattr(blocks, "_sample_sha256", lambda reader: "")
+    monkeypatch.setattr(omezarr.ZarrReader, "slab", slab)
     here.predict(source, tta=tta, halo=4)
     assert {depth for depth, _ in read} == {4, 1}, "sections that share chunks are read together"
     assert max(width for _, width in read) <= widest
 
 
 def test_a_block_is_no_deeper_than_its_pixels_may_be_many(here, monkeypatch):
-    monkeypatch.setattr(chunked, "SLAB_BYTES", 3 * 32 * 32)
+    monkeypatch.setattr(blocks, "SLAB_BYTES", 3 * 32 * 32)
     sections = pixels(7, 40, 40)
     found = here.predict(here.zarr(sections, chunks=(7, 40, 40)), halo=4)
     assert here.said[-1] == "12 blocks"  # 2 x 2 tiles, three sections deep
@@ -240,7 +241,7 @@ def test_an_ome_zarr_image_is_read_section_by_section(here, version, names):
     sections = pixels(3 if "z" in names else 1, 30, 50, dtype=np.uint16)
     shape = (1,) * (len(names) - 3) + sections.shape if len(names) > 2 else sections.shape[1:]
     path = here.zarr(sections.reshape(shape), version, names, NM if "z" in names else NM[1:])
-    with chunked.open_zarr(path) as reader:
+    with omezarr.open_zarr(path) as reader:
         assert len(reader) == len(sections)
         assert reader.shape == sections.shape
         assert reader.dtype == np.uint16
@@ -253,8 +254,8 @@ def test_an_ome_zarr_image_is_read_section_by_section(here, version, names):
 def test_the_voxel_size_is_in_nanometres_and_that_of_level_0(here):
     more = {"coordinateTransformations": [{"type": "scale", "scale": [2.0, 1.0, 1.0]}]}  # of all levels
     path = here.zarr(pixels(2, 8, 8), scale=(0.03, 0.004, 0.005), unit="micrometer", **more)
-    assert chunked.open_zarr(path).voxel_nm == (60.0, 4.0, 5.0)
-    assert chunked.open_zarr(here.zarr(pixels(2, 8, 8), unit="furlong")).voxel_nm is None
+    assert omezarr.open_zarr(path).voxel_nm == (60.0, 4.0, 5.0)
+    assert omezarr.open_zarr(here.zarr(pixels(2, 8, 8), unit="furlong")).voxel_nm is None
 
 
 def attributes_of(path, version):
@@ -284,7 +285,7 @@ def test_the_prediction_has_the_axes_and_the_anisotropic_voxels_of_the_image(her
     assert array.dtype == np.float32
     assert array.metadata.zarr_format == (2 if version == "0.4" else 3)
     assert version == "0.4" or array.metadata.dimension_names == tuple(names)
-    with chunked.open_zarr(here.output) as reader:
+    with omezarr.open_zarr(here.output) as reader:
         assert reader.voxel_nm == (40.0 if "z" in names else None, 4.0, 12.0)
         np.testing.assert_array_equal(np.stack(list(reader)), here.expected(sections))
 
@@ -305,14 +306,14 @@ def test_the_prediction_of_a_tiff_carries_its_voxel_size_over(here, voxel_nm, sc
     assert [axis["name"] for axis in multiscale["axes"]] == ["z", "y", "x"]
     assert [axis.get("unit") for axis in multiscale["axes"]] == units
     assert multiscale["datasets"][0]["coordinateTransformations"] == [{"type": "scale", "scale": scale}]
-    assert chunked.open_zarr(here.output).voxel_nm == voxel_nm
+    assert omezarr.open_zarr(here.output).voxel_nm == voxel_nm
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_what_is_no_image_of_one_gray_stack_is_refused(here, version):
     def refusal(path):
         with pytest.raises(data.DataError) as caught:
-            chunked.open_zarr(path)
+            omezarr.open_zarr(path)
         assert str(caught.value).startswith(f"--image_path: {path} ")
         return str(caught.value)
 
@@ -334,7 +335,7 @@ def test_a_damaged_chunk_is_refused(here, version):
     path = here.zarr(pixels(2, 30, 30), version, chunks=(1, 30, 30))
     chunk = path / "s0" / ("1.0.0" if version == "0.4" else "c/1/0/0")
     chunk.write_bytes(b"no chunk" * 9)
-    reader = chunked.open_zarr(path)
+    reader = omezarr.open_zarr(path)
     np.testing.assert_array_equal(reader[0], pixels(2, 30, 30)[0])
     with pytest.raises(data.DataError, match=r"section 1 \(image.ome\[1\]\) is damaged or cut off"):
         reader[1]
@@ -345,7 +346,7 @@ def test_a_damaged_chunk_is_refused(here, version):
 def test_values_that_are_not_finite_are_refused(here):
     sections = pixels(2, 30, 30).astype(np.float32)
     sections[1, 20, 20] = np.inf
-    reader = chunked.open_zarr(here.zarr(sections))
+    reader = omezarr.open_zarr(here.zarr(sections))
     with pytest.raises(data.DataError, match="holds 1 NaN or infinite"):
         reader[1]
     with pytest.raises(data.DataError, match="hold NaN or infinite"):
@@ -355,7 +356,7 @@ def test_values_that_are_not_finite_are_refused(here):
 
 def test_pixels_are_in_the_byte_order_of_the_machine(here):
     sections = pixels(2, 30, 30, dtype=">u2")
-    with chunked.open_zarr(here.zarr(sections, "0.4")) as reader:
+    with omezarr.open_zarr(here.zarr(sections, "0.4")) as reader:
         for found in (reader[1], reader.slab(slice(1, 2), slice(0, 30), slice(0, 30))[0]):
             assert found.dtype.isnative
             np.testing.assert_array_equal(found, sections[1])
@@ -372,7 +373,7 @@ def test_without_the_extra_the_error_says_what_to_install(here, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "zarr", None)
         with pytest.raises(data.DataError, match=r"OME-Zarr needs zarr: pip install -r requirements-zarr\.txt"):
-            chunked.open_zarr(path)
+            omezarr.open_zarr(path)
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(data.DataError, match="OME-Zarr needs distributed"):
         here.predict(path, workers=None)
@@ -391,7 +392,7 @@ import test_chunked
 here = test_chunked.Place(Path({str(here.folder)!r}))
 here.predict(Path({str(source)!r}), network=test_chunked.load_mortal, **{options!r})
 """
-    folders = os.pathsep.join(str(Path(file).parent) for file in (__file__, chunked.__file__))
+    folders = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "tests"))
     environment = os.environ | {"DIES_AFTER": str(after), "PYTHONPATH": folders}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -501,7 +502,7 @@ def test_an_image_that_is_no_prediction_is_kept(here, flag):
     here.output = here.zarr(sections)
     with pytest.raises(data.DataError, match=r"for a prediction of this suite, and .*image.ome.zarr is none"):
         here.predict(here.tiff(sections), **{flag: True})
-    np.testing.assert_array_equal(np.stack(list(chunked.open_zarr(here.output))), sections)
+    np.testing.assert_array_equal(np.stack(list(omezarr.open_zarr(here.output))), sections)
 
 
 @pytest.mark.parametrize(
@@ -630,7 +631,7 @@ def test_a_scheduler_that_cannot_be_reached_is_said_to_be(here, monkeypatch):
 
 def load_keras(weights, precision):
     """The network of weights, as the `predict` verb loads it."""
-    import prediction
+    from predict import prediction
 
     network, record = prediction.load_network(weights, precision)
     normalisation = data.Normalisation.from_dict(record["normalisation"])
@@ -639,8 +640,8 @@ def load_keras(weights, precision):
 
 @pytest.mark.slow
 def test_a_network_of_the_suite_gives_the_same_bits_as_section_by_section(here):
-    import prediction
-    import unet
+    from network import unet
+    from predict import prediction
 
     settings = {"filters": [4, 6], "dilate": False, "dilate_rate": 1, "addition": True, "dropout": 0.0, "classes": 2}
     record = {"network": settings, "normalisation": {"mean": 120.0, "std": 45.0, "epsilon": 1e-10}}

@@ -292,7 +292,7 @@ def test_fetch_prints_the_folder_of_a_data_set(call, monkeypatch, isbi):
 
 
 def test_fetch_without_a_connection_says_what_to_do(refuses, monkeypatch, tmp_path):
-    import fetching
+    from files import fetching
 
     def offline(*_, **__):
         raise OSError("no route to host")
@@ -304,7 +304,7 @@ def test_fetch_without_a_connection_says_what_to_do(refuses, monkeypatch, tmp_pa
 
 
 def test_fetch_knows_the_data_sets_that_can_be_fetched():
-    import fetching
+    from files import fetching
 
     assert set(dilatedUnet.DATA_SETS) == set(fetching.DATA_SETS) - {"synthetic"}
 

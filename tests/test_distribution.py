@@ -13,8 +13,7 @@ import pytest
 from conftest import ROOT, history
 
 import dilatedUnet
-import distribution
-import unet
+from network import distribution, unet
 
 TENSORFLOW = keras.backend.backend() == "tensorflow"
 pytestmark = pytest.mark.jax

@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 
 import data
-import device
-import engines
-import prediction
-import unet
 from data import DataError
+from network import device, unet
+from predict import engines, prediction
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(path.stem for path in (ROOT / "weights").glob("isbi2012_*.json"))

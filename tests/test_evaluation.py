@@ -12,9 +12,7 @@ import tifffile
 from scipy import ndimage
 
 import data
-import evaluation
-import report
-import scores
+from score import evaluation, report, scores
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tifffile
 
-import fetching
 from data import DataError, fetch, is_cached, read_stack, resolve, sha256_pixels
+from files import fetching
 
 NAMES = ("train-volume.tif", "train-labels.tif", "test-volume.tif")
 

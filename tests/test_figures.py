@@ -534,7 +534,7 @@ def test_a_one_bit_mask_is_shown(tmp_path, draw):
 
 
 def test_the_challenges_files_are_those_that_the_suite_fetches():
-    import fetching
+    from files import fetching
 
     roles = {"image": ("--image_path", False), "mask": ("--mask_path", False)}
     roles |= {"test": ("--image_path", True), "test_mask": ("--mask_path", True)}
@@ -585,7 +585,7 @@ def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path, draw, d
 @pytest.mark.parametrize("mode", ["triangular", "triangular2", "exp_range", "cosine", "none"])
 @pytest.mark.parametrize("epochs", [1, 7])
 def test_the_rates_of_the_settings_are_those_that_train(mode, epochs):
-    import training
+    from train import run as training
 
     settings = SETTINGS | {"clr_mode": mode}
     rate = training.rate_function(SimpleNamespace(**settings, epochs=epochs))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-import losses
+from network import losses
 
 pytestmark = pytest.mark.jax
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-import optimizers
+from network import optimizers
 
 
 @pytest.mark.jax

@@ -15,10 +15,8 @@ import tifffile
 
 import data
 import dilatedUnet
-import engines
-import prediction
-import tiling
-import unet
+from network import unet
+from predict import engines, prediction, tiling
 
 RECORD = {"normalisation": {"mean": 120.0, "std": 45.0, "epsilon": 1e-10}}
 SETTINGS = {
@@ -238,7 +236,7 @@ def test_a_threshold_writes_an_8_bit_mask(predict, threshold):
 
 
 def test_segment_writes_a_label_per_cell(predict):
-    import scores
+    from score import scores
 
     section = section_of(64, 72)
     assert predict(section[None], "--segment", "--threshold", "0.6").code == 0
@@ -249,7 +247,7 @@ def test_segment_writes_a_label_per_cell(predict):
 
 
 def test_segment_takes_the_threshold_of_the_record(monkeypatch, tmp_path):
-    import scores
+    from score import scores
 
     asked = []
     monkeypatch.setattr(scores, "segment", lambda section, threshold, **_: asked.append(threshold) or section > 2)

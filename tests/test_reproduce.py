@@ -15,9 +15,9 @@ import pytest
 from conftest import with_ctrl_c
 
 import dilatedUnet
-import reproduce
+from studies import reproduce
 
-ROOT = Path(reproduce.__file__).resolve().parent
+ROOT = Path(reproduce.__file__).resolve().parent.parent
 NAMES = ("table", "best", "study", "unet2015")
 GOOD = {"loss": 0.06, "val_loss": 0.1, "dice": 0.985, "val_dice": 0.979}
 SCORES = {"v_rand": 0.96, "v_info": 0.98, "dice": 0.95, "bce": 0.12, "pixel_error": 0.05}

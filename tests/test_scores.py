@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
-import scores
-import segments
+from score import scores, segments
 
 ROOT = Path(__file__).parents[1]
 GOLDEN_SECTIONS = [0, 7, 14, 21, 26, 29]

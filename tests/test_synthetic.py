@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data import DataError, load_pair, resolve, synthetic
-from synthetic import paint
+from files.synthetic import paint
 
 
 def digest(arrays):

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-import tiling
+from predict import tiling
 
-HOUSE = Path(tiling.__file__).parent
+HOUSE = Path(tiling.__file__).parent.parent
 
 
 def identity(batch):

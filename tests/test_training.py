@@ -27,12 +27,10 @@ from conftest import ROOT, call_here, history, with_ctrl_c
 import augment
 import clr_callback
 import data
-import device
 import dilatedUnet
-import losses
-import optimizers
-import prediction
-import training
+from network import device, losses, optimizers
+from predict import prediction
+from train import run as training
 
 JAX = pytest.mark.jax
 TENSORFLOW = keras.backend.backend() == "tensorflow"
@@ -202,7 +200,7 @@ def test_the_record_ends_with_the_last_row_of_the_history_and_the_held_out_score
 
 
 def test_the_threshold_for_cells_is_chosen_on_training_sections_and_kept_with_the_weights(finished, small):
-    import scores
+    from score import scores
 
     images, labels = (tifffile.imread(small / name) for name in ("images.tif", "labels.tif"))
     network, record = prediction.load_network(finished / "weights/x.weights")
@@ -217,7 +215,7 @@ def test_the_commit_is_a_commit_or_nothing(monkeypatch, tmp_path):
         subprocess.run(["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@y", *words], check=True,
                        capture_output=True)  # fmt: skip
 
-    monkeypatch.setattr(training, "__file__", str(tmp_path / "training.py"))
+    monkeypatch.setattr(training, "__file__", str(tmp_path / "train" / "run.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert training.commit() is None
     git("init")

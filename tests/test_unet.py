@@ -6,7 +6,7 @@ import pytest
 from conftest import positive
 from keras import ops
 
-import unet
+from network import unet
 
 VARIANTS = [(0, 1, 1), (1, 2, 1), (0, 1, 0), (1, 2, 0)]
 TINY = {"filters": (4, 6, 8), "centre_dilations": (1, 2, 4)}

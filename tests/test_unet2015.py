@@ -6,8 +6,8 @@ import pytest
 from conftest import positive
 from keras import ops
 
-import tiling
-import unet
+from network import unet
+from predict import tiling
 
 # Name, side for an input of 572 px, channels: figure 1 of arXiv 1505.04597.
 GOLDEN = [

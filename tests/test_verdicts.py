@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-import verdicts
-from verdicts import Interval
+from studies import verdicts
+from studies.verdicts import Interval
 
 FINITE = st.floats(-1, 1).map(lambda value: round(value, 6))
 
@@ -179,7 +179,7 @@ def test_seeds_that_contradict_each_other_are_noise():
 
 
 def test_every_conclusion_says_how_it_is_computed():
-    import reproduce
+    from studies import reproduce
 
     for factor, conclusions in verdicts.CONCLUSIONS.items():
         for conclusion in conclusions:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from keras import ops
 
-import losses
+from network import losses
 
 LABELS = hnp.arrays(
     np.uint16, hnp.array_shapes(min_dims=2, max_dims=2, max_side=20), elements=st.sampled_from([0] * 5 + [1, 2, 3, 900])

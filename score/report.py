@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-import evaluation
-import segments
+from score import evaluation, segments
 
 ZOOM = 2  # pictures are drawn with 2 x 2 pixels for each of the data's, so that hatches and outlines stay fine
 MOST_SECTIONS = 30

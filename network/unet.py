@@ -15,7 +15,7 @@ from math import sqrt
 import keras
 from keras import ops
 
-import distribution
+from network import distribution
 
 FILTERS = (44, 88, 176)
 CENTRE_DILATIONS = (1, 2, 4, 8, 16, 32)

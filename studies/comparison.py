@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import verdicts
+from studies import verdicts
 
 # -- comparison -------------------------------------------------------------------------------------------------
 

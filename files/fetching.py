@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from stacks import DataError, flag, load, open_stack, sha256_pixels
+from files.stacks import DataError, flag, load, open_stack, sha256_pixels
 
 DATA_SETS = ("isbi2012", "synthetic", "dic-hela", "phc-u373")
 ISBI_ROLES = {

@@ -27,13 +27,9 @@ from keras import ops
 import augment
 import clr_callback
 import data
-import device
-import distribution
-import losses
-import optimizers
-import prediction
-import unet
 from data import DataError
+from network import device, distribution, losses, optimizers, unet
+from predict import prediction
 
 # What may differ between a run and its resumption; every other setting must be the same.
 FREE_ON_RESUME = (
@@ -635,7 +631,7 @@ def commit():
     """The suite's own Git commit, with "+" where its program was changed since; None outside a clone."""
 
     def git(*words):
-        here = Path(__file__).parent
+        here = Path(__file__).parent.parent
         return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=10)
 
     try:
@@ -936,7 +932,7 @@ def some(sections, most=6):
 
 def choose_threshold(masks, split, interior_of):
     """Threshold of the highest V_rand on (at most six) training sections, for `predict --segment`."""
-    import scores
+    from score import scores
 
     chosen = some(split.inner or split.train)
     if not masks.sections[chosen].any():
@@ -947,7 +943,7 @@ def choose_threshold(masks, split, interior_of):
 
 def choose_cells(cells, split, interior_of):
     """How to cut the probability into cells: highest mean IoU on (at most six) training sections."""
-    import scores
+    from score import scores
 
     chosen = some(split.inner or split.train)
     if not cells.sections[chosen].any():
@@ -958,7 +954,7 @@ def choose_cells(cells, split, interior_of):
 
 def score_cells(cells, labels, sections):
     """Scores of instances, and a plain word where there are none."""
-    import evaluation
+    from score import evaluation
 
     if not cells.any():
         say("WARNING: no section of these holds a cell, so there is nothing to score")
@@ -973,7 +969,7 @@ def score_cells(cells, labels, sections):
 
 def score(truth, interior, sections):
     """Scores of whole sections, and a plain word where the prediction is degenerate."""
-    import evaluation
+    from score import evaluation
 
     if not truth.any():
         say("WARNING: no section of these holds interior, so there is nothing to score")

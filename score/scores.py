@@ -32,9 +32,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from segments import DAM, above, compiled, components, pairs_of_labels, thin_borders
-from segments import segment as segment
-from segments import split_merge_maps as split_merge_maps
+from score.segments import DAM, above, compiled, components, pairs_of_labels, thin_borders
+from score.segments import segment as segment
+from score.segments import split_merge_maps as split_merge_maps
 
 # 0.0, then += 0.1 in double arithmetic: the fourth is 0.30000000000000004, the last 0.9999999999999999.
 THRESHOLDS: tuple[float, ...] = tuple(itertools.accumulate([0.0] + [0.1] * 10))

@@ -33,206 +33,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-import stacks
-import tiling
-from stacks import DataError
+from files import omezarr, stacks
+from files.stacks import DataError
+from predict import tiling
 
 FORMAT = "dilated-unet prediction 1"
-RECORD = "dilated_unet"  # the attribute of the output that says what it is made of
 SPAN = 4  # tiles along a block with rotated versions, whose tiles are computed for every block that they touch
 DEPTH = 16  # most sections of a block: those that share the chunks of the image, which are read once
 SLAB_BYTES = 2**27  # pixels of a block, unless one section has more
 SAMPLE_PX = 512  # side of the pixels that tell images apart
 IN_FLIGHT = 256  # blocks that the scheduler is told of at a time
 IGNORE_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # of workers here: their client ends them
-NANOMETRES = {"picometer": 1e-3, "angstrom": 0.1, "nanometer": 1.0, "micrometer": 1e3}
-NANOMETRES |= {"millimeter": 1e6, "centimeter": 1e7, "meter": 1e9}
-
-
-@contextlib.contextmanager
-def extra():
-    """Around an import: say how to install what is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise DataError(f"OME-Zarr needs {error.name}: pip install -r requirements-zarr.txt") from error
-
-
-# -- OME-Zarr in -------------------------------------------------------------------------------------------------
-
-
-def is_zarr(path):
-    """Whether a path is a folder of zarr's."""
-    return any((Path(path) / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray"))
-
-
-class ZarrReader(stacks.StackReader):
-    """Sections of an OME-Zarr image, one in memory at a time, or with `slab` less than one.
-
-    Attributes
-    ----------
-    array : zarr.Array
-        Level 0: any axes of which one at most is longer than 1, then rows and columns.
-    multiscale : dict
-        The image's metadata.
-    """
-
-    def __init__(self, path, array, multiscale):
-        self.array, self.multiscale = array, multiscale
-        count = math.prod(array.shape[:-2])
-        axes = "".join(axis["name"] for axis in multiscale["axes"])
-        super().__init__(
-            lambda index: array[place(array.ndim, index)],
-            (count, *array.shape[-2:]),
-            array.dtype,
-            names=[f"{path.stem}[{i}]" for i in range(count)],
-            source=path,
-            voxel_nm=_voxel_nm(multiscale),
-            description=f"OME-Zarr, zarr v{array.metadata.zarr_format}, axes {axes}, chunks {array.chunks}",
-        )
-
-    def slab(self, sections, rows, columns):
-        """Pixels of a part of some sections (slices), an array of shape (S, H, W)."""
-        try:
-            pixels = self.array[(*place(self.array.ndim, sections), rows, columns)]
-        except Exception as error:  # codecs raise whatever they like on a damaged chunk
-            raise DataError(f"{self.source}: sections from {sections.start} on are damaged: {error}.") from error
-        if self.dtype.kind == "f" and not np.isfinite(pixels).all():
-            raise DataError(f"{self.source}: sections from {sections.start} on hold NaN or infinite values.")
-        return pixels.astype(self.dtype, copy=False).reshape(-1, *pixels.shape[-2:])
-
-
-def place(axes, index):
-    """Index of a section, or of a slice of sections, in an array of so many axes.
-
-    >>> place(3, 7), place(5, 7), place(2, 0)
-    ((7,), (0, 0, 7), ())
-    """
-    return (0,) * (axes - 3) + (index,) * (axes > 2)
-
-
-def open_zarr(path, what="image"):
-    """Open an OME-Zarr image, level 0, for reading section by section.
-
-    Parameters
-    ----------
-    path : str or Path
-        The folder of the image.
-    what : str
-        The role, for messages.
-
-    Returns
-    -------
-    ZarrReader
-
-    Raises
-    ------
-    DataError
-        Where the folder holds no image of OME-NGFF 0.4 or 0.5, or more than one gray stack.
-    """
-    with extra():
-        import zarr
-    path = Path(path)
-    try:
-        group = zarr.open_group(str(path), mode="r")
-        attributes = group.attrs.asdict()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise stacks.refusal(what, path, f"is no OME-Zarr image: {error}") from error
-    multiscales = attributes.get("ome", attributes).get("multiscales")
-    if not multiscales:
-        hint = "of a bioformats2raw folder give the image inside, such as its folder 0"
-        raise stacks.refusal(what, path, f"is no OME-Zarr image: it holds no multiscales ({hint})")
-    try:
-        names = [axis["name"] for axis in multiscales[0]["axes"]]
-        array = group[multiscales[0]["datasets"][0]["path"]]
-        sizes = dict(zip(names, array.shape, strict=True))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise stacks.refusal(what, path, f"is no image of OME-NGFF 0.4 or 0.5: {error!r}") from error
-    _check_axes(path, what, names, sizes, array.dtype)
-    return ZarrReader(path, array, multiscales[0])
-
-
-def _check_axes(path, what, names, sizes, dtype):
-    """Refuse what is not one gray stack of sections along z."""
-    ordered = names[-2:] == ["y", "x"] and ("z" not in names or names[-3] == "z")
-    longer = [name for name, length in sizes.items() if length > 1 and name not in "zyx"]
-    if not ordered or longer or min(sizes.values()) < 1 or dtype.kind not in "buif":
-        found = f"axes {''.join(names)}, shape {tuple(sizes.values())}, type {dtype}"
-        rule = "one gray stack with axes zyx is needed, t and c before them at most of length 1"
-        raise stacks.refusal(what, path, f"has {found}; {rule}")
-
-
-def _voxel_nm(multiscale):
-    """Voxel size (z, y, x) in nm, z None where only the pixel's is known; None where nothing is."""
-    sizes = {axis["name"]: NANOMETRES.get(axis.get("unit"), math.nan) for axis in multiscale["axes"]}
-    steps = multiscale["datasets"][0].get("coordinateTransformations", [])
-    try:
-        for step in (*steps, *multiscale.get("coordinateTransformations", [])):
-            if step["type"] == "scale":
-                sizes = {name: nm * factor for (name, nm), factor in zip(sizes.items(), step["scale"], strict=True)}
-    except (KeyError, TypeError, ValueError):
-        return None  # a voxel size that cannot be made out is unknown: no reason to refuse the pixels
-    z, y, x = (float(f"{nm:.6g}") if nm > 0 else None for nm in (sizes.get(name, math.nan) for name in "zyx"))
-    return (z, y, x) if y and x else None
-
-
-# -- OME-Zarr out ------------------------------------------------------------------------------------------------
-
-
-def create(path, reader, shape, chunks, record):
-    """Write an OME-Zarr image without chunks: NaN, float32, with the axes and the voxel size of what is predicted.
-
-    Parameters
-    ----------
-    path : Path
-        Must not exist.
-    reader : StackReader
-        What is predicted. The prediction of OME-NGFF 0.4 is 0.4; that of everything else is 0.5.
-    shape, chunks : tuple of int
-        Of level 0, the only one.
-    record : dict
-        For the attribute `RECORD`.
-    """
-    with extra():
-        import numcodecs
-        import zarr
-    multiscale = _multiscale(reader)
-    if zarr_format(reader) == 2:
-        attributes = {"multiscales": [{"version": "0.4"} | multiscale]}
-        layout = {
-            "chunk_key_encoding": {"name": "v2", "separator": "/"},
-            "compressors": numcodecs.Blosc("zstd", clevel=5, shuffle=numcodecs.Blosc.SHUFFLE),
-        }
-    else:
-        attributes = {"ome": {"version": "0.5", "multiscales": [multiscale]}}
-        layout = {
-            "dimension_names": [axis["name"] for axis in multiscale["axes"]],
-            "compressors": zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=4),
-        }
-    group = zarr.create_group(str(path), zarr_format=zarr_format(reader), attributes=attributes | {RECORD: record})
-    group.create_array("0", shape=shape, chunks=chunks, dtype="float32", fill_value=math.nan, **layout)
-
-
-def array_shape(reader):
-    """Shape of level 0: with all axes of an OME-Zarr image, or else (S, H, W)."""
-    return reader.array.shape if isinstance(reader, ZarrReader) else reader.shape
-
-
-def zarr_format(reader):
-    """2 or 3: that of the sections, or 3 where they are no OME-Zarr image."""
-    return reader.array.metadata.zarr_format if isinstance(reader, ZarrReader) else 3
-
-
-def _multiscale(reader):
-    """Metadata of an image with one level; a size that is not known is 1, without a unit."""
-    if isinstance(reader, ZarrReader):
-        levels = [reader.multiscale["datasets"][0] | {"path": "0"}]
-        kept = ("axes", "coordinateTransformations")
-        return {key: reader.multiscale[key] for key in kept if key in reader.multiscale} | {"datasets": levels}
-    sizes = dict(zip("zyx", reader.voxel_nm or (None, None, None), strict=True))
-    scale = [{"type": "scale", "scale": [nm or 1.0 for nm in sizes.values()]}]
-    axes = [{"name": name, "type": "space"} | ({"unit": "nanometer"} if nm else {}) for name, nm in sizes.items()]
-    return {"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": scale}]}
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------
@@ -340,7 +151,7 @@ def is_finished(job, number):
 
 def is_written(job, index, rows, columns):
     """Whether the files of all chunks of a part of a section are there."""
-    folder = Path(job.output, "0", *(["c"] if job.zarr_format == 3 else []), *map(str, place(job.axes, index)))
+    folder = Path(job.output, "0", *(["c"] if job.zarr_format == 3 else []), *map(str, omezarr.place(job.axes, index)))
     keys = [
         range(part.start // side, -(-part.stop // side))
         for part, side in zip((rows, columns), chunk_size(job), strict=True)
@@ -398,7 +209,7 @@ def predict_block(job, number):
             values = predict_part(job, versions, pixels, [part.start for part in around], predict)
             if not np.isfinite(values).all():
                 raise DataError(f"{job.output}: the prediction of section {index} is not finite.")
-            array[(*place(job.axes, index), rows, columns)] = np.clip(values, 0.0, 1.0)
+            array[(*omezarr.place(job.axes, index), rows, columns)] = np.clip(values, 0.0, 1.0)
 
 
 def _reads(versions):
@@ -471,7 +282,7 @@ def _load(job):
 
 def _part_reader(reader):
     """A function (sections, rows, columns), slices -> pixels (S, H, W); of a TIFF, sections are read whole."""
-    if isinstance(reader, ZarrReader):
+    if isinstance(reader, omezarr.ZarrReader):
         return reader.slab
     section = functools.lru_cache(maxsize=2)(reader.__getitem__)
 
@@ -484,7 +295,7 @@ def _part_reader(reader):
 
 def open_sections(path):
     """Open an OME-Zarr image, or another file or folder of sections."""
-    return open_zarr(path) if is_zarr(path) else stacks.open_stack(Path(path))
+    return omezarr.open_zarr(path) if omezarr.is_zarr(path) else stacks.open_stack(Path(path))
 
 
 # -- the whole stack ---------------------------------------------------------------------------------------------
@@ -541,8 +352,8 @@ def run(args, source, *, load, weights, how, settings, plan, field, log):
             load=f"{load.__module__}:{load.__name__}",
             how=tuple(how.items()),
             shape=reader.shape,
-            axes=len(array_shape(reader)),
-            zarr_format=zarr_format(reader),
+            axes=len(omezarr.array_shape(reader)),
+            zarr_format=omezarr.zarr_format(reader),
             tile=tiles.tile,
             halo=tiles.halo,
             shrink=field.shrink,
@@ -588,7 +399,7 @@ def _check_flags(args, source):
 
 def _depth(job, reader):
     """Sections of a block: those that lie in the same chunks of the image, where that is not too much at a time."""
-    if not isinstance(reader, ZarrReader) or reader.array.ndim < 3:
+    if not isinstance(reader, omezarr.ZarrReader) or reader.array.ndim < 3:
         return 1
     sides = (min(n, s * side) for n, s, side in zip(reader.shape[1:], span(job), job.tile, strict=True))
     return max(1, min(reader.array.chunks[-3], DEPTH, SLAB_BYTES // (math.prod(sides) * reader.dtype.itemsize)))
@@ -625,10 +436,10 @@ def _check_output(args, job):
 
 def _record(output):
     """What an output says that it is made of, or None where it is no prediction of this suite."""
-    with extra():
+    with omezarr.extra():
         import zarr
     try:
-        record = zarr.open_group(output, mode="r").attrs[RECORD]
+        record = zarr.open_group(output, mode="r").attrs[omezarr.RECORD]
         return record["made_of"] if record["format"] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -636,13 +447,13 @@ def _record(output):
 
 def _begin(args, job, reader):
     """Make the output, without chunks yet, beside its place, and move it there."""
-    shape, output = array_shape(reader), Path(job.output)
+    shape, output = omezarr.array_shape(reader), Path(job.output)
     chunks = (1,) * (len(shape) - 2) + chunk_size(job)
     record = {"format": FORMAT, "image": job.image, "weights": job.weights, "made_of": json.loads(job.made_of)}
     partial, old = (output.with_name(f".{word}{os.getpid()}-{output.name}") for word in ("part", "old"))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        create(partial, reader, shape, chunks, record)
+        omezarr.create(partial, reader, shape, chunks, record)
         if output.exists():
             output.rename(old)
         partial.rename(output)
@@ -682,7 +493,7 @@ def _by_value(job):
 
     Being local it is sent by value: the scheduler need not import this suite, and workers find it by its folder.
     """
-    folder, module, fields = str(Path(__file__).resolve().parent), __name__, job._asdict()
+    folder, module, fields = str(Path(__file__).resolve().parent.parent), __name__, job._asdict()
 
     def call(name, *arguments):
         import importlib
@@ -719,7 +530,7 @@ def _client(args):
     if args.workers == 0:
         yield None
         return
-    with extra():
+    with omezarr.extra():
         import distributed
     if not args.scheduler:
         with _local_cluster(args.workers or 1) as cluster, distributed.Client(cluster, set_as_default=False) as client:

@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import data
-import device
-import engines
-import tiling
-import unet
 from data import DataError
+from network import device, unet
+from predict import engines, tiling
 
 FORMAT = "dilated-unet weights 1"
 SUFFIX = ".weights.h5"
@@ -214,14 +212,14 @@ def window_predictor(weights, precision, engine):
 
 def run_chunked(args, precision, engine, say):
     """`predict` to OME-Zarr: the workers load the network, so this process does not."""
-    import chunked
+    from predict import blocks
 
     if len(args.weight_path) > 1:
         raise DataError(f"--weight_path must be one for an --output of .zarr. Received: {len(args.weight_path)}")
     (weights,) = args.weight_path
     record = read_record(weights)
     field = unet.field_from_settings(record["network"])
-    chunked.run(
+    blocks.run(
         args,
         data.resolve(args.image_path, "test", log=say),
         load=window_predictor,
@@ -284,7 +282,7 @@ def write(args, finished, count, shape, voxel_nm, record):
 
 def segment_stack(sections, record):
     """Labels of each section: neurites that fill it, or where the record has a background, cells on it."""
-    import scores
+    from score import scores
 
     background = record.get("background")
     options = {"min_size": record.get("smallest_cell_px", SMALLEST_CELL_PX), "background": background}

@@ -13,9 +13,8 @@ import sys
 import keras
 import numpy as np
 
-import device
-import unet
 from data import DataError
+from network import device, unet
 
 ENGINES = ("auto", "keras", "openvino")
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}  # in the words of OpenVINO

@@ -227,7 +227,7 @@ def write(result, args, prediction, references, raw):
             partial.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         print(f"numbers: {args.json}")
     if args.report:
-        import report
+        from score import report
 
         print(f"report: {report.write(args.report, result, prediction, references, raw)}")
 
@@ -252,7 +252,7 @@ def score_instances(prediction, references, *, sections=None):
     dict
         "mean_iou" and "seg" (`scores.mean_iou`, `scores.seg`), "per_section" likewise, "cells", "sections".
     """
-    import scores
+    from score import scores
 
     numbers = list(range(len(references)) if sections is None else sections)
     labelled = [i for i in range(len(references)) if references[i].any()]
@@ -382,7 +382,7 @@ def to_probabilities(native, source="prediction"):
 
 def warnings_about(prediction, references):
     """Say what makes the scores of a readable prediction doubtful."""
-    import scores
+    from score import scores
 
     found = []
     if prediction.max() < 0.25:
@@ -438,7 +438,7 @@ def score_arrays(probabilities, references, which=DEFAULT_SCORES, *, sections=No
         ``best_thresholds``, ``curves``, ``details``, ``per_section``; ``calibration`` with the reliability
         bins. None where a section has no value.
     """
-    import scores
+    from score import scores
 
     which = tuple(SCORES) if which == "all" else tuple(which)
     numbers = list(range(len(references))) if sections is None else [int(s) for s in sections]
@@ -467,7 +467,7 @@ def _plain(values):
 
 
 def _curves(probabilities, references, which):
-    import scores
+    from score import scores
 
     found = {}
     if {"v_rand", "v_info"} & set(which):
@@ -480,7 +480,7 @@ def _curves(probabilities, references, which):
 
 def _pixel_scores(probabilities, references, which, result):
     """Add the scores without a curve; sums over the sections first, then one division."""
-    import scores
+    from score import scores
 
     pairs = list(zip(probabilities, references, strict=True))
     counts = np.array([scores.confusion(p, r, FIXED_THRESHOLD) for p, r in pairs])

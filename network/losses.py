@@ -16,7 +16,7 @@ from math import ceil, inf, log, sqrt
 import numpy as np
 from keras import ops
 
-import distribution
+from network import distribution
 
 SMOOTHING = 1.0
 CLIP = 1e-7  # keeps the logarithm finite, as keras.losses.BinaryCrossentropy does

@@ -37,9 +37,9 @@ from functools import cache
 from io import StringIO
 from pathlib import Path
 
-import comparison
+from studies import comparison
 
-SUITE = Path(__file__).resolve().parent / "dilatedUnet.py"
+SUITE = Path(__file__).resolve().parent.parent / "dilatedUnet.py"
 # Of a run's settings: where it is kept and what it runs on, which do not make it another experiment.
 IGNORED = (
     *("verb", "run", "argv", "run_dir", "weight_path", "resume", "force", "tensorboard", "gpu", "precision"),

@@ -1,0 +1,1 @@
+"""Files: sections in and out, data sets, the synthetic stack."""

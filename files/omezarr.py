@@ -1,0 +1,203 @@
+"""OME-Zarr images in and out; metadata OME-NGFF 0.4 (zarr v2) and 0.5 (zarr v3).
+
+https://ngff.openmicroscopy.org/specifications/
+"""
+
+import contextlib
+import math
+from pathlib import Path
+
+import numpy as np
+
+from files import stacks
+from files.stacks import DataError
+
+RECORD = "dilated_unet"  # the attribute of the output that says what it is made of
+NANOMETRES = {"picometer": 1e-3, "angstrom": 0.1, "nanometer": 1.0, "micrometer": 1e3}
+NANOMETRES |= {"millimeter": 1e6, "centimeter": 1e7, "meter": 1e9}
+
+
+@contextlib.contextmanager
+def extra():
+    """Around an import: say how to install what is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise DataError(f"OME-Zarr needs {error.name}: pip install -r requirements-zarr.txt") from error
+
+
+# -- OME-Zarr in -------------------------------------------------------------------------------------------------
+
+
+def is_zarr(path):
+    """Whether a path is a folder of zarr's."""
+    return any((Path(path) / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray"))
+
+
+class ZarrReader(stacks.StackReader):
+    """Sections of an OME-Zarr image, one in memory at a time, or with `slab` less than one.
+
+    Attributes
+    ----------
+    array : zarr.Array
+        Level 0: any axes of which one at most is longer than 1, then rows and columns.
+    multiscale : dict
+        The image's metadata.
+    """
+
+    def __init__(self, path, array, multiscale):
+        self.array, self.multiscale = array, multiscale
+        count = math.prod(array.shape[:-2])
+        axes = "".join(axis["name"] for axis in multiscale["axes"])
+        super().__init__(
+            lambda index: array[place(array.ndim, index)],
+            (count, *array.shape[-2:]),
+            array.dtype,
+            names=[f"{path.stem}[{i}]" for i in range(count)],
+            source=path,
+            voxel_nm=_voxel_nm(multiscale),
+            description=f"OME-Zarr, zarr v{array.metadata.zarr_format}, axes {axes}, chunks {array.chunks}",
+        )
+
+    def slab(self, sections, rows, columns):
+        """Pixels of a part of some sections (slices), an array of shape (S, H, W)."""
+        try:
+            pixels = self.array[(*place(self.array.ndim, sections), rows, columns)]
+        except Exception as error:  # codecs raise whatever they like on a damaged chunk
+            raise DataError(f"{self.source}: sections from {sections.start} on are damaged: {error}.") from error
+        if self.dtype.kind == "f" and not np.isfinite(pixels).all():
+            raise DataError(f"{self.source}: sections from {sections.start} on hold NaN or infinite values.")
+        return pixels.astype(self.dtype, copy=False).reshape(-1, *pixels.shape[-2:])
+
+
+def place(axes, index):
+    """Index of a section, or of a slice of sections, in an array of so many axes.
+
+    >>> place(3, 7), place(5, 7), place(2, 0)
+    ((7,), (0, 0, 7), ())
+    """
+    return (0,) * (axes - 3) + (index,) * (axes > 2)
+
+
+def open_zarr(path, what="image"):
+    """Open an OME-Zarr image, level 0, for reading section by section.
+
+    Parameters
+    ----------
+    path : str or Path
+        The folder of the image.
+    what : str
+        The role, for messages.
+
+    Returns
+    -------
+    ZarrReader
+
+    Raises
+    ------
+    DataError
+        Where the folder holds no image of OME-NGFF 0.4 or 0.5, or more than one gray stack.
+    """
+    with extra():
+        import zarr
+    path = Path(path)
+    try:
+        group = zarr.open_group(str(path), mode="r")
+        attributes = group.attrs.asdict()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise stacks.refusal(what, path, f"is no OME-Zarr image: {error}") from error
+    multiscales = attributes.get("ome", attributes).get("multiscales")
+    if not multiscales:
+        hint = "of a bioformats2raw folder give the image inside, such as its folder 0"
+        raise stacks.refusal(what, path, f"is no OME-Zarr image: it holds no multiscales ({hint})")
+    try:
+        names = [axis["name"] for axis in multiscales[0]["axes"]]
+        array = group[multiscales[0]["datasets"][0]["path"]]
+        sizes = dict(zip(names, array.shape, strict=True))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise stacks.refusal(what, path, f"is no image of OME-NGFF 0.4 or 0.5: {error!r}") from error
+    _check_axes(path, what, names, sizes, array.dtype)
+    return ZarrReader(path, array, multiscales[0])
+
+
+def _check_axes(path, what, names, sizes, dtype):
+    """Refuse what is not one gray stack of sections along z."""
+    ordered = names[-2:] == ["y", "x"] and ("z" not in names or names[-3] == "z")
+    longer = [name for name, length in sizes.items() if length > 1 and name not in "zyx"]
+    if not ordered or longer or min(sizes.values()) < 1 or dtype.kind not in "buif":
+        found = f"axes {''.join(names)}, shape {tuple(sizes.values())}, type {dtype}"
+        rule = "one gray stack with axes zyx is needed, t and c before them at most of length 1"
+        raise stacks.refusal(what, path, f"has {found}; {rule}")
+
+
+def _voxel_nm(multiscale):
+    """Voxel size (z, y, x) in nm, z None where only the pixel's is known; None where nothing is."""
+    sizes = {axis["name"]: NANOMETRES.get(axis.get("unit"), math.nan) for axis in multiscale["axes"]}
+    steps = multiscale["datasets"][0].get("coordinateTransformations", [])
+    try:
+        for step in (*steps, *multiscale.get("coordinateTransformations", [])):
+            if step["type"] == "scale":
+                sizes = {name: nm * factor for (name, nm), factor in zip(sizes.items(), step["scale"], strict=True)}
+    except (KeyError, TypeError, ValueError):
+        return None  # a voxel size that cannot be made out is unknown: no reason to refuse the pixels
+    z, y, x = (float(f"{nm:.6g}") if nm > 0 else None for nm in (sizes.get(name, math.nan) for name in "zyx"))
+    return (z, y, x) if y and x else None
+
+
+# -- OME-Zarr out ------------------------------------------------------------------------------------------------
+
+
+def create(path, reader, shape, chunks, record):
+    """Write an OME-Zarr image without chunks: NaN, float32, with the axes and the voxel size of what is predicted.
+
+    Parameters
+    ----------
+    path : Path
+        Must not exist.
+    reader : StackReader
+        What is predicted. The prediction of OME-NGFF 0.4 is 0.4; that of everything else is 0.5.
+    shape, chunks : tuple of int
+        Of level 0, the only one.
+    record : dict
+        For the attribute `RECORD`.
+    """
+    with extra():
+        import numcodecs
+        import zarr
+    multiscale = _multiscale(reader)
+    if zarr_format(reader) == 2:
+        attributes = {"multiscales": [{"version": "0.4"} | multiscale]}
+        layout = {
+            "chunk_key_encoding": {"name": "v2", "separator": "/"},
+            "compressors": numcodecs.Blosc("zstd", clevel=5, shuffle=numcodecs.Blosc.SHUFFLE),
+        }
+    else:
+        attributes = {"ome": {"version": "0.5", "multiscales": [multiscale]}}
+        layout = {
+            "dimension_names": [axis["name"] for axis in multiscale["axes"]],
+            "compressors": zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=4),
+        }
+    group = zarr.create_group(str(path), zarr_format=zarr_format(reader), attributes=attributes | {RECORD: record})
+    group.create_array("0", shape=shape, chunks=chunks, dtype="float32", fill_value=math.nan, **layout)
+
+
+def array_shape(reader):
+    """Shape of level 0: with all axes of an OME-Zarr image, or else (S, H, W)."""
+    return reader.array.shape if isinstance(reader, ZarrReader) else reader.shape
+
+
+def zarr_format(reader):
+    """2 or 3: that of the sections, or 3 where they are no OME-Zarr image."""
+    return reader.array.metadata.zarr_format if isinstance(reader, ZarrReader) else 3
+
+
+def _multiscale(reader):
+    """Metadata of an image with one level; a size that is not known is 1, without a unit."""
+    if isinstance(reader, ZarrReader):
+        levels = [reader.multiscale["datasets"][0] | {"path": "0"}]
+        kept = ("axes", "coordinateTransformations")
+        return {key: reader.multiscale[key] for key in kept if key in reader.multiscale} | {"datasets": levels}
+    sizes = dict(zip("zyx", reader.voxel_nm or (None, None, None), strict=True))
+    scale = [{"type": "scale", "scale": [nm or 1.0 for nm in sizes.values()]}]
+    axes = [{"name": name, "type": "space"} | ({"unit": "nanometer"} if nm else {}) for name, nm in sizes.items()]
+    return {"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": scale}]}

@@ -1,0 +1,1 @@
+"""Scores: from arrays, as a verb, as a page."""

@@ -1,0 +1,1 @@
+"""Training: one run, what it is fed, what happens after every epoch, its record, its end."""
