@@ -3,24 +3,19 @@
 Whatever is wrong with somebody's file ends in a `DataError` of one sentence. `data.py` is the door to it.
 """
 
-import contextlib
 import hashlib
 import logging
 import math
-import os
 import re
 import weakref
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
+from files.atomic import DataError, replacing
+
 FLAGS = {"image": "--image_path", "mask": "--mask_path", "test": "--image_path", "test_mask": "--mask_path"}
 SUFFIXES = (".tif", ".tiff", ".png")
-
-
-class DataError(ValueError):
-    """Bad input or output, said in one sentence that names the argument, the rule and the value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -398,27 +393,6 @@ def _voxel(z, y, x):
 # --- Writing ------------------------------------------------------------------------------------------------
 
 CLASSIC_TIFF_BYTES = 2**32 - 2**25  # beyond this, offsets need BigTIFF
-
-
-@contextlib.contextmanager
-def replacing(path, *, force=False):
-    """Give a path beside `path` to write to, and move it there when all went well.
-
-    Whatever happens, `path` is the old file or the whole new one. An existing file needs `force`.
-    """
-    path = Path(path)
-    if path.is_dir() or (path.exists() and not force):
-        raise DataError(f"{path} {'is a folder' if path.is_dir() else 'exists already (--force replaces it)'}.")
-    partial = path.with_name(f".part{os.getpid()}-{path.name}")  # at the end, for suffixes mean something
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise DataError(f"{path} could not be written: {error.strerror or f'disk full? ({error})'}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def write_prediction(path, sections, *, count, shape, voxel_nm=None, force=False):

@@ -523,14 +523,6 @@ def test_disk_that_fills_up_leaves_the_old_file_and_no_partial_one(tmp_path):
     assert os.listdir(tmp_path) == ["p.tif"]
 
 
-def test_partial_file_keeps_the_suffix(tmp_path):
-    with stacks.replacing(tmp_path / "x.weights.h5") as partial:
-        assert partial.parent == tmp_path
-        assert partial.name.endswith(".weights.h5")
-        partial.write_text("new")
-    assert (tmp_path / "x.weights.h5").read_text() == "new"
-
-
 def test_hash_is_of_the_pixels_in_c_order_little_endian():
     # printf '\x01\x00\x02\x00\x03\x00\x04\x00' | sha256sum
     expected = "ea99f710d9d0b8ba192295c969a63ed7ce8fc5743da20d2057fa2b6d2c404bfb"

@@ -1,0 +1,226 @@
+"""The one way a file is replaced, kept to oneself, or read as a record; what goes wrong is a `DataError`."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+ABANDONED_S = 24 * 3600  # of a file that another machine was writing: its processes cannot be asked for here
+
+
+class DataError(ValueError):
+    """Bad input or output, said in one sentence that names the argument, the rule and the value."""
+
+
+# --- Writing ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path, *others, force=False):
+    """Give a path beside `path` to write to, and move it there when all went well.
+
+    Whatever happens, `path` is the old file or the whole new one. An existing file needs `force`. Of several files
+    that belong together, given as `others`, all are on the disk before the first is moved; a list is given for them.
+    """
+    targets = [_target(path, force) for path in (path, *others)]
+    partials = [beside(target) for target in targets]
+    try:
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(target.parent)
+        yield partials if others else partials[0]
+        for partial in partials:
+            _sync(partial, os.O_RDWR)
+        for partial, target in zip(partials, targets, strict=True):
+            os.replace(partial, target)
+        for folder in {target.parent for target in targets}:
+            with contextlib.suppress(OSError):  # Windows opens no folders, and some file systems sync none
+                _sync(folder, os.O_RDONLY)
+    except OSError as error:
+        raise could_not_be_written(path, error) from error
+    finally:
+        for partial in partials:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def _target(path, force):
+    """Follow links, so that a link stays one; refuse what must not be replaced."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise DataError(f"{path} is {'a folder' if target.is_dir() else 'no file'}, and cannot be replaced by a file.")
+    if target.exists() and not force:
+        raise DataError(f"{path} exists already (--force replaces it).")
+    return target
+
+
+def beside(path):
+    """Return where what will be `path` is written: the name says by which process, and keeps its suffix."""
+    path = Path(path)
+    return path.with_name(f".part{os.getpid()}_{HOST}-{path.name}")
+
+
+def remove_abandoned(folder):
+    """Remove what processes that are gone have left half written in a folder."""
+    for path in Path(folder).glob(".part*-*"):
+        with contextlib.suppress(OSError):
+            if _is_abandoned(path):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _is_abandoned(path):
+    found = re.fullmatch(r"\.part([0-9]{1,9})(?:_([0-9a-f]{6}))?-.+", path.name)
+    if not found:
+        return False
+    if found[2] not in (None, HOST):
+        return time.time() - path.stat().st_mtime > ABANDONED_S
+    return not _is_alive(int(found[1]))
+
+
+def _is_alive(process):
+    if os.name == "nt":
+        return True  # os.kill would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # of another user
+    return True
+
+
+def _sync(path, mode):
+    descriptor = os.open(path, mode)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def could_not_be_written(path, error):
+    """Return the error that names the file, whatever the system or a library said."""
+    return DataError(f"{path} could not be written: {error.strerror or f'disk full? ({error})'}.")
+
+
+def write_text(path, text, *, force=True):
+    """Write a text file in UTF-8, replaced as a whole."""
+    with replacing(path, force=force) as partial:
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))  # file names need not be text
+
+
+def write_json(path, record, *, force=True, indent=1):
+    """Write a record, replaced as a whole."""
+    write_text(path, json.dumps(record, indent=indent) + "\n", force=force)
+
+
+def read_json(path, what):
+    """Read a record, a dict; `what` is the argument that led to it, for messages."""
+    try:
+        record = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        words = "does not exist" if missing else f"cannot be read: {error.strerror or error}"
+        raise DataError(f"{what}: {path} {words}.") from error
+    except (ValueError, RecursionError) as error:
+        words = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise DataError(f"{what}: {path} is no JSON file, or is cut off: {words}.") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{what}: {path} must hold a JSON object. Received: {type(record).__name__}")
+    return record
+
+
+# --- One run at a time --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Keep a folder or file, there or to be made, to this process; the lock goes with it, however it ends."""
+    descriptor, file = _lock(Path(os.path.realpath(path)), path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            file.unlink()
+        os.close(descriptor)
+
+
+def _lock(target, path):
+    file = target.with_name(f".{target.name}.lock")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file.parent, os.W_OK) and target.is_dir():
+            file = target / ".lock"
+        while True:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            if not _take(descriptor):
+                os.close(descriptor)
+                raise DataError(f"{path} is in use by another run: wait for it, or choose another place.")
+            if os.name == "nt" or _is_same(descriptor, file):
+                return descriptor, file
+            os.close(descriptor)  # its last owner removed it in this moment
+    except OSError as error:
+        raise could_not_be_written(file, error) from error
+
+
+def _take(descriptor):
+    """Take a lock without waiting; True where the file system knows none."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _is_same(descriptor, file):
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(file))
+    except FileNotFoundError:
+        return False
+
+
+# --- What must not be overwritten ---------------------------------------------------------------------------
+
+
+def refuse_inputs(flag, output, *inputs):
+    """Refuse an output that is one of the inputs, or lies in an input's folder and exists, even with --force."""
+    target = Path(os.path.realpath(output))
+    for given in inputs:
+        if not isinstance(given, (str, os.PathLike)) or not os.path.exists(os.path.expanduser(given)):
+            continue  # a stack in memory, or a data set's name
+        source = Path(os.path.realpath(os.path.expanduser(given)))
+        same = target == source or (target.exists() and (target.samefile(source) or source in target.parents))
+        if same:
+            raise DataError(f"{flag} must not be an input, or a file in its folder. Received: {output}, input: {given}")
+
+
+def refuse_existing(*paths, words="--force replaces it"):
+    """Refuse the first path that exists; `words` say what to do."""
+    for path in paths:
+        if os.path.lexists(path):
+            raise DataError(f"{path} exists already ({words}).")
+
+
+def make_writable(*folders):
+    """Make folders, and find out now, not after hours of work, whether they can be written."""
+    for folder in folders:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise could_not_be_written(folder, error) from error

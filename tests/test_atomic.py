@@ -1,0 +1,159 @@
+"""Files are replaced as a whole or not at all, belong to one run at a time, and an input is never an output."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from files import atomic
+from files.atomic import DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEAD = 2**22 + 1  # beyond Linux's largest process number
+
+
+def interrupted(partial):
+    partial.write_text("half")
+    raise KeyboardInterrupt
+
+
+def disk_full(partial):
+    partial.write_text("half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def library_at_a_full_disk(partial):
+    raise OSError("write failed")
+
+
+def nothing_written(partial):
+    pass
+
+
+@pytest.mark.parametrize("body", [interrupted, disk_full, library_at_a_full_disk, nothing_written])
+@pytest.mark.parametrize("old", [None, "old"])
+def test_whatever_happens_the_old_file_stays_and_no_partial_one(tmp_path, body, old):
+    file = tmp_path / "x.weights.h5"
+    if old:
+        file.write_text(old)
+    with pytest.raises((DataError, KeyboardInterrupt)) as caught, atomic.replacing(file, force=True) as partial:
+        body(partial)
+    assert partial.parent == tmp_path
+    assert partial.name.endswith(".weights.h5")
+    assert body is interrupted or str(file) in str(caught.value)
+    assert os.listdir(tmp_path) == [file.name] * bool(old)
+    assert not old or file.read_text() == old
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_files_that_belong_together_are_moved_when_all_are_on_the_disk(tmp_path, force, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, call=call: done.append(name) or call(*a))
+    with atomic.replacing(tmp_path / "new/a.h5", tmp_path / "new/a.json", force=force) as partials:
+        for partial in partials:
+            partial.write_text("new")
+    assert done[:4] == ["fsync", "fsync", "replace", "replace"]
+    assert sorted(os.listdir(tmp_path / "new")) == ["a.h5", "a.json"]
+
+
+def test_a_link_stays_a_link_and_what_is_no_file_stays(tmp_path):
+    (tmp_path / "far").write_text("old")
+    (tmp_path / "link").symlink_to("far")
+    atomic.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "far").read_text() == "new"
+    for path in (tmp_path, Path(os.devnull)):
+        with pytest.raises(DataError, match="cannot be replaced"):
+            atomic.write_text(path, "new")
+    with pytest.raises(DataError, match="--force"):
+        atomic.write_text(tmp_path / "far", "newer", force=False)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows' processes cannot be asked for so")
+def test_what_a_dead_process_left_half_written_goes_and_nothing_else(tmp_path):
+    kept = [f".part{os.getpid()}-p.tif", f".part{DEAD}_000000-of-another-machine", f"part{DEAD}-p.tif", ".party-x"]
+    for name in [*kept, f".part{DEAD}-p.tif", f".part{DEAD}_{atomic.HOST}-p.tif"]:
+        (tmp_path / name).write_text("half")
+    (tmp_path / f".part{DEAD}-p.zarr").mkdir()
+    atomic.write_text(tmp_path / "other", "new")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "other"])
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (None, "does not exist"),
+        (b"", "is no JSON"),
+        (b'{"a": ', "is no JSON"),
+        (b"\xff\xfe\xff", "is no JSON"),
+        (b"[" * 100_000, "nested too deep"),
+        (b"1" * 5000, "is no JSON"),
+        (b"[1]", "list"),
+        (b"null", "NoneType"),
+    ],
+)
+def test_a_record_is_a_dict_or_one_sentence(tmp_path, text, word):
+    file = tmp_path / "run.json"
+    if text is not None:
+        file.write_bytes(text)
+    with pytest.raises(DataError, match=word) as caught:
+        atomic.read_json(file, "--resume")
+    assert str(caught.value).startswith(f"--resume: {file} ")
+
+
+def test_what_is_written_is_read(tmp_path):
+    record = {"name": "N\u00e4\udcff", "loss": [0.1, 1e-30], "none": None}
+    atomic.write_json(tmp_path / "a.json", record)
+    assert atomic.read_json(tmp_path / "a.json", "") == record
+
+
+HOLDER = (
+    "import sys, time; from files.atomic import locked\nwith locked(sys.argv[1]): print(1, flush=True); time.sleep(60)"
+)
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path, is_folder):
+    place = tmp_path / "runs" / "x"
+    if is_folder:
+        place.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLDER, str(place)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline()
+        with pytest.raises(DataError, match="in use"), atomic.locked(place):
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    again = tmp_path / "runs" / ".." / "runs" / "x"
+    with atomic.locked(place), pytest.raises(DataError, match="in use"), atomic.locked(again):
+        pass
+    assert os.listdir(tmp_path / "runs") == ["x"] * is_folder
+
+
+def test_an_output_is_no_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.tif", "b.tif", "folder/s1.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("pixels")
+    Path("link.tif").symlink_to("a.tif")
+    os.link("a.tif", "hard.tif")
+    for output in ("a.tif", "./folder/../a.tif", "link.tif", "hard.tif", "folder/s1.png", "folder"):
+        with pytest.raises(DataError, match="--output must not be an input"):
+            atomic.refuse_inputs("--output", output, "isbi2012", None, Path("folder"), str(tmp_path / "a.tif"))
+    for output in ("b.tif", "new.tif", "folder/new.tif", "isbi2012"):
+        atomic.refuse_inputs("--output", output, "isbi2012", None, Path("folder"), str(tmp_path / "a.tif"))
+
+
+def test_what_exists_or_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file exists already"):
+        atomic.refuse_existing(tmp_path / "new", tmp_path / "file")
+    with pytest.raises(DataError, match="could not be written"):
+        atomic.make_writable(tmp_path / "good", tmp_path / "file" / "run")
+    assert os.listdir(tmp_path / "good") == []
