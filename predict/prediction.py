@@ -282,12 +282,12 @@ def write(args, finished, count, shape, voxel_nm, record):
 
 def segment_stack(sections, record):
     """Labels of each section: neurites that fill it, or where the record has a background, cells on it."""
-    from score import scores
+    from score import segments
 
     background = record.get("background")
     options = {"min_size": record.get("smallest_cell_px", SMALLEST_CELL_PX), "background": background}
     for section in sections:
-        yield scores.segment(section, record.get("threshold", 0.5), lines=background is None, **options)
+        yield segments.segment(section, record.get("threshold", 0.5), lines=background is None, **options)
 
 
 def reported(predictions, count):

@@ -11,119 +11,16 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import data
+from score import report, scores
+from score.scores import FIXED_THRESHOLD, THRESHOLDS
 
-
-@dataclass(frozen=True)
-class Score:
-    """How one score is shown: its name, which way is better, and in plain words what it tells."""
-
-    title: str
-    higher_is_better: bool
-    words: str
-
-
-SCORES = {
-    "v_rand": Score(
-        "V_rand",
-        True,
-        "Take two pixels of the same cell: are they together in the prediction as well, and the other "
-        "way round? Thick membranes are forgiven, one gap that joins two large cells costs much.",
-    ),
-    "v_info": Score(
-        "V_info",
-        True,
-        "How much the predicted segments and the true ones tell of each other, in bits rather than in "
-        "pairs of pixels: large cells weigh less than in V_rand.",
-    ),
-    "rand_error": Score(
-        "Rand error",
-        False,
-        "The pairs of pixels again, but without forgiving thick membranes: every pixel "
-        "predicted as membrane inside a cell counts. The figure of the U-Net paper.",
-    ),
-    "pixel_error": Score(
-        "Pixel error",
-        False,
-        "1 - F1 of the interior pixels at the best threshold. Predicting cell everywhere "
-        "already scores about 0.12 on ISBI-2012: not a measure of segmentation.",
-    ),
-    "warping_error": Score(
-        "Warping error",
-        False,
-        "The share of pixels at which a cell is split or two are merged, after the "
-        "truth was bent onto the prediction: shifted membranes cost nothing.",
-    ),
-    "dice": Score("Dice", True, "Overlap of predicted and true interior at threshold 0.5, 2 TP / (2 TP + FP + FN)."),
-    "iou": Score("IoU", True, "Overlap of predicted and true interior at threshold 0.5, TP / (TP + FP + FN)."),
-    "precision": Score("Precision", True, "The share of the predicted interior (threshold 0.5) that is interior."),
-    "recall": Score("Recall", True, "The share of the true interior that was predicted (threshold 0.5)."),
-    "bce": Score(
-        "BCE",
-        False,
-        "Binary cross-entropy in nats a pixel: what training minimised; sure and wrong costs most.",
-    ),
-    "ece": Score(
-        "ECE",
-        False,
-        "Expected calibration error: how far a predicted probability is from the share of interior "
-        "pixels found at that probability, on average.",
-    ),
-}
+SCORES = {name: score for name, score in scores.SCORES.items() if score.of != "cells"}
 DEFAULT_SCORES = tuple(name for name in SCORES if name != "warping_error")
-CURVES = ("v_rand", "v_info", "rand_error", "pixel_error", "warping_error")
-FIXED_THRESHOLD = 0.5
-
-PUBLISHED_NOTE = (
-    "Published results are on the challenge's TEST stack (30 sections of the same tissue); other sections, "
-    "held-out ones of the training stack among them, are not the same measurement."
-)
-PUBLISHED = {  # doi:10.3389/fnana.2015.00142 and the challenge's board; arXiv:1505.04597 for the lower three
-    "v_rand": {
-        "SFCNNs": 0.98680,
-        "CASIA (multicut)": 0.98356,
-        "PolyMtl": 0.98058,
-        "M2FCN": 0.97805,
-        "FusionNet": 0.97804,
-        "CUMedVision": 0.97682,
-        "U-Net 2015": 0.97276,
-    },
-    "v_info": {
-        "SFCNNs": 0.99144,
-        "CASIA (multicut)": 0.99063,
-        "M2FCN": 0.98919,
-        "FusionNet": 0.98893,
-        "CUMedVision": 0.98865,
-        "PolyMtl": 0.98816,
-        "U-Net 2015": 0.98662,
-    },
-    "warping_error": {
-        "human values": 0.000005,
-        "U-Net 2015": 0.000353,
-        "DIVE-SCI": 0.000355,
-        "IDSIA": 0.000420,
-        "IDSIA-SCI": 0.000653,
-    },
-    "rand_error": {
-        "human values": 0.0021,
-        "IDSIA-SCI": 0.0189,
-        "DIVE-SCI": 0.0305,
-        "U-Net 2015": 0.0382,
-        "IDSIA": 0.0504,
-    },
-    "pixel_error": {
-        "human values": 0.0010,
-        "DIVE-SCI": 0.0584,
-        "U-Net 2015": 0.0611,
-        "IDSIA": 0.0613,
-        "IDSIA-SCI": 0.1027,
-    },
-}
 
 
 # --- verb
@@ -193,7 +90,7 @@ def run(args):
         "mask_path": str(args.mask_path),
         **score_arrays(prediction, references, which, sections=sections),
     }
-    print(table(result))
+    print(report.table(result))
     write(result, args, prediction, references, raw)
     return 0
 
@@ -227,8 +124,6 @@ def write(result, args, prediction, references, raw):
             partial.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         print(f"numbers: {args.json}")
     if args.report:
-        from score import report
-
         print(f"report: {report.write(args.report, result, prediction, references, raw)}")
 
 
@@ -252,11 +147,9 @@ def score_instances(prediction, references, *, sections=None):
     dict
         "mean_iou" and "seg" (`scores.mean_iou`, `scores.seg`), "per_section" likewise, "cells", "sections".
     """
-    from score import scores
-
     numbers = list(range(len(references)) if sections is None else sections)
     labelled = [i for i in range(len(references)) if references[i].any()]
-    both = {"mean_iou": scores.mean_iou, "seg": scores.seg}
+    both = {name: score.function for name, score in scores.SCORES.items() if score.of == "cells"}
     return {name: score(prediction, references) for name, score in both.items()} | {
         "per_section": [
             {"section": numbers[i]} | {name: score(prediction[[i]], references[[i]]) for name, score in both.items()}
@@ -382,8 +275,6 @@ def to_probabilities(native, source="prediction"):
 
 def warnings_about(prediction, references):
     """Say what makes the scores of a readable prediction doubtful."""
-    from score import scores
-
     found = []
     if prediction.max() < 0.25:
         found.append(
@@ -438,13 +329,11 @@ def score_arrays(probabilities, references, which=DEFAULT_SCORES, *, sections=No
         ``best_thresholds``, ``curves``, ``details``, ``per_section``; ``calibration`` with the reliability
         bins. None where a section has no value.
     """
-    from score import scores
-
     which = tuple(SCORES) if which == "all" else tuple(which)
     numbers = list(range(len(references))) if sections is None else [int(s) for s in sections]
     result = {
         "sections": numbers,
-        "thresholds": list(scores.THRESHOLDS),
+        "thresholds": list(THRESHOLDS),
         "fixed_threshold": FIXED_THRESHOLD,
         "best_thresholds": {},
         "curves": {},
@@ -467,96 +356,27 @@ def _plain(values):
 
 
 def _curves(probabilities, references, which):
-    from score import scores
-
-    found = {}
-    if {"v_rand", "v_info"} & set(which):
-        found = {k: v for k, v in scores.v_scores(probabilities, references).items() if k in which}
-    for name in ("rand_error", "pixel_error", "warping_error"):
-        if name in which:
-            found[name] = getattr(scores, name)(probabilities, references)
-    return found
+    """Return the `scores.Curve` of each score asked for; both leaderboard scores come of one border thinning."""
+    names = [name for name in which if SCORES[name].of == "thresholds"]
+    found = scores.v_scores(probabilities, references) if {"v_rand", "v_info"} & set(names) else {}
+    return {name: found[name] if name in found else SCORES[name].function(probabilities, references) for name in names}
 
 
 def _pixel_scores(probabilities, references, which, result):
-    """Add the scores without a curve; sums over the sections first, then one division."""
-    from score import scores
-
-    pairs = list(zip(probabilities, references, strict=True))
-    counts = np.array([scores.confusion(p, r, FIXED_THRESHOLD) for p, r in pairs])
+    """Return the scores without a curve; counts are summed over the sections first, then divided once."""
+    counts = np.array([scores.confusion(p, r) for p, r in zip(probabilities, references, strict=True)])
     values = {}
-    for name in ("dice", "iou", "precision", "recall"):
-        if name in which:
-            score = getattr(scores, name)
-            values[name] = score(counts.sum(axis=0))
-            result["per_section"][name] = [score(row) for row in counts]
+    for name in which:
+        score = SCORES[name]
+        if score.of == "counts":
+            values[name] = score.function(counts.sum(axis=0))
+            result["per_section"][name] = [score.function(row) for row in counts]
             result["best_thresholds"][name] = FIXED_THRESHOLD
-    if "bce" in which:
-        per_section = [scores.bce(p, r) for p, r in pairs]
-        values["bce"] = float(np.average(per_section, weights=[r.size for _, r in pairs]))
-        result["per_section"]["bce"] = per_section
+        elif score.of == "stack":
+            values[name] = score.function(probabilities, references)
+            pairs = zip(probabilities, references, strict=True)
+            result["per_section"][name] = [score.function([p], [r]) for p, r in pairs]
     if "ece" in which:
         bins = scores.calibration(probabilities, references)
-        values["ece"] = bins.ece
-        result["per_section"]["ece"] = [scores.calibration([p], [r]).ece for p, r in pairs]
         result["calibration"] = {key: row.tolist() for key, row in bins._asdict().items()}
     return values
-
-
-# --- table
-
-
-def digits(name):
-    """Return how many decimals of a score are worth showing."""
-    return 6 if name == "warping_error" else 5
-
-
-def rows(result):
-    """Return (name, title, value, threshold, range over sections, U-Net 2015, best published) as text."""
-    found = []
-    for name, score in SCORES.items():
-        if name in result:
-            places = digits(name)
-            spread = [v for v in result["per_section"][name] if v is not None]
-            published = PUBLISHED.get(name, {})
-            best = next(iter(published), None)
-            found.append(
-                (
-                    name,
-                    score.title,
-                    f"{result[name]:.{places}f}",
-                    _threshold(result, name),
-                    f"{min(spread):.{places}f} .. {max(spread):.{places}f}" if spread else "",
-                    f"{published['U-Net 2015']:.{places}f}" if published else "",
-                    f"{published[best]:.{places}f} ({best})" if published else "",
-                )
-            )
-    return found
-
-
-def _threshold(result, name):
-    threshold = result["best_thresholds"].get(name)
-    return "" if threshold is None else f"{threshold:.1f}" + ("" if name in CURVES else " fixed")
-
-
-def table(result):
-    """Return the scores as a table for the terminal, published results beside ours."""
-    head = ("score", "value", "better", "threshold", "sections", "U-Net 2015 *", "best published *")
-    lines = [head]
-    for name, title, value, threshold, spread, unet, best in rows(result):
-        lines.append(
-            (
-                title,
-                value,
-                "higher" if SCORES[name].higher_is_better else "lower",
-                threshold,
-                spread,
-                unet,
-                best,
-            )
-        )
-    widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
-    body = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    numbers = result["sections"]
-    title = f"{len(numbers)} section{'s' * (len(numbers) != 1)}: {data.format_sections(numbers)}"
-    return "\n".join(["", title, body[0], "-" * len(body[0]), *body[1:], f"* {PUBLISHED_NOTE}", ""])

@@ -11,11 +11,13 @@ import base64
 import html
 import io
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import data
-from score import evaluation, segments
+from score import segments
+from score.scores import SCORES
 
 ZOOM = 2  # pictures are drawn with 2 x 2 pixels for each of the data's, so that hatches and outlines stay fine
 MOST_SECTIONS = 30
@@ -28,11 +30,6 @@ MARKS = {  # name: colour, meaning
     "mergers": (ORANGE, "merger: true cells joined in the prediction (orange, falling stripes)"),
     "missed": (MAGENTA, "missed membrane: true membrane predicted as interior (magenta, dotted line)"),
 }
-CHARTS = {  # one axis each: the warping error is a thousand times smaller than the others
-    "scores": ("v_rand", "v_info"),
-    "errors": ("rand_error", "pixel_error"),
-    "warping": ("warping_error",),
-}
 SERIES = {
     "v_rand": (BLUE, "-", "o"),
     "v_info": (ORANGE, "--", "s"),
@@ -40,6 +37,88 @@ SERIES = {
     "pixel_error": (ORANGE, "--", "s"),
     "warping_error": (GREEN, ":", "^"),
 }
+
+PUBLISHED_NOTE = (
+    "Published results are on the challenge's TEST stack (30 sections of the same tissue); other sections, "
+    "held-out ones of the training stack among them, are not the same measurement."
+)
+# doi:10.3389/fnana.2015.00142 and the challenge's board; arXiv:1505.04597 for the lower three. Best first.
+# fmt: off
+PUBLISHED = {
+    "v_rand": {"SFCNNs": 0.98680, "CASIA (multicut)": 0.98356, "PolyMtl": 0.98058, "M2FCN": 0.97805,
+               "FusionNet": 0.97804, "CUMedVision": 0.97682, "U-Net 2015": 0.97276},
+    "v_info": {"SFCNNs": 0.99144, "CASIA (multicut)": 0.99063, "M2FCN": 0.98919, "FusionNet": 0.98893,
+               "CUMedVision": 0.98865, "PolyMtl": 0.98816, "U-Net 2015": 0.98662},
+    "warping_error": {"human values": 0.000005, "U-Net 2015": 0.000353, "DIVE-SCI": 0.000355,
+                      "IDSIA": 0.000420, "IDSIA-SCI": 0.000653},
+    "rand_error": {"human values": 0.0021, "IDSIA-SCI": 0.0189, "DIVE-SCI": 0.0305,
+                   "U-Net 2015": 0.0382, "IDSIA": 0.0504},
+    "pixel_error": {"human values": 0.0010, "DIVE-SCI": 0.0584, "U-Net 2015": 0.0611,
+                    "IDSIA": 0.0613, "IDSIA-SCI": 0.1027},
+}
+# fmt: on
+
+
+# --- table
+
+
+class Row(NamedTuple):
+    """One score as text."""
+
+    name: str
+    title: str
+    value: str
+    better: str
+    threshold: str
+    sections: str  # lowest .. highest
+    unet: str
+    best: str
+
+
+def rows(result):
+    """Return the scores of a result as `Row`s, published results beside ours."""
+    return [_row(name, score, result) for name, score in SCORES.items() if name in result]
+
+
+def _row(name, score, result):
+    values = [value for value in result["per_section"][name] if value is not None]
+    threshold = result["best_thresholds"].get(name)
+    published = PUBLISHED.get(name, {})
+    best = next(iter(published), None)
+    return Row(
+        name,
+        title(score),
+        rounded(name, result[name]),
+        "higher" if score.higher_is_better else "lower",
+        "" if threshold is None else f"{threshold:.1f}{'' if score.of == 'thresholds' else ' fixed'}",
+        f"{rounded(name, min(values))} .. {rounded(name, max(values))}" if values else "",
+        rounded(name, published["U-Net 2015"]) if published else "",
+        f"{rounded(name, published[best])} ({best})" if published else "",
+    )
+
+
+def title(score):
+    """Return the title of a `scores.Score` as it starts a line."""
+    return score.title[0].upper() + score.title[1:]
+
+
+def rounded(name, value):
+    """Write a value with as many decimals as its score deserves."""
+    return f"{value:.{SCORES[name].digits}f}"
+
+
+def table(result):
+    """Return the scores as a table for the terminal."""
+    head = ("score", "value", "better", "threshold", "sections", "U-Net 2015 *", "best published *")
+    lines = [head, *(row[1:] for row in rows(result))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    body = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    sections = result["sections"]
+    count = f"{len(sections)} section{'s' * (len(sections) != 1)}: {data.format_sections(sections)}"
+    return "\n".join(["", count, body[0], "-" * len(body[0]), *body[1:], f"* {PUBLISHED_NOTE}", ""])
+
+
+# --- page
 
 
 def write(folder, result, prediction, references, raw=None):
@@ -59,7 +138,9 @@ def write(folder, result, prediction, references, raw=None):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    curves = [_keep(folder, f"curves-{kind}.png", _curve_figure(result, kind)) for kind in _kinds(result)]
+    curves = [
+        _keep(folder, f"curves-{kind}.png", _curve_figure(result, names)) for kind, names in _charts(result).items()
+    ]
     blocks = []
     for place in worst_first(result)[:MOST_SECTIONS]:
         pictures = section_pictures(result, prediction[place], references[place], None if raw is None else raw[place])
@@ -75,16 +156,16 @@ def write(folder, result, prediction, references, raw=None):
 
 def worst_first(result):
     """Return the places of the sections in the stack, the worst score first; without one, in their order."""
-    name = next((n for n in evaluation.SCORES if n in result["per_section"]), None)
+    name = next((n for n in SCORES if n in result["per_section"]), None)
     values = result["per_section"].get(name, [])
-    sign = 1 if name and evaluation.SCORES[name].higher_is_better else -1
+    sign = 1 if name and SCORES[name].higher_is_better else -1
     key = {k: np.inf if v is None else sign * v for k, v in enumerate(values)}
     return sorted(range(len(result["sections"])), key=lambda k: key.get(k, 0))
 
 
 def overlay_threshold(result):
     """Return the threshold at which the overlays are cut: the best one of the first score that has one."""
-    return next((result["best_thresholds"][n] for n in evaluation.SCORES if n in result["best_thresholds"]), 0.5)
+    return next((result["best_thresholds"][n] for n in SCORES if n in result["best_thresholds"]), 0.5)
 
 
 # --- pictures
@@ -174,13 +255,16 @@ def _figure(width, height):
     return figure
 
 
-def _kinds(result):
-    return [kind for kind, names in CHARTS.items() if set(names) & set(result["curves"])]
+def _charts(result):
+    """Return {chart: names of the scores whose curves it shows}."""
+    charts = {}
+    for name in result["curves"]:
+        charts.setdefault(SCORES[name].chart, []).append(name)
+    return charts
 
 
-def _curve_figure(result, kind):
+def _curve_figure(result, names):
     """Draw the scores (higher is better) or the errors (lower is better) against the threshold."""
-    names = [name for name in CHARTS[kind] if name in result["curves"]]
     figure = _figure(5.2, 3.6)
     axes = figure.subplots()
     for name in names:
@@ -194,7 +278,7 @@ def _curve_figure(result, kind):
             color=colour,
             marker=marker,
             markersize=4,
-            label=evaluation.SCORES[name].title,
+            label=title(SCORES[name]),
         )
         axes.plot(
             result["best_thresholds"][name],
@@ -206,7 +290,7 @@ def _curve_figure(result, kind):
         )
     axes.set(
         xlabel="threshold on the interior probability",
-        ylabel=f"{'score, higher' if kind == 'scores' else 'error, lower'} is better",
+        ylabel=f"{'score, higher' if SCORES[names[0]].higher_is_better else 'error, lower'} is better",
     )
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -214,14 +298,14 @@ def _curve_figure(result, kind):
     return figure
 
 
-def _sheet(pictures, title):
+def _sheet(pictures, heading):
     """Lay the pictures of a section out beside each other, with the legend below."""
     from matplotlib.patches import Patch
 
     figure = _figure(3.6 * len(pictures), 4.4)
     for axes, (name, (picture, _)) in zip(np.ravel(figure.subplots(1, len(pictures))), pictures.items(), strict=True):
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
-        axes.set_title(f"{title}: {name.lower()}", fontsize=10)
+        axes.set_title(f"{heading}: {name.lower()}", fontsize=10)
         axes.set_axis_off()
     hatches = {"splits": "///", "mergers": "\\\\\\", "missed": "..."}
     handles = [
@@ -275,12 +359,10 @@ def _section_html(result, place, pictures):
         for name, (picture, alt) in pictures.items()
     )
     values = []
-    for name in evaluation.SCORES:
+    for name in SCORES:
         value = (result["per_section"].get(name) or [None] * (place + 1))[place]
         if value is not None:
-            values.append(
-                f"<div><dt>{evaluation.SCORES[name].title}</dt><dd>{value:.{evaluation.digits(name)}f}</dd></div>"
-            )
+            values.append(f"<div><dt>{title(SCORES[name])}</dt><dd>{rounded(name, value)}</dd></div>")
     return (
         f'<section id="s{number}"><h3>Section {number}</h3><dl class="values">{"".join(values)}</dl>'
         f'<div class="pictures n{len(pictures)}">{figures}</div></section>'
@@ -289,20 +371,19 @@ def _section_html(result, place, pictures):
 
 def _table_html(result):
     lines = []
-    for name, title, value, threshold, spread, unet, best in evaluation.rows(result):
-        arrow = "higher is better" if evaluation.SCORES[name].higher_is_better else "lower is better"
+    for row in rows(result):
         cells = (
-            ("value", value),
-            ("best threshold", threshold),
-            ("worst and best section", spread),
-            ("U-Net 2015 *", unet),
-            ("best published *", best),
+            ("value", row.value),
+            ("best threshold", row.threshold),
+            ("worst and best section", row.sections),
+            ("U-Net 2015 *", row.unet),
+            ("best published *", row.best),
         )
         numbers = "".join(
             f'<td data-label="{label}"{"" if cell else " class=none"}>{html.escape(cell) or "&ndash;"}</td>'
             for label, cell in cells
         )
-        lines.append(f"<tr><th scope=row>{title}<small>{arrow}</small></th>{numbers}</tr>")
+        lines.append(f"<tr><th scope=row>{row.title}<small>{row.better} is better</small></th>{numbers}</tr>")
     head = "".join(
         f"<th scope=col>{h}</th>"
         for h in (
@@ -321,21 +402,18 @@ def _board_html(result):
     """Return the whole published boards, folded away."""
     boards = []
     for name in result:
-        if name in evaluation.PUBLISHED:
-            digits = evaluation.digits(name)
-            items = {**evaluation.PUBLISHED[name], "this prediction": result[name]}
-            order = sorted(items, key=items.get, reverse=evaluation.SCORES[name].higher_is_better)
-            rows = "".join(
+        if name in PUBLISHED:
+            items = {**PUBLISHED[name], "this prediction": result[name]}
+            order = sorted(items, key=items.get, reverse=SCORES[name].higher_is_better)
+            lines = "".join(
                 f"<tr{' class=ours' if m == 'this prediction' else ''}><th scope=row>{html.escape(m)}</th>"
-                f"<td>{items[m]:.{digits}f}</td></tr>"
+                f"<td>{rounded(name, items[m])}</td></tr>"
                 for m in order
             )
-            boards.append(
-                f"<table class=board><caption>{evaluation.SCORES[name].title}</caption><tbody>{rows}</tbody></table>"
-            )
+            boards.append(f"<table class=board><caption>{title(SCORES[name])}</caption><tbody>{lines}</tbody></table>")
     return (
         (
-            f"<details><summary>All published results</summary><p class=note>{evaluation.PUBLISHED_NOTE}</p>"
+            f"<details><summary>All published results</summary><p class=note>{PUBLISHED_NOTE}</p>"
             f"<div class=boards>{''.join(boards)}</div></details>"
         )
         if boards
@@ -376,25 +454,21 @@ def _lead(result):
     return text + "."
 
 
-def _chart_words(result, kind):
+def _chart_words(result, names):
     """Return what a chart shows, with its numbers, for those who do not see it."""
     best = [
-        f"{evaluation.SCORES[name].title} is best, {result[name]:.{evaluation.digits(name)}f}, "
-        f"at {result['best_thresholds'][name]:.1f}"
-        for name in CHARTS[kind]
-        if name in result["curves"]
+        f"{title(SCORES[name])} is best, {rounded(name, result[name])}, at {result['best_thresholds'][name]:.1f}"
+        for name in names
     ]
     return "Against the threshold: " + "; ".join(best) + " (large open marker)."
 
 
 def _page(result, curves, blocks):
-    names = [n for n in evaluation.SCORES if n in result]
-    words = "".join(
-        f"<dt>{evaluation.SCORES[n].title}</dt><dd>{html.escape(evaluation.SCORES[n].words)}</dd>" for n in names
-    )
+    names = [n for n in SCORES if n in result]
+    words = "".join(f"<dt>{title(SCORES[n])}</dt><dd>{html.escape(SCORES[n].words)}</dd>" for n in names)
     charts = "".join(
         f"<figure>{_img(png, alt)}<figcaption>{html.escape(alt)}</figcaption></figure>"
-        for png, alt in zip(curves, (_chart_words(result, kind) for kind in _kinds(result)), strict=True)
+        for png, alt in zip(curves, (_chart_words(result, names) for names in _charts(result).values()), strict=True)
     )
     left_out = len(result["sections"]) - len(blocks)
     note = f"<p class=note>{left_out} better sections are left out of the pictures.</p>" if left_out > 0 else ""
@@ -405,7 +479,7 @@ def _page(result, curves, blocks):
         lead=_lead(result),
         source=source if "prediction" in result else "",
         table=_table_html(result),
-        note=evaluation.PUBLISHED_NOTE,
+        note=PUBLISHED_NOTE,
         boards=_board_html(result),
         charts=charts,
         words=words,

@@ -24,7 +24,6 @@ References
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -32,14 +31,50 @@ from typing import NamedTuple
 
 import numpy as np
 
-from score.segments import DAM, above, compiled, components, pairs_of_labels, thin_borders
-from score.segments import segment as segment
-from score.segments import split_merge_maps as split_merge_maps
+from score.segments import DAM, above, components, pairs_of_labels, segment, thin_borders
+from score.topology import topology_errors
 
+FIXED_THRESHOLD = 0.5
 # 0.0, then += 0.1 in double arithmetic: the fourth is 0.30000000000000004, the last 0.9999999999999999.
 THRESHOLDS: tuple[float, ...] = tuple(itertools.accumulate([0.0] + [0.1] * 10))
-# The 8 neighbours (row, column) of a pixel; bit k of a ring code says that neighbour k is white.
-RING = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score and how it is shown; tables, reports and comparisons read it from here.
+
+    Attributes
+    ----------
+    function : callable
+    title, words : str
+        Its name in a sentence, and what it tells in plain words.
+    of : {"thresholds", "counts", "stack", "cells"}
+        What the function takes: two stacks, for a Curve; counts of `confusion` at `FIXED_THRESHOLD`; two stacks,
+        for a number; two stacks of instance labels.
+    chart : str
+        The chart that shows its curve. Each has one axis: the warping error is a thousand times smaller.
+    """
+
+    function: Callable
+    title: str
+    words: str
+    of: str
+    higher_is_better: bool = True
+    digits: int = 5
+    chart: str = ""
+
+
+SCORES: dict[str, Score] = {}
+
+
+def declare(title: str, words: str, of: str, **options) -> Callable:
+    """Enter the function below into `SCORES` under its name: a new score is one such entry."""
+
+    def keep(function):
+        SCORES[function.__name__] = Score(function, title, words, of, **options)
+        return function
+
+    return keep
 
 
 @dataclass(frozen=True)
@@ -183,16 +218,38 @@ def _v_section(probability: np.ndarray, reference: np.ndarray, thresholds: np.nd
     return [(rand_score(rand_sums(table)), information_score(table)) for table in tables]
 
 
+@declare(
+    "V_rand",
+    "Take two pixels of the same cell: are they together in the prediction as well, and the other way round? "
+    "Thick membranes are forgiven, one gap that joins two large cells costs much.",
+    "thresholds",
+    chart="scores",
+)
 def v_rand(probabilities: Iterable, references: Iterable, thresholds: Iterable[float] = THRESHOLDS) -> Curve:
     """Foreground-restricted Rand score after border thinning, see `v_scores`."""
     return v_scores(probabilities, references, thresholds)["v_rand"]
 
 
+@declare(
+    "V_info",
+    "How much the predicted segments and the true ones tell of each other, in bits rather than in pairs of "
+    "pixels: large cells weigh less than in V_rand.",
+    "thresholds",
+    chart="scores",
+)
 def v_info(probabilities: Iterable, references: Iterable, thresholds: Iterable[float] = THRESHOLDS) -> Curve:
     """Foreground-restricted information-theoretic score after border thinning, see `v_scores`."""
     return v_scores(probabilities, references, thresholds)["v_info"]
 
 
+@declare(
+    "Rand error",
+    "The pairs of pixels again, but without forgiving thick membranes: every pixel predicted as membrane inside "
+    "a cell counts. The figure of the U-Net paper.",
+    "thresholds",
+    higher_is_better=False,
+    chart="errors",
+)
 def rand_error(probabilities: Iterable, references: Iterable, thresholds: Iterable[float] = THRESHOLDS) -> Curve:
     """1 - max over thresholds of the Rand F-score without thinning [3]_; lower is better.
 
@@ -211,6 +268,14 @@ def rand_error(probabilities: Iterable, references: Iterable, thresholds: Iterab
     return _curve(thresholds, 1 - stack[:, 0], 1 - sections, np.argmin, precision=stack[:, 1], recall=stack[:, 2])
 
 
+@declare(
+    "pixel error",
+    "1 - F1 of the interior pixels at the best threshold. Predicting cell everywhere already scores about 0.12 "
+    "on ISBI-2012: not a measure of segmentation.",
+    "thresholds",
+    higher_is_better=False,
+    chart="errors",
+)
 def pixel_error(probabilities: Iterable, references: Iterable, thresholds: Iterable[float] = THRESHOLDS) -> Curve:
     """1 - max over thresholds of the pixel F1, interior being the positive class, pooled counts [3]_.
 
@@ -223,6 +288,15 @@ def pixel_error(probabilities: Iterable, references: Iterable, thresholds: Itera
     return _curve(thresholds, 1 - np.array(stack), 1 - sections, np.argmin)
 
 
+@declare(
+    "warping error",
+    "The share of pixels at which a cell is split or two are merged, after the truth was bent onto the "
+    "prediction: shifted membranes cost nothing.",
+    "thresholds",
+    higher_is_better=False,
+    digits=6,
+    chart="warping",
+)
 def warping_error(
     probabilities: Iterable, references: Iterable, thresholds: Iterable[float] = THRESHOLDS[:10]
 ) -> Curve:
@@ -242,54 +316,6 @@ def warping_error(
     return _curve(thresholds, (splits + mergers) / sum(sizes), per_section, np.argmin, splits=splits, mergers=mergers)
 
 
-def topology_errors(probability: np.ndarray, reference: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Warp one reference section onto ``P > t``; return the (splits, mergers) left, bool of shape (H, W)."""
-    proposal = np.pad(np.asarray(probability, np.float32), 1)
-    target, warped = above(proposal, threshold), np.pad(np.asarray(reference) > 0, 1)
-    columns, rows = np.nonzero((target != warped).T)  # column by column, as the reference scorer scans
-    distance = np.abs(proposal[rows, columns].astype(np.float64) - threshold).astype(np.float32)
-    order = np.argsort(-distance, kind="stable")
-    order = (rows * warped.shape[1] + columns)[order]
-    # A flip only ever removes a mismatch, so sorting once equals sorting anew before every pass.
-    left = order[: compiled(_warp)(warped, order, _simple_points())]
-    return _classify(warped, left)
-
-
-def _classify(warped: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sort the mismatches left (flat indices, padded section) into splits and mergers; drop the padding.
-
-    Black with two or more objects in its 8-ring: merger. White with two or more objects in it, or whose
-    turning black would leave two or more where there was one: split. That second case asks for the components
-    of the WHOLE section, not of the ring alone, which is to ask for the cut pixels (articulation points) of
-    the 4-connected objects. All else is not an error of topology.
-    """
-    objects = components(warped)
-    rows, columns = np.unravel_index(left, warped.shape)
-    ring = np.sort([objects[rows + dr, columns + dc] for dr, dc in RING], axis=0)
-    several = np.sum(np.diff(ring, axis=0, prepend=0) > 0, axis=0) >= 2
-    white, cut = warped[rows, columns], compiled(_cut_pixels)(warped)[rows, columns]
-    maps = np.zeros((2, *warped.shape), bool)
-    maps[0, rows, columns], maps[1, rows, columns] = white & (several | cut), ~white & several
-    return maps[0, 1:-1, 1:-1], maps[1, 1:-1, 1:-1]
-
-
-@functools.cache
-def _simple_points() -> np.ndarray:
-    """For each of the 256 ring codes: is the centre simple, with white 4-connected and black 8-connected?"""
-    from scipy import ndimage
-
-    simple = np.zeros(256, bool)
-    for code in range(256):
-        window = np.zeros((3, 3), bool)
-        for bit, (dr, dc) in enumerate(RING):
-            window[1 + dr, 1 + dc] = code >> bit & 1
-        black = ~window
-        black[1, 1] = False
-        touching = set(components(window)[[0, 1, 1, 2], [1, 0, 2, 1]]) - {0}
-        simple[code] = len(touching) == 1 and ndimage.label(black, np.ones((3, 3)))[1] == 1
-    return simple
-
-
 # --- pixels and cells
 
 
@@ -301,34 +327,64 @@ def confusion(probability: np.ndarray, reference: np.ndarray, threshold: float =
     return np.array([both, proposed - both, true - both, truth.size - proposed - true + both])
 
 
+@declare(
+    "Dice",
+    "Overlap of predicted and true interior at threshold 0.5, 2 TP / (2 TP + FP + FN).",
+    "counts",
+)
 def dice(counts: np.ndarray) -> float:
     """2 TP / (2 TP + FP + FN) of `confusion` counts, summed over sections first; 1 if nothing is positive."""
     tp, fp, fn, _ = counts
     return _ratio(2 * tp, 2 * tp + fp + fn, empty=1.0)
 
 
+@declare(
+    "IoU",
+    "Overlap of predicted and true interior at threshold 0.5, TP / (TP + FP + FN).",
+    "counts",
+)
 def iou(counts: np.ndarray) -> float:
     """TP / (TP + FP + FN) of `confusion` counts (Jaccard index); 1 if nothing is positive."""
     tp, fp, fn, _ = counts
     return _ratio(tp, tp + fp + fn, empty=1.0)
 
 
+@declare(
+    "precision",
+    "The share of the predicted interior (threshold 0.5) that is interior.",
+    "counts",
+)
 def precision(counts: np.ndarray) -> float:
     """TP / (TP + FP) of `confusion` counts: how much of the proposed interior is interior; 1 if none is."""
     tp, fp, _, _ = counts
     return _ratio(tp, tp + fp, empty=1.0)
 
 
+@declare(
+    "recall",
+    "The share of the true interior that was predicted (threshold 0.5).",
+    "counts",
+)
 def recall(counts: np.ndarray) -> float:
     """TP / (TP + FN) of `confusion` counts: the share of the interior that was found; 1 if there is none."""
     tp, _, fn, _ = counts
     return _ratio(tp, tp + fn, empty=1.0)
 
 
-def bce(probability: np.ndarray, reference: np.ndarray, epsilon: float = 1e-7) -> float:
+@declare(
+    "BCE",
+    "Binary cross-entropy in nats a pixel: what training minimised; sure and wrong costs most.",
+    "stack",
+    higher_is_better=False,
+)
+def bce(probabilities: Iterable, references: Iterable, epsilon: float = 1e-7) -> float:
     """Mean binary cross-entropy in nats, -mean(y ln P + (1 - y) ln(1 - P)), P clipped as Keras does."""
-    p = np.clip(np.asarray(probability, np.float64), epsilon, 1 - epsilon)
-    return float(-np.mean(np.log(np.where(np.asarray(reference) > 0, p, 1 - p))))
+    total = pixels = 0
+    for probability, reference in _sections(probabilities, references):
+        p = np.clip(probability.astype(np.float64), epsilon, 1 - epsilon)
+        total -= np.sum(np.log(np.where(reference > 0, p, 1 - p)))
+        pixels += reference.size
+    return float(total / pixels)
 
 
 class Calibration(NamedTuple):
@@ -359,6 +415,23 @@ def calibration(probabilities: Iterable, references: Iterable, bins: int = 15) -
     return Calibration(*sums)
 
 
+@declare(
+    "ECE",
+    "Expected calibration error: how far a predicted probability is from the share of interior pixels found at "
+    "that probability, on average.",
+    "stack",
+    higher_is_better=False,
+)
+def ece(probabilities: Iterable, references: Iterable) -> float:
+    """Expected calibration error of `calibration`."""
+    return calibration(probabilities, references).ece
+
+
+@declare(
+    "SEG",
+    "The mean overlap (IoU) of the true cells with the predicted cell that holds more than half of them.",
+    "cells",
+)
 def seg(predictions: Iterable, references: Iterable) -> float:
     """SEG of the Cell Tracking Challenge [4]_ for instance masks: mean Jaccard index of the reference cells.
 
@@ -372,6 +445,11 @@ def seg(predictions: Iterable, references: Iterable) -> float:
     return _mean_jaccard(predictions, references, majority=True)
 
 
+@declare(
+    "mean IoU",
+    "The mean over the true cells of their best overlap (IoU) with a predicted one.",
+    "cells",
+)
 def mean_iou(predictions: Iterable, references: Iterable) -> float:
     """Mean over all reference cells of the best IoU with any predicted cell, 0 where none overlaps.
 
@@ -483,71 +561,3 @@ def _sections(probabilities: Iterable, references: Iterable) -> Iterator[tuple[n
         yield probability, reference
     if count == 0:
         raise ValueError("probabilities must hold at least one section. Received: 0")
-
-
-def _warp(warped, order, simple):
-    """Flip the mismatches `order` of a padded section in place; return how many are left, now in front."""
-    width = warped.shape[1]
-    count = order.size
-    while True:
-        left = 0
-        for k in range(count):
-            row, column = order[k] // width, order[k] % width
-            code = 0
-            for bit in range(8):
-                if warped[row + RING[bit][0], column + RING[bit][1]]:
-                    code |= 1 << bit
-            if simple[code]:
-                warped[row, column] = not warped[row, column]
-            else:
-                order[left] = order[k]
-                left += 1
-        if left == count:
-            return left
-        count = left
-
-
-def _cut_pixels(white):
-    """Mark the pixels of a padded mask without which their 4-connected object falls apart.
-
-    Tarjan's algorithm for articulation points (doi:10.1137/0201010) without recursion: linear in the pixels.
-    """
-    height, width = white.shape
-    flat = white.ravel()
-    seen = np.zeros(flat.size, np.int32)  # when the walk first came here, 0 = never
-    low = np.zeros(flat.size, np.int32)  # the earliest pixel that can be reached from here without going back
-    parent = np.full(flat.size, -1, np.int32)
-    tried = np.zeros(flat.size, np.int8)
-    cut = np.zeros(flat.size, np.bool_)
-    clock = 0
-    for start in range(flat.size):
-        if not flat[start] or seen[start] > 0:
-            continue
-        node, branches = start, 0
-        clock += 1
-        seen[node] = low[node] = clock
-        while node >= 0:
-            up = parent[node]
-            if tried[node] < 4:
-                k = int(tried[node])
-                tried[node] += 1
-                other = node + ((k == 3) - (k == 1)) * width + (k == 2) - (k == 0)
-                if not flat[other] or other == up:
-                    continue
-                if seen[other] > 0:
-                    low[node] = min(low[node], seen[other])
-                    continue
-                clock += 1
-                seen[other] = low[other] = clock
-                parent[other] = node
-                node = other
-                continue
-            if up == start:
-                branches += 1
-            elif up >= 0 and low[node] >= seen[up]:
-                cut[up] = True
-            if up >= 0:
-                low[up] = min(low[up], low[node])
-            node = up
-        cut[start] = branches >= 2
-    return cut.reshape((height, width))

@@ -64,13 +64,11 @@ def thin_borders(interior: np.ndarray) -> np.ndarray:
 
 def pairs_of_labels(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (i, j, n_ij) of the positive labels that share pixels; memory is linear in the section."""
-    from scipy import sparse
+    from skimage.metrics import contingency_table
 
-    both = (first > 0) & (second > 0)
-    rows, columns = first[both].astype(np.int64), second[both].astype(np.int64)
-    shape = (rows.max(initial=0) + 1, columns.max(initial=0) + 1)
-    table = sparse.coo_array((np.ones(rows.size, np.int64), (rows, columns)), shape=shape).tocsr().tocoo()
-    return table.row, table.col, table.data
+    table = contingency_table(first, second, ignore_labels=[0]).tocoo()
+    both = (table.row > 0) & (table.col > 0)
+    return table.row[both], table.col[both], table.data[both]
 
 
 def segment(

@@ -15,7 +15,7 @@ import data
 import dilatedUnet
 from network import losses, unet
 from predict import prediction, tiling
-from score import evaluation, scores
+from score import evaluation, scores, segments
 from train import run as training
 
 JAX = pytest.mark.jax
@@ -291,7 +291,7 @@ def test_the_best_settings_are_those_of_the_highest_mean_iou_on_these_sections()
         best = scores.best_segmentation(probability, labels)
         assert best.min_size == np.median([(labels[0] == n).sum() for n in (3, 4, 9)]) // 10
         options = {"min_size": best.min_size, "background": best.background, "lines": False}
-        found = [scores.segment(section, best.threshold, **options) for section in probability]
+        found = [segments.segment(section, best.threshold, **options) for section in probability]
         assert scores.mean_iou(found, labels) == best.mean_iou
     assert best.background == 0.3, "cells reach to where the probability says so"
     assert best.mean_iou > 0.99

@@ -214,7 +214,7 @@ def test_the_table_shows_value_threshold_and_published_results(files, capsys, st
 
 
 def test_published_boards_go_from_best_to_worst():
-    for name, board in evaluation.PUBLISHED.items():
+    for name, board in report.PUBLISHED.items():
         ordered = sorted(board.values(), reverse=evaluation.SCORES[name].higher_is_better)
         assert list(board.values()) == ordered, name
 
@@ -303,7 +303,7 @@ def test_the_report_shows_the_numbers_of_the_table(written, stack):
     text = re.sub(r'src="[^"]*"', "", written[1])
     assert f"{scores.v_rand(stack[0][1:], stack[1][1:]).value:.5f}" in text
     for name in evaluation.SCORES:
-        assert f"<dt>{evaluation.SCORES[name].title}</dt>" in text
+        assert f"<dt>{report.title(evaluation.SCORES[name])}</dt>" in text
 
 
 def test_the_figures_lie_beside_the_page_as_png(written):

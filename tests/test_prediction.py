@@ -236,21 +236,21 @@ def test_a_threshold_writes_an_8_bit_mask(predict, threshold):
 
 
 def test_segment_writes_a_label_per_cell(predict):
-    from score import scores
+    from score import segments
 
     section = section_of(64, 72)
     assert predict(section[None], "--segment", "--threshold", "0.6").code == 0
     found = tifffile.imread("out.tif")
     assert found.dtype == np.uint16
     assert found.max() > 3
-    assert np.array_equal(found, scores.segment(expected(section), 0.6, min_size=prediction.SMALLEST_CELL_PX))
+    assert np.array_equal(found, segments.segment(expected(section), 0.6, min_size=prediction.SMALLEST_CELL_PX))
 
 
 def test_segment_takes_the_threshold_of_the_record(monkeypatch, tmp_path):
-    from score import scores
+    from score import segments
 
     asked = []
-    monkeypatch.setattr(scores, "segment", lambda section, threshold, **_: asked.append(threshold) or section > 2)
+    monkeypatch.setattr(segments, "segment", lambda section, threshold, **_: asked.append(threshold) or section > 2)
     for flags, record in (([], {"threshold": 0.8}), (["--threshold", "0.3"], {"threshold": 0.8}), ([], {})):
         out = str(tmp_path / f"{len(asked)}.tif")
         args = dilatedUnet.parse(["predict", "--weight_path", "w", "--segment", "--output", out, *flags])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
-from score import scores, segments
+from score import scores, segments, topology
 
 ROOT = Path(__file__).parents[1]
 GOLDEN_SECTIONS = [0, 7, 14, 21, 26, 29]
@@ -258,7 +258,7 @@ def test_rand_error_equals_counting_pairs_over_the_stack(stack):
 def test_warping_equals_the_naive_one(pair):
     probability, reference = pair
     for t in (0.0, 0.30000000000000004, 0.5):
-        splits, mergers = scores.topology_errors(probability, reference, t)
+        splits, mergers = topology.topology_errors(probability, reference, t)
         assert (splits.sum(), mergers.sum()) == naive_warping(probability, reference, t)
 
 
@@ -266,7 +266,7 @@ def test_cut_pixels_are_those_whose_removal_disconnects_their_object():
     rng = np.random.default_rng(3)
     for _ in range(40):
         mask = np.pad(rng.random((9, 11)) < 0.65, 1)
-        cut = segments.compiled(scores._cut_pixels)(mask)
+        cut = segments.compiled(topology._cut_pixels)(mask)
         before = ndimage.label(mask)[1]
         for y, x in np.argwhere(mask):
             without = mask.copy()
@@ -283,13 +283,13 @@ def test_kernels_are_the_same_without_numba():
     segments.compiled(segments._flood)(labels)
     np.testing.assert_array_equal(plain, labels)
     mask = np.pad(labels > 0, 1)
-    np.testing.assert_array_equal(scores._cut_pixels(mask), segments.compiled(scores._cut_pixels)(mask))
+    np.testing.assert_array_equal(topology._cut_pixels(mask), segments.compiled(topology._cut_pixels)(mask))
     order = np.flatnonzero(mask & np.pad(rng.random((30, 31)) < 0.7, 1))
     warped = [
-        (kernel(*args, scores._simple_points()), *args)
+        (kernel(*args, topology._simple_points()), *args)
         for kernel, args in (
-            (scores._warp, (mask.copy(), order.copy())),
-            (segments.compiled(scores._warp), (mask.copy(), order.copy())),
+            (topology._warp, (mask.copy(), order.copy())),
+            (segments.compiled(topology._warp), (mask.copy(), order.copy())),
         )
     ]
     for plain, quick in zip(*warped, strict=True):
@@ -523,8 +523,8 @@ def test_pixel_scores_by_hand():
     assert (scores.dice(counts), scores.iou(counts)) == (0.5, pytest.approx(1 / 3))
     more = scores.confusion(np.ones((1, 4)), r)
     assert (scores.precision(more), scores.recall(more)) == (0.5, 1.0)
-    assert scores.bce(p, r) == pytest.approx(-(log(0.9) + log(0.4) + log(0.2) + log(0.5)) / 4)
-    assert scores.bce(np.ones((1, 1)), np.zeros((1, 1))) == pytest.approx(-log(1e-7), rel=1e-6)
+    assert scores.bce([p], [r]) == pytest.approx(-(log(0.9) + log(0.4) + log(0.2) + log(0.5)) / 4)
+    assert scores.bce([np.ones((1, 1))], [np.zeros((1, 1))]) == pytest.approx(-log(1e-7), rel=1e-6)
 
 
 def test_calibration_error_by_hand():
@@ -717,18 +717,23 @@ def test_a_section_is_scored_within_its_time(labels, isbi):
 
 def test_importing_scores_is_light():
     heavy = ("numba", "scipy", "skimage", "matplotlib", "keras", "tensorflow")
-    code = f"import sys, scores, evaluation; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys; from score import scores, evaluation; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
 
 
-SCORE_A_TINY_STACK = "import numpy as np, scores; print(scores.v_rand(np.eye(8)[None], np.ones((1, 8, 8))).value)"
+SCORE_A_TINY_STACK = (
+    "import numpy as np; from score import scores; print(scores.v_rand(np.eye(8)[None], np.ones((1, 8, 8))).value)"
+)
 
 
 def test_scoring_works_where_nothing_can_be_cached(tmp_path):
     """A read-only installation and no home to write to: compiled for the process alone."""
-    for name in ("scores.py", "segments.py"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    (tmp_path / "__pycache__").write_text("in the way, so that no cache folder can be made here, whoever asks")
+    (tmp_path / "score").mkdir()
+    for name in ("__init__.py", "scores.py", "segments.py", "topology.py"):
+        (tmp_path / "score" / name).write_bytes((ROOT / "score" / name).read_bytes())
+    (tmp_path / "score" / "__pycache__").write_text(
+        "in the way, so that no cache folder can be made here, whoever asks"
+    )
     (tmp_path / "home").write_text("a file, so no cache folder can be made in it either")
     blocked = str(tmp_path / "home" / "nowhere")
     env = {**os.environ, "HOME": blocked, "XDG_CACHE_HOME": blocked, "PYTHONDONTWRITEBYTECODE": "1"}
