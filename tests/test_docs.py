@@ -1,0 +1,84 @@
+"""The documents: every link leads somewhere, every command is one that the program takes, every named test exists."""
+
+import os
+import re
+import shlex
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+import dilatedUnet
+import figures
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    page for folder in (".", "docs", "results", "benchmarks", "weights") for page in ROOT.glob(f"{folder}/*.md")
+)
+TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
+LINK = re.compile(r"!?\[[^]]*\]\(([^)\s]+)\)")
+PROGRAMS = r"(dilatedUnet|figures|start|benchmarks/\w+)\.py"
+ROOMS = "train|predict|score|studies|network|files|weights|results|images|docs|benchmarks|tests"
+
+
+def links(text):
+    return [target for target in LINK.findall(text) if not re.match(r"https?:|mailto:", target)]
+
+
+def anchors(text):
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    words = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower() for heading in headings]
+    return {
+        "".join(c for c in word if c in " -_" or unicodedata.category(c)[0] in "LN").replace(" ", "-") for word in words
+    }
+
+
+def commands(text):
+    """(program, its words) of every command in a page, in code blocks and between backticks."""
+    for program, rest in re.findall(rf"python3? {PROGRAMS}([^`\n]*)", text.replace("\\\n", " ")):
+        if "(" not in rest:
+            rest = rest.split(")")[0]  # of X=$(python ...)
+        yield program, shlex.split(rest, comments=True)
+
+
+COMMANDS = [(name, *command) for name, text in TEXTS.items() for command in commands(text)]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_link_leads_to_a_file_and_a_heading_of_the_repository(name):
+    for target in links(TEXTS[name]):
+        path, _, anchor = target.partition("#")
+        place = Path(os.path.normpath(ROOT / Path(name).parent / path)) if path else ROOT / name
+        assert place.exists(), target
+        assert place.is_relative_to(ROOT), target
+        assert not anchor or anchor in anchors(place.read_text()), target
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_file_and_test_of_the_repository_that_a_page_names_is_there(name):
+    for path, test in re.findall(rf"`((?:{ROOMS})/[\w./-]+\.(?:py|md|png|txt|csv|ipynb))(?:::(\w+))?`", TEXTS[name]):
+        assert (ROOT / path).exists(), path
+        assert not test or f"def {test}(" in (ROOT / path).read_text(), f"{path}::{test}"
+
+
+@pytest.mark.parametrize(("name", "program", "words"), COMMANDS)
+def test_every_command_is_one_that_the_program_takes(name, program, words):
+    if program == "dilatedUnet":
+        dilatedUnet.parse(words)
+    elif program == "figures":
+        figures.build_parser().parse_args(words)
+    elif program == "start":
+        assert words in ([], ["test"])
+    else:
+        source = (ROOT / f"{program}.py").read_text()
+        assert not [word for word in words if word.startswith("--") and f'"{word}"' not in source]
+
+
+def test_every_picture_is_shown_somewhere():
+    shown = {os.path.normpath(Path(name).parent / target) for name, text in TEXTS.items() for target in links(text)}
+    assert {f"images/{picture.name}" for picture in ROOT.glob("images/*")} <= shown
+
+
+def test_the_first_page_is_one_page():
+    assert len(TEXTS["README.md"].splitlines()) <= 170
