@@ -69,7 +69,8 @@ def small(args):
     for name, forward in ours.items():
         candidates[name] = lambda forward=forward: forward(section[None])
     name, forward = [*ours.items()][-1]
-    candidates[f"{name}, --tta"] = lambda: tiling.predict_tta(section, lambda turned: forward(turned[None])[0], "8")
+    whole = tiling.Grid(section.shape, section.shape, 0)
+    candidates[f"{name}, --tta"] = lambda: tiling.predict_section(section, forward, whole, tta="8")
     for run in candidates.values():
         run()
     return measure(candidates, args.rounds or 5, 2)
@@ -79,13 +80,12 @@ def large(args):
     """Seconds of one section of `--side`, cut into tiles and stitched, by candidate."""
     section = standardised(painted(args.side))[0]
     field = unet.receptive_field(**NETWORK)
-    plan = tiling.plan(section.shape, field.radius, multiple=field.multiple)
-    print(f"section of {args.side} x {args.side} px: {plan.words}")
-    tiles = {"tile": plan.tile, "halo": plan.halo, "multiple": field.multiple, "batch": args.batch_size}
+    grid = tiling.choose(section.shape, field.radius, multiple=field.multiple)
+    print(f"section of {args.side} x {args.side} px: {grid.words}")
     candidates = {}
     for name, forward in forwards().items():
-        forward(np.zeros((args.batch_size, *plan.tile), np.float32))
-        candidates[name] = lambda forward=forward: tiling.predict_section(section, forward, **tiles)
+        forward(np.zeros((args.batch_size, *grid.tile), np.float32))
+        candidates[name] = lambda forward=forward: tiling.predict_section(section, forward, grid, batch=args.batch_size)
     return measure(candidates, args.rounds or 1, 1)
 
 

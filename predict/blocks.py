@@ -50,7 +50,7 @@ IGNORE_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  #
 
 
 class Job(NamedTuple):
-    """What is to be predicted, from what and how; small, for every block is sent with it.
+    """What is to be predicted, from what and how; small and of plain types, for every block is sent with it.
 
     Attributes
     ----------
@@ -60,20 +60,16 @@ class Job(NamedTuple):
         "module:function" of the network, see `run`.
     how : tuple of (str, str)
         Its keyword arguments.
-    shape : tuple of int
-        (S, H, W) of the sections.
+    sections, depth : int
+        Of the stack, and of a block.
     axes, zarr_format : int
         Of the output.
-    tile : tuple of int
-        Height and width of the network's input, in px.
-    halo, shrink, multiple : int
-        As in `tiling`.
+    grid : tuple
+        The fields of a `tiling.Grid`.
     tta : str
         A name in `tiling.TRANSFORMS`.
     batch : int
         Most windows in one call.
-    depth : int
-        Sections of a block.
     made_of : str
         What the numbers depend on, as JSON: a worker that outlives a run loads anew when any of it has changed.
     """
@@ -83,51 +79,40 @@ class Job(NamedTuple):
     weights: str
     load: str
     how: tuple[tuple[str, str], ...]
-    shape: tuple[int, int, int]
+    sections: int
+    depth: int
     axes: int
     zarr_format: int
-    tile: tuple[int, int]
-    halo: int
-    shrink: int
-    multiple: int
+    grid: tuple
     tta: str
     batch: int
-    depth: int
     made_of: str
 
 
 @functools.lru_cache(maxsize=2)
-def tile_parts(job):
-    """Rows, and columns, that the tiles of a section fill."""
-    smallest = 2 * job.halo + job.multiple
-    return tuple(
-        [part for part, _ in tiling.tiles((length, 1), (side, smallest), job.halo, job.multiple)]
-        for length, side in zip(job.shape[1:], job.tile, strict=True)
-    )
+def tiles_of(job):
+    """Grid of a section, and the rows and columns that its tiles fill."""
+    grid = tiling.Grid(*job.grid)
+    return grid, grid.cuts
 
 
 def chunk_size(job):
     """Rows and columns of a chunk: those that the first tile fills."""
-    return tuple(parts[0].stop for parts in tile_parts(job))
+    return tuple(cuts[0].stop for cuts in tiles_of(job)[1])
 
 
 def span(job):
     """Tiles along the rows, and along the columns, of a block: as many as one call takes, or SPAN."""
     if job.tta != "none":
         return SPAN, SPAN
-    count = len(tile_parts(job)[1])
-    return 1, -(-count // -(-count // job.batch))
+    return 1, tiling.even_batch(len(tiles_of(job)[1][1]), job.batch)
 
 
 @functools.lru_cache(maxsize=2)
 def block_parts(job):
     """Sections, rows and columns of the blocks, as slices along each axis."""
-    sections = [slice(i, min(i + job.depth, job.shape[0])) for i in range(0, job.shape[0], job.depth)]
-    tiled = (
-        [slice(parts[i].start, parts[min(i + most, len(parts)) - 1].stop) for i in range(0, len(parts), most)]
-        for parts, most in zip(tile_parts(job), span(job), strict=True)
-    )
-    return sections, *tiled
+    sections = [slice(i, min(i + job.depth, job.sections)) for i in range(0, job.sections, job.depth)]
+    return sections, *tiles_of(job)[0].parts(*span(job))
 
 
 def block_count(job):
@@ -140,21 +125,20 @@ def block(job, number):
     sections, rows, columns = block_parts(job)
     number, column = divmod(number, len(columns))
     number, row = divmod(number, len(rows))
-    return sections[number], rows[row], columns[column]
+    return sections[number], (rows[row], columns[column])
 
 
 def is_finished(job, number):
     """Whether the files of all chunks of a block are there."""
-    sections, rows, columns = block(job, number)
-    return all(is_written(job, index, rows, columns) for index in range(sections.start, sections.stop))
+    sections, part = block(job, number)
+    return all(is_written(job, index, part) for index in range(sections.start, sections.stop))
 
 
-def is_written(job, index, rows, columns):
+def is_written(job, index, part):
     """Whether the files of all chunks of a part of a section are there."""
     folder = Path(job.output, "0", *(["c"] if job.zarr_format == 3 else []), *map(str, omezarr.place(job.axes, index)))
     keys = [
-        range(part.start // side, -(-part.stop // side))
-        for part, side in zip((rows, columns), chunk_size(job), strict=True)
+        range(along.start // side, -(-along.stop // side)) for along, side in zip(part, chunk_size(job), strict=True)
     ]
     files = (folder / str(row) / str(column) for row, column in itertools.product(*keys))
     return all(file.is_file() and file.stat().st_size > 0 for file in files)
@@ -163,98 +147,24 @@ def is_written(job, index, rows, columns):
 # -- predicting a block ------------------------------------------------------------------------------------------
 
 
-class Strip(NamedTuple):
-    """A tile along one axis: pixels of the section that it reads, pixels of the block that it fills, from which."""
-
-    reads: np.ndarray
-    fills: np.ndarray
-    kept: np.ndarray
-
-
-def _strips(job, axis, within, flipped):
-    """The tiles along an axis, counted from its end where it is flipped, that fill some of the slice `within`."""
-    length, strips = job.shape[1 + axis], []
-    for part in tile_parts(job)[axis]:
-        start = part.start - job.halo
-        reads, fills = tiling.reflect(start, start + job.tile[axis], length), np.arange(part.start, part.stop)
-        if flipped:
-            reads, fills = length - 1 - reads, length - 1 - fills
-        inside = np.flatnonzero((within.start <= fills) & (fills < within.stop))
-        if inside.size:
-            strips.append(Strip(reads, fills[inside] - within.start, inside + job.halo - job.shrink))
-    return strips
-
-
-def _versions(job, rows, columns):
-    """The tiles of each rotated and mirrored version, as pairs of Strips, and whether it lies on its side.
-
-    A quarter turn counter-clockwise makes the section's columns, from the last, rows; and its rows columns.
-    """
-    for turns, mirrored in tiling.TRANSFORMS[job.tta]:
-        on_its_side, flipped = turns % 2 == 1, [turns in (2, 3), turns in (1, 2)]
-        if mirrored:  # its columns, which are the section's rows where it lies on its side
-            flipped[not on_its_side] ^= True
-        strips = (_strips(job, axis, part, flipped[axis]) for axis, part in enumerate((rows, columns)))
-        yield list(itertools.product(*strips)), on_its_side
-
-
 def predict_block(job, number):
     """Predict a block and write its chunks, section by section; what a worker does."""
     read, predict, array = _tools(job)
-    sections, rows, columns = block(job, number)
-    versions = list(_versions(job, rows, columns))
-    around = _reads(versions)
+    (sections, part), (grid, _) = block(job, number), tiles_of(job)
+    around = tiling.pixels_read(grid, part, job.tta)
+    how = {"corner": [along.start for along in around], "tta": job.tta, "batch": batch_size(job)}
     for index, pixels in enumerate(read(sections, *around), sections.start):
-        if not is_written(job, index, rows, columns):
-            values = predict_part(job, versions, pixels, [part.start for part in around], predict)
+        if not is_written(job, index, part):
+            values = np.zeros([along.stop - along.start for along in part], np.float32)
+            tiling.predict_part(grid, part, pixels, predict, values, **how)
             if not np.isfinite(values).all():
                 raise DataError(f"{job.output}: the prediction of section {index} is not finite.")
-            array[(*omezarr.place(job.axes, index), rows, columns)] = np.clip(values, 0.0, 1.0)
-
-
-def _reads(versions):
-    """Rows and columns of the section that the tiles read, as slices."""
-    strips = zip(*(pair for tiles, _ in versions for pair in tiles), strict=True)
-    ends = [(min(s.reads.min() for s in along), max(s.reads.max() for s in along)) for along in strips]
-    return [slice(int(first), int(last) + 1) for first, last in ends]
-
-
-def predict_part(job, versions, pixels, corner, predict):
-    """Predict a part of a section as `tiling.predict_tta` of `tiling.predict_section` predicts the whole of it.
-
-    Parameters
-    ----------
-    job : Job
-    versions : list
-        Of `_versions`.
-    pixels : ndarray of shape (h, w)
-        What the tiles read, from the row and column `corner` of the section on.
-    corner : (int, int)
-    predict : callable
-        (B, h, w) -> (B, h - 2 shrink, w - 2 shrink). B is the same in all calls, a last batch is filled with repeats.
-
-    Returns
-    -------
-    ndarray of shape (H, W)
-        float32.
-    """
-    filled = [1 + max(int(strip.fills.max()) for strip in along) for along in zip(*versions[0][0], strict=True)]
-    total, size = np.zeros(filled, np.float32), batch_size(job)
-    for tiles, on_its_side in versions:
-        for start in range(0, len(tiles), size):
-            group = tiles[start : start + size]
-            windows = [pixels[np.ix_(row.reads - corner[0], column.reads - corner[1])] for row, column in group]
-            windows += windows[-1:] * (size - len(group))
-            outputs = predict(np.stack([window.T if on_its_side else window for window in windows]))
-            for (row, column), output in zip(group, outputs, strict=False):  # but for the repeats
-                kept = output.T if on_its_side else output
-                total[np.ix_(row.fills, column.fills)] += kept[np.ix_(row.kept, column.kept)]
-    return total / np.float32(len(versions))
+            array[(*omezarr.place(job.axes, index), *part)] = np.clip(values, 0.0, 1.0)
 
 
 def batch_size(job):
     """Windows in one call: no more than a block has tiles."""
-    return min(job.batch, math.prod(map(min, span(job), map(len, tile_parts(job)))))
+    return min(job.batch, math.prod(map(min, span(job), map(len, tiles_of(job)[1]))))
 
 
 _ONE_AT_A_TIME = threading.Lock()  # a worker's threads: one predicts while the other reads or writes
@@ -301,7 +211,7 @@ def open_sections(path):
 # -- the whole stack ---------------------------------------------------------------------------------------------
 
 
-def run(args, source, *, load, weights, how, settings, plan, field, log):
+def run(args, source, *, load, weights, how, settings, choose, log):
     """Predict a stack to an OME-Zarr image, block by block.
 
     Parameters
@@ -319,10 +229,8 @@ def run(args, source, *, load, weights, how, settings, plan, field, log):
         What else `load` takes, such as the precision.
     settings : dict
         What else the numbers depend on, for JSON: the network and its normalisation.
-    plan : callable
-        (H, W) -> tiling.Plan; for (W, H) the same, turned.
-    field
-        With `multiple` and `shrink`, as in `tiling`.
+    choose : callable
+        (H, W) -> tiling.Grid.
     log : callable
         Told what is done, in words.
 
@@ -333,14 +241,14 @@ def run(args, source, *, load, weights, how, settings, plan, field, log):
     """
     _check_flags(args, source)
     with open_sections(source) as reader:
-        tiles = plan(reader.shape[1:])
-        log(f"sections of {stacks.size_words(reader.shape)} px: {tiles.words}")
+        grid = choose(reader.shape[1:])
+        log(f"sections of {stacks.size_words(reader.shape)} px: {grid.words}")
         made_of = {
             "weights_sha256": _sha256(weights),
             "image_sha256": _sample_sha256(reader),
             "image_shape": reader.shape,
-            "tile": tiles.tile,
-            "halo": tiles.halo,
+            "tile": grid.tile,
+            "halo": grid.halo,
             "tta": args.tta,
             **how,
             **settings,
@@ -351,16 +259,13 @@ def run(args, source, *, load, weights, how, settings, plan, field, log):
             weights=str(Path(weights).resolve()),
             load=f"{load.__module__}:{load.__name__}",
             how=tuple(how.items()),
-            shape=reader.shape,
+            sections=len(reader),
+            depth=1,
             axes=len(omezarr.array_shape(reader)),
             zarr_format=omezarr.zarr_format(reader),
-            tile=tiles.tile,
-            halo=tiles.halo,
-            shrink=field.shrink,
-            multiple=field.multiple,
+            grid=tuple(grid),
             tta=args.tta,
             batch=args.batch_size,
-            depth=1,
             made_of=json.dumps(made_of),
         )
         job = job._replace(depth=_depth(job, reader))
@@ -401,7 +306,8 @@ def _depth(job, reader):
     """Sections of a block: those that lie in the same chunks of the image, where that is not too much at a time."""
     if not isinstance(reader, omezarr.ZarrReader) or reader.array.ndim < 3:
         return 1
-    sides = (min(n, s * side) for n, s, side in zip(reader.shape[1:], span(job), job.tile, strict=True))
+    tile = tiles_of(job)[0].tile
+    sides = (min(n, s * side) for n, s, side in zip(reader.shape[1:], span(job), tile, strict=True))
     return max(1, min(reader.array.chunks[-3], DEPTH, SLAB_BYTES // (math.prod(sides) * reader.dtype.itemsize)))
 
 

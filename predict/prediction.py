@@ -138,26 +138,15 @@ def section_predictor(
     log : callable, optional
         Told once per shape of section how it is tiled.
     """
-    field = unet.field_from_settings(settings)
+    predict_windows = windows_predictor(network, normalisation, engine, precision)
+    choose = chooser(unet.field_from_settings(settings), tile, overlap, log)
+    return lambda section: tiling.predict_section(section, predict_windows, choose(section.shape), tta=tta, batch=batch)
+
+
+def windows_predictor(network, normalisation, engine, precision):
+    """A function from raw windows (B, h, w) to their interior probability."""
     forward = engines.forward(network, engine, precision)
-    plan = planner(field, tile, overlap, log)
-
-    def predict_one(section):
-        chosen = plan(section.shape)
-        return tiling.predict_section(
-            section,
-            forward,
-            tile=chosen.tile,
-            halo=chosen.halo,
-            multiple=field.multiple,
-            batch=batch,
-            shrink=field.shrink,
-        )
-
-    def predict(section):
-        return tiling.predict_tta(normalisation(section), predict_one, tta)
-
-    return predict
+    return lambda windows: forward(normalisation(windows))
 
 
 def predictor_of(network, record, **how):
@@ -184,30 +173,25 @@ def segmentation_of(members):
     return records[0] | ({"threshold": sum(thresholds) / len(thresholds)} if thresholds else {})
 
 
-def planner(field, tile, overlap, log=None):
-    """A function from the shape of a section to its `tiling.Plan`; `log` is told once per shape."""
+def chooser(field, tile, overlap, log=None):
+    """A function from the shape of a section to its `tiling.Grid`; `log` is told once per shape."""
 
     @functools.cache
-    def plan(shape):
+    def choose(shape):
         largest = tiling.MAX_TILE - (tiling.MAX_TILE - field.remainder) % field.multiple
         sides = {"multiple": field.multiple, "remainder": field.remainder, "shrink": field.shrink}
-        try:
-            chosen = tiling.plan(shape, field.radius, max_tile=tile or largest, halo=overlap, **sides)
-        except ValueError as error:  # which speaks of a halo where the flag says overlap
-            raise DataError(str(error).replace("--halo", "--overlap")) from error
+        grid = tiling.choose(shape, field.radius, max_tile=tile or largest, halo=overlap, **sides)
         if log:
-            log(f"sections of {shape[0]} x {shape[1]} px: {chosen.words}")
-        return chosen
+            log(f"sections of {shape[0]} x {shape[1]} px: {grid.words}")
+        return grid
 
-    return plan
+    return choose
 
 
-def window_predictor(weights, precision, engine):
-    """For a worker of `chunked`: a function from raw windows (B, h, w) to their interior probability."""
+def load_windows_predictor(weights, precision, engine):
+    """For a worker of `blocks`: `windows_predictor` of weights."""
     network, record = load_network(weights, precision)
-    normalisation = data.Normalisation.from_dict(record["normalisation"])
-    forward = engines.forward(network, engine, precision)
-    return lambda windows: forward(normalisation(windows))
+    return windows_predictor(network, data.Normalisation.from_dict(record["normalisation"]), engine, precision)
 
 
 def run_chunked(args, precision, engine, say):
@@ -218,16 +202,14 @@ def run_chunked(args, precision, engine, say):
         raise DataError(f"--weight_path must be one for an --output of .zarr. Received: {len(args.weight_path)}")
     (weights,) = args.weight_path
     record = read_record(weights)
-    field = unet.field_from_settings(record["network"])
     blocks.run(
         args,
         data.resolve(args.image_path, "test", log=say),
-        load=window_predictor,
+        load=load_windows_predictor,
         weights=weight_file(weights),
         how={"precision": precision, "engine": engine},
         settings={key: record[key] for key in ("network", "normalisation")},
-        plan=planner(field, args.tile, args.overlap),
-        field=field,
+        choose=chooser(unet.field_from_settings(record["network"]), args.tile, args.overlap),
         log=say,
     )
     say(f"{args.output}: 1 = interior")

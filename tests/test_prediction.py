@@ -188,9 +188,10 @@ def test_tta_is_the_mean_over_turned_and_mirrored_versions(predict, flag, versio
     assert predict(section[None], "--tta", flag).code == 0
     transforms = tiling.TRANSFORMS[flag]
     assert len(transforms) == versions
-    every = [
-        tiling.back_transform(expected(np.ascontiguousarray(tiling.transform(section, *t))), *t) for t in transforms
-    ]
+    every = []
+    for turns, mirrored in transforms:
+        found = expected(np.ascontiguousarray(tiling.transform(section, turns, mirrored)))
+        every.append(np.rot90(found[:, ::-1] if mirrored else found, -turns))
     found = tifffile.imread("out.tif")
     np.testing.assert_allclose(found, np.mean(every, axis=0), atol=1e-6)
     assert np.abs(found - expected(section)).max() > 1e-3
@@ -479,8 +480,8 @@ def test_a_save_that_is_interrupted_leaves_the_old_weights(weights, monkeypatch,
 def test_the_halo_of_the_study_is_the_receptive_radius():
     """Standard network: 90 px, so 96; where the dilated network's 553 px would quadruple the work, less, and said."""
     standard = unet.receptive_field(dilate=False, dilate_rate=1)
-    plan = tiling.plan((2000, 2000), standard.radius)
-    assert (plan.halo, plan.exact) == (96, True)
-    dilated = tiling.plan((2000, 2000), unet.receptive_field().radius)
+    grid = tiling.choose((2000, 2000), standard.radius)
+    assert (grid.halo, grid.exact) == (96, True)
+    dilated = tiling.choose((2000, 2000), unet.receptive_field().radius)
     assert not dilated.exact
     assert math.prod(dilated.tile) <= tiling.MAX_TILE**2

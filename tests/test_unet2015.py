@@ -280,9 +280,9 @@ def test_unpadded_tiles_meet_exactly_and_equal_the_whole_image():
     section = image(700, 600)
     network = unet.build_2015(filters=4)
     field = unet.receptive_field_2015()
-    plan = tiling.plan(section.shape, field.radius, multiple=16, max_tile=380, shrink=field.shrink, remainder=12)
-    assert len(tiling.tiles(section.shape, plan.tile, plan.halo, 16)) == 16
-    tiled = tiling.predict_section(section, predictor(network), tile=plan.tile, halo=92, multiple=16, shrink=92)
+    grid = tiling.choose(section.shape, field.radius, multiple=16, max_tile=380, shrink=field.shrink, remainder=12)
+    assert (grid.count, grid.halo) == (16, 92)
+    tiled = tiling.predict_section(section, predictor(network), grid)
     whole = np.pad(section, ((92, 92 + 8), (92, 92 + 12)), mode="reflect")
     whole = predictor(network)(whole[None])[0]
     assert whole.shape == (708, 612)
@@ -294,11 +294,10 @@ def test_padded_tiles_with_the_receptive_radius_as_halo_equal_the_whole_image():
     section = image(700, 600)
     network = unet.build_2015(filters=4, padding="same")
     field = unet.receptive_field_2015(padding="same")
-    plan = tiling.plan(section.shape, field.radius, multiple=16, max_tile=464)
-    assert plan.exact
-    assert plan.halo == 112
-    assert len(tiling.tiles(section.shape, plan.tile, plan.halo, 16)) == 9
-    tiled = tiling.predict_section(section, predictor(network), tile=plan.tile, halo=112, multiple=16)
+    grid = tiling.choose(section.shape, field.radius, multiple=16, max_tile=464)
+    assert grid.exact
+    assert (grid.count, grid.halo) == (9, 112)
+    tiled = tiling.predict_section(section, predictor(network), grid)
     whole = np.pad(section, ((112, 112 + 4), (112, 112 + 8)), mode="reflect")
     whole = predictor(network)(whole[None])[0]
     assert np.ptp(whole) > 0.1

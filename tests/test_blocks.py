@@ -94,9 +94,9 @@ def pixels(*shape, dtype=np.uint8, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape).astype(dtype)
 
 
-def planner(field, tile, halo):
+def chooser(field, tile, halo):
     sides = {"multiple": field.multiple, "shrink": field.shrink, "remainder": field.remainder}
-    return lambda shape: tiling.plan(shape, field.radius, max_tile=tile, halo=halo, **sides)
+    return lambda shape: tiling.choose(shape, field.radius, max_tile=tile, halo=halo, **sides)
 
 
 class Place:
@@ -139,21 +139,14 @@ class Place:
         machine = {"scheduler": None, "workers": 0, "batch_size": 1, "tta": "none"}
         args = SimpleNamespace(**files | machine | {"threshold": None, "segment": False} | flags)
         how = {"settings": {"normalisation": {"mean": 1.0}}, "how": {"precision": precision}, "log": self.said.append}
-        plan = planner(field, tile, halo)
-        blocks.run(args, source, load=network, weights=self.weights, plan=plan, field=field, **how)
+        blocks.run(args, source, load=network, weights=self.weights, choose=chooser(field, tile, halo), **how)
         return zarr.open_group(str(self.output), mode="r")["0"]
 
     def expected(self, sections, *, network=load, field=PADDED, tile=32, halo=None, tta="none", batch_size=1):
         """The prediction of one process, section by section, as `prediction.section_predictor` makes it."""
-        predict, plan = network(self.folder / "expected", "float32"), planner(field, tile, halo)
-
-        def predict_one(section):
-            chosen, sides = plan(section.shape), {"multiple": field.multiple, "shrink": field.shrink}
-            return tiling.predict_section(
-                section, predict, tile=chosen.tile, halo=chosen.halo, batch=batch_size, **sides
-            )
-
-        return np.stack([tiling.predict_tta(section, predict_one, tta) for section in sections])
+        predict, grid = network(self.folder / "expected", "float32"), chooser(field, tile, halo)(sections.shape[1:])
+        how = {"tta": tta, "batch": batch_size}
+        return np.stack([tiling.predict_section(section, predict, grid, **how) for section in sections])
 
     def windows(self):
         """How many windows the network has seen for the output, and in how many processes."""
@@ -388,9 +381,9 @@ def kill(here, source, after, **options):
     """Predict in a process of its own, which dies after so many windows."""
     code = f"""
 from pathlib import Path
-import test_chunked
-here = test_chunked.Place(Path({str(here.folder)!r}))
-here.predict(Path({str(source)!r}), network=test_chunked.load_mortal, **{options!r})
+import test_blocks
+here = test_blocks.Place(Path({str(here.folder)!r}))
+here.predict(Path({str(source)!r}), network=test_blocks.load_mortal, **{options!r})
 """
     folders = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "tests"))
     environment = os.environ | {"DIES_AFTER": str(after), "PYTHONPATH": folders}
