@@ -1,23 +1,24 @@
-"""The `evaluate` verb: read a prediction and its labels, refuse, score, print, write JSON and report.
+"""The `evaluate` verb: read a prediction and its labels, refuse, score, write JSON and report, print.
 
     python dilatedUnet.py evaluate --prediction prediction.tif --mask_path train-labels.tif --sections 24-29
-    python dilatedUnet.py evaluate --prediction p.tif --mask_path l.tif --scores all --json s.json --report
-    out
+    python dilatedUnet.py evaluate --prediction p.tif --mask_path l.tif --scores all --json s.json --report out
 
 `score_arrays` does the same for arrays in memory; training calls it for the held-out sections.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
 import data
-from score import report, scores
-from score.scores import FIXED_THRESHOLD, THRESHOLDS
+from files import atomic
+from score import origin, report, scores
+from score.scores import FIXED_THRESHOLD, THRESHOLDS, above
 
 SCORES = {name: score for name, score in scores.SCORES.items() if score.of != "cells"}
 DEFAULT_SCORES = tuple(name for name in SCORES if name != "warping_error")
@@ -72,92 +73,65 @@ def add_arguments(parser):
 def run(args):
     """Score what the parsed flags name; return 0. Bad input raises `data.DataError`."""
     which = parse_scores(args.scores)
-    refuse_existing(args)
-    if args.instances:
-        return run_instances(args)
-    labels, messages = data.read_labels(args.mask_path, invert=args.invert_mask)
-    sections = _asked(args.sections, len(labels.sections))
-    native, words = read_sections(args.prediction, "prediction", sections, labels.sections.shape)
-    references = labels.sections[list(sections)]
-    prediction, kind = to_probabilities(native, args.prediction)
-    raw = None
-    if args.image_path and args.report:
-        raw, more = read_sections(args.image_path, "image", sections, labels.sections.shape)
-        words += more
-    say([*messages, *words, kind, *warnings_about(prediction, references)])
-    result = {
-        "prediction": str(args.prediction),
-        "mask_path": str(args.mask_path),
-        **score_arrays(prediction, references, which, sections=sections),
-    }
-    print(report.table(result))
-    write(result, args, prediction, references, raw)
-    return 0
-
-
-def run_instances(args):
-    """Score labels of cells against labels of cells; return 0."""
-    if args.report or args.invert_mask or args.scores != "default":
+    if args.instances and (args.report or args.invert_mask or args.scores != "default"):
         raise data.DataError("--instances goes without --report, --invert_mask and --scores.")
-    references, messages = data.read_instances(args.mask_path)
-    sections = _asked(args.sections, len(references.sections))
-    prediction, words = read_sections(args.prediction, "prediction", sections, references.sections.shape)
-    if prediction.dtype.kind not in "biu":
-        raise data.DataError(
-            f"--prediction must hold whole numbers, 0 = background, with --instances. Received: {prediction.dtype}"
-        )
-    chosen = references.sections[list(sections)]
-    if not chosen.any():
-        raise data.DataError(f"--sections: no cell is labelled in {data.format_sections(sections)}.")
-    say([*messages, *words])
-    result = {"prediction": str(args.prediction), "mask_path": str(args.mask_path)}
-    result |= score_instances(prediction, chosen, sections=sections)
-    print(f"mean IoU {result['mean_iou']:.4f}, SEG {result['seg']:.4f} of {result['cells']} cells")
-    write(result, args, None, None, None)
+    refuse_existing(args)
+    labels, notes = read_references(args)
+    sections = chosen_sections(args.sections, len(labels.sections))
+    references = labels.sections[list(sections)]
+    if not references.any():
+        what = "no cell is labelled" if args.instances else "no pixel is interior"
+        raise data.DataError(f"--mask_path: {what} in the sections to score, {data.format_sections(sections)}.")
+    with contextlib.ExitStack() as files:
+        fit = (sections, labels.sections.shape, notes, files)
+        native = read_sections(args.prediction, "prediction", *fit)
+        raw = read_sections(args.image_path, "image", *fit) if args.image_path else None
+        refuse_inputs(args, labels, native, raw)
+        notes += origin.check(args.prediction, labels.source, raw and raw.reader)
+        score = score_cells if args.instances else score_masks
+        prediction, found, text = score(native, references, sections, which, notes)
+        result = {"prediction": str(args.prediction), "mask_path": str(args.mask_path)} | found
+        written = write(result, args, prediction, references, raw)
+    for note in filter(None, notes):
+        print(note, file=sys.stderr if note.startswith("warning:") else sys.stdout)
+    print("\n".join([text, *written]))
     return 0
+
+
+def read_references(args):
+    """Read the labels, and what is to be said of them."""
+    if args.instances:
+        return data.read_instances(args.mask_path)
+    return data.read_labels(args.mask_path, invert=args.invert_mask)
+
+
+def score_masks(native, references, sections, which, notes):
+    """Return the prediction as probabilities, its scores, and these as a table."""
+    prediction, said = to_probabilities(native, native.source)
+    notes += [said, *warnings_about(prediction, references)]
+    found = score_arrays(prediction, references, which, sections=sections)
+    return prediction, found, report.table(found)
+
+
+def score_cells(native, references, sections, which, notes):
+    """As `score_masks`, for numbers of cells."""
+    if native.dtype.kind not in "biu":
+        raise data.DataError(
+            f"--prediction must hold whole numbers, 0 = background, with --instances. Received: {native.dtype}"
+        )
+    found = score_instances(native, references, sections=sections)
+    return native, found, f"mean IoU {found['mean_iou']:.4f}, SEG {found['seg']:.4f} of {found['cells']} cells"
 
 
 def write(result, args, prediction, references, raw):
-    """Write the JSON file and the report, where asked for, and say where they are."""
+    """Write the JSON file and the report, where asked for, before anything is printed; say where they are."""
+    written = []
     if args.json:
-        with data.replacing(args.json, force=args.force) as partial:
-            partial.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        print(f"numbers: {args.json}")
+        atomic.write_json(args.json, result, force=args.force, indent=2)
+        written.append(f"numbers: {args.json}")
     if args.report:
-        print(f"report: {report.write(args.report, result, prediction, references, raw)}")
-
-
-def say(messages):
-    """Print notes to stdout, and what wants attention to stderr."""
-    for message in messages:
-        if message:
-            print(message, file=sys.stderr if message.startswith("warning:") else sys.stdout)
-
-
-def score_instances(prediction, references, *, sections=None):
-    """Score instance labels.
-
-    Parameters
-    ----------
-    prediction, references : ndarray of int, shape (S, H, W)
-        Numbers of cells, 0 = background.
-
-    Returns
-    -------
-    dict
-        "mean_iou" and "seg" (`scores.mean_iou`, `scores.seg`), "per_section" likewise, "cells", "sections".
-    """
-    numbers = list(range(len(references)) if sections is None else sections)
-    labelled = [i for i in range(len(references)) if references[i].any()]
-    both = {name: score.function for name, score in scores.SCORES.items() if score.of == "cells"}
-    return {name: score(prediction, references) for name, score in both.items()} | {
-        "per_section": [
-            {"section": numbers[i]} | {name: score(prediction[[i]], references[[i]]) for name, score in both.items()}
-            for i in labelled
-        ],
-        "cells": sum(len(np.unique(section[section > 0])) for section in references),
-        "sections": numbers,
-    }
+        written.append(f"report: {report.write(args.report, result, prediction, references, raw)}")
+    return written
 
 
 def parse_scores(text):
@@ -177,22 +151,34 @@ def parse_scores(text):
     return tuple(name for name in SCORES if name in asked)
 
 
+def outputs(args):
+    """Return (flag, path) of what will be written, and of what would be replaced in the folder of the report."""
+    found = [("--json", args.json)] if args.json else []
+    if args.report:
+        found.append(("--report", Path(args.report) / "report.html"))
+        found += [("--report", path) for kind in report.PICTURES for path in sorted(Path(args.report).glob(kind))]
+    return found
+
+
 def refuse_existing(args):
     """Refuse before the work, not after it, where an output is in the way."""
-    for flag, path in (
-        ("--json", args.json),
-        ("--report", args.report and Path(args.report) / "report.html"),
-    ):
-        if path and Path(path).exists() and not args.force:
-            raise data.DataError(f"{flag}: {path} exists already (--force replaces it).")
     if args.report and Path(args.report).is_file():
         raise data.DataError(f"--report must be a folder. Received: the file {args.report}")
+    for flag, path in outputs(args):
+        if os.path.lexists(path) and not args.force:
+            raise data.DataError(f"{flag}: {path} exists already (--force replaces it).")
+
+
+def refuse_inputs(args, *stacks):
+    """An output is never an input, not even with --force."""
+    for flag, path in outputs(args):
+        atomic.refuse_inputs(flag, path, *(stack.source for stack in stacks if stack is not None))
 
 
 # --- input
 
 
-def _asked(text, count):
+def chosen_sections(text, count):
     """Return the sections to score of `count` labelled ones."""
     if not text:
         return tuple(range(count))
@@ -202,36 +188,45 @@ def _asked(text, count):
     return sections
 
 
-def read_sections(path, role, sections, shape):
-    """Read the sections wanted of a stack that must fit labels of the given shape (S, H, W).
+class Sections:
+    """Sections of an open stack, each read when it is asked for: memory does not grow with their number."""
+
+    def __init__(self, reader, chosen, convert=None):
+        self.reader, self.chosen, self.convert = reader, chosen, convert or (lambda section: section)
+        self.source, self.dtype = reader.source, reader.dtype
+
+    def __len__(self):
+        return len(self.chosen)
+
+    def __getitem__(self, place):
+        return self.convert(self.reader[self.chosen[place]])
+
+
+def read_sections(path, role, sections, shape, notes, files):
+    """Open a stack that must fit labels of the given shape (S, H, W); return the `Sections` wanted.
 
     A stack of as many sections as the labels is subset like them; one of exactly as many as were asked for is
-    taken to BE those.
+    taken to BE those, and `notes` says so. `files`, an ExitStack, closes it.
     """
-    with data.iter_sections(path, what=role) as reader:
-        flag = "--image_path" if role == "image" else f"--{role}"
-        if reader.shape[1:] != shape[1:]:
-            raise data.DataError(
-                f"{flag} and --mask_path must have the same section size. Received: "
-                f"{_by(reader.shape[1:])} and {_by(shape[1:])} (rows x columns)"
-            )
-        chosen, words = sections, []
-        if len(reader) != shape[0]:
-            if len(reader) != len(sections):
-                raise data.DataError(
-                    f"{flag} must have as many sections as --mask_path, or as --sections names. Received: "
-                    f"{len(reader)}, {shape[0]} and {len(sections)}"
-                )
-            chosen = range(len(reader))
-            words = [
-                f"{flag}: its {len(reader)} sections are taken to be sections "
-                f"{data.format_sections(sections)} of the labels"
-            ]
-        return np.stack([reader[i] for i in chosen]), words
-
-
-def _by(shape):
-    return " x ".join(str(n) for n in shape)
+    flag = "--image_path" if role == "image" else f"--{role}"
+    if role == "prediction" and not os.path.exists(os.path.expanduser(path)):
+        raise data.DataError(f"{flag}: {path} does not exist.")
+    reader = files.enter_context(data.iter_sections(path, what=role))
+    if reader.shape[1:] != shape[1:]:
+        sizes = [" x ".join(map(str, found[1:])) for found in (reader.shape, shape)]
+        raise data.DataError(
+            f"{flag} and --mask_path must have the same section size. Received: {' and '.join(sizes)} (rows x columns)"
+        )
+    if len(reader) == shape[0]:
+        return Sections(reader, sections)
+    if len(reader) != len(sections):
+        raise data.DataError(
+            f"{flag} must have as many sections as --mask_path, or as --sections names. Received: "
+            f"{len(reader)}, {shape[0]} and {len(sections)}"
+        )
+    named = data.format_sections(sections)
+    notes.append(f"{flag}: its {len(reader)} sections are taken to be sections {named} of the labels")
+    return Sections(reader, range(len(reader)))
 
 
 def to_probabilities(native, source="prediction"):
@@ -239,46 +234,48 @@ def to_probabilities(native, source="prediction"):
 
     Parameters
     ----------
-    native : ndarray of shape (S, H, W)
+    native : Sections, or ndarray of shape (S, H, W)
         Float 0..1; bool; integers 0/1, 0/255 or 0/65535 (masks); uint8 or uint16 scaled by 255 or 65535.
 
     Returns
     -------
-    ndarray of float32, shape (S, H, W), and a sentence that says how it was read
+    Sections of float32, and a sentence that says how they were read
     """
-    lowest, highest = native.min(), native.max()
-    if native.dtype.kind == "f":
+    dtype = native.dtype
+    lows, highs, least = zip(*((s.min(), s.max(), s[s != 0].min(initial=s.max())) for s in native), strict=True)
+    lowest, highest = float(np.min(lows)), float(np.max(highs))
+    two_values = lowest >= 0 and all(value in (0, highest) for value in least)
+    full = 255 if dtype == np.uint8 else 65535
+    received = f"Received: {dtype} {lowest:g}..{highest:g} in {source}"
+    if dtype.kind == "f":
         if not (lowest >= 0 and highest <= 1):  # NaN fails too
-            raise data.DataError(
-                f"--prediction must hold probabilities 0..1. Received: {lowest:g}..{highest:g} in {source}"
-            )
-        return native.astype(np.float32, copy=False), "prediction: probabilities, 0..1, 1 = interior"
-    full = 255 if native.dtype == np.uint8 else 65535
-    is_mask = highest in (0, 1, 255, 65535) and not ((native != 0) & (native != highest)).any()
-    if is_mask:
-        return (native > 0).astype(np.float32), f"prediction: a mask, 0 = membrane, {int(highest) or 1} = interior"
-    if native.dtype not in (np.uint8, np.uint16):
-        raise data.DataError(
-            f"--prediction must be float, 8 or 16 bit, or a mask. Received: {native.dtype} with values "
-            f"{lowest}..{highest} in {source}"
-        )
-    if highest <= full // 256:
-        raise data.DataError(
-            f"--prediction of {native.dtype} must be a mask or probabilities scaled to 0..{full}. Received: "
-            f"values {lowest}..{highest} in {source}"
-        )
-    bits = 8 if full == 255 else 16
-    return native.astype(np.float32) / np.float32(
-        full
-    ), f"prediction: {bits}-bit values, divided by {full}; 1 = interior"
+            raise data.DataError(f"--prediction must hold probabilities 0..1. {received}")
+        convert, words = lambda s: s.astype(np.float32, copy=False), "probabilities, 0..1, 1 = interior"
+    elif two_values and highest in (0, 1, 255, 65535):
+        convert, words = lambda s: (s > 0).astype(np.float32), f"a mask, 0 = membrane, {int(highest) or 1} = interior"
+    elif dtype not in (np.uint8, np.uint16):
+        raise data.DataError(f"--prediction must be float, 8 or 16 bit, or a mask. {received}")
+    elif highest <= full // 256:
+        raise data.DataError(f"--prediction must be a mask or probabilities scaled to 0..{full}. {received}")
+    else:
+        convert = lambda s: s.astype(np.float32) / np.float32(full)  # noqa: E731
+        words = f"{dtype.itemsize * 8}-bit values, divided by {full}; 1 = interior"
+    return _converted(native, convert), f"prediction: {words}"
+
+
+def _converted(native, convert):
+    if isinstance(native, Sections):
+        return Sections(native.reader, native.chosen, convert)
+    return np.stack([convert(section) for section in native])
 
 
 def warnings_about(prediction, references):
     """Say what makes the scores of a readable prediction doubtful."""
     found = []
-    if prediction.max() < 0.25:
+    largest = max(float(p.max()) for p in prediction)
+    if largest < 0.25:
         found.append(
-            f"warning: the largest probability is {prediction.max():.4f}; an instance mask, or values that "
+            f"warning: the largest probability is {largest:.4f}; an instance mask, or values that "
             "are not scaled to the full range, cannot be scored"
         )
     if correlation(prediction, references) < 0:
@@ -286,7 +283,7 @@ def warnings_about(prediction, references):
             "warning: the prediction looks inverted (its correlation with the labels is negative); 1 or 255 "
             "must mean interior. Invert it, or try --invert_mask if it is the labels that are turned"
         )
-    if not any(((p > 0) & ~scores.above(p, scores.THRESHOLDS[-1])).any() for p in prediction):
+    if not any(((p > 0) & ~above(p, THRESHOLDS[-1])).any() for p in prediction):
         found.append(
             "warning: every threshold gives the same segmentation (the prediction holds only 0 and 1), so "
             "the curves are flat and the best threshold means nothing; score the probabilities to find one"
@@ -380,3 +377,29 @@ def _pixel_scores(probabilities, references, which, result):
         bins = scores.calibration(probabilities, references)
         result["calibration"] = {key: row.tolist() for key, row in bins._asdict().items()}
     return values
+
+
+def score_instances(prediction, references, *, sections=None):
+    """Score instance labels.
+
+    Parameters
+    ----------
+    prediction, references : ndarray of int, shape (S, H, W)
+        Numbers of cells, 0 = background.
+
+    Returns
+    -------
+    dict
+        "mean_iou" and "seg" (`scores.mean_iou`, `scores.seg`), "per_section" likewise, "cells", "sections".
+    """
+    numbers = list(range(len(references)) if sections is None else sections)
+    both = {name: score.function for name, score in scores.SCORES.items() if score.of == "cells"}
+    return {name: score(prediction, references) for name, score in both.items()} | {
+        "per_section": [
+            {"section": numbers[i]} | {name: score([prediction[i]], [references[i]]) for name, score in both.items()}
+            for i in range(len(references))
+            if references[i].any()
+        ],
+        "cells": sum(len(np.unique(section[section > 0])) for section in references),
+        "sections": numbers,
+    }

@@ -21,6 +21,7 @@ from score.scores import SCORES
 
 ZOOM = 2  # pictures are drawn with 2 x 2 pixels for each of the data's, so that hatches and outlines stay fine
 MOST_SECTIONS = 30
+PICTURES = ("section-*.png", "curves-*.png")  # beside report.html
 BLUE, ORANGE, MAGENTA, GREEN = (0, 114, 178), (230, 159, 0), (204, 60, 150), (0, 158, 115)
 MARKS = {  # name: colour, meaning
     "splits": (

@@ -1,0 +1,80 @@
+"""From which images a prediction was made, and whether the labels that it is scored against are theirs.
+
+`predict` writes the SHA-256 of the images' pixels into the TIFF. Two stacks of one size are easily taken for each
+other: `predict --image_path isbi2012` means the test stack, `evaluate --mask_path isbi2012` the training labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+
+import data
+from files.fetching import ISBI_ROLES
+
+
+def check(prediction, labels, given=None):
+    """Return warnings where a prediction was made from other images than are labelled, or refuse it.
+
+    Parameters
+    ----------
+    prediction : path
+    labels : str
+        The file or folder of the labels, or "synthetic".
+    given : StackReader, optional
+        The images named by ``--image_path``.
+    """
+    made_from = recorded(prediction)
+    if not made_from:
+        return []
+    own, other = images_of(labels)
+    if other is not None and made_from == sha256(other):
+        raise data.DataError(
+            f"--prediction was made from {_name(other)}, and --mask_path labels {_name(own)}: name the labels of the "
+            "images that were predicted (isbi2012-test are those of the test stack)."
+        )
+    if (given or own) is None or made_from == sha256(given or own):
+        return []
+    return [f"warning: the prediction was made from other images than {_name(given or own)}, or from a part of them"]
+
+
+def recorded(prediction):
+    """Return the SHA-256 that a TIFF of `predict` holds, or None."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(Path(prediction).expanduser()) as tif:
+            found = re.search("image_sha256[^0-9a-f]{1,4}([0-9a-f]{64})", tif.pages[0].description)
+    except Exception:  # no TIFF, which others judge; tifffile raises whatever it likes on a damaged one
+        return None
+    return found and found[1]
+
+
+def images_of(labels):
+    """Return the images of known labels, and those that they are taken for, by place or as a Stack; else None."""
+    if labels == "synthetic":
+        return data.resolve("synthetic", "image"), data.resolve("synthetic", "test")
+    path = Path(labels)
+    pairs = {ISBI_ROLES["mask"]: ("image", "test"), ISBI_ROLES["test_mask"]: ("test", "image")}
+    if path.name in pairs:
+        found = [path.with_name(ISBI_ROLES[role]) for role in pairs[path.name]]
+    elif path.name == "SEG" and path.parent.name[:2] in ("01", "02"):  # of the Cell Tracking Challenge
+        found = [path.parents[1] / sequence for sequence in sorted(("01", "02"), key=path.parent.name[:2].__ne__)]
+    else:
+        found = []
+    return tuple(place if place.exists() else None for place in found) or (None, None)
+
+
+def sha256(images):
+    """Return what `data.sha256_pixels` gives for a path, Stack or open StackReader, one section in memory at a time."""
+    digest = hashlib.sha256()
+    for section in images if isinstance(images, data.StackReader) else data.iter_sections(images):
+        digest.update(np.ascontiguousarray(section.astype(section.dtype.newbyteorder("<"), copy=False)))
+    return digest.hexdigest()
+
+
+def _name(images):
+    return images if isinstance(images, Path) else images.source
