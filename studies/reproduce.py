@@ -43,7 +43,7 @@ SUITE = Path(__file__).resolve().parent.parent / "dilatedUnet.py"
 # Of a run's settings: where it is kept and what it runs on, which do not make it another experiment.
 IGNORED = (
     *("verb", "run", "argv", "run_dir", "weight_path", "resume", "force", "tensorboard", "gpu", "precision"),
-    *("distribute", "lr_find", "augment_preview", "steps_per_execution"),
+    *("distribute", "lr_find", "augment_preview", "steps_per_execution", "recipe"),
 )
 POINTS = 100  # of a history that is committed: a README's curve shows no more
 MARK = "<!-- written by `python dilatedUnet.py reproduce"

@@ -110,26 +110,44 @@ def test_help_imports_nothing_heavy(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--epochs 0", "argument --epochs: must be at least 1. Received: 0"),
+        ("--epochs 0", "argument --epochs: must be at least 1 and at most 1000000. Received: 0"),
         ("--epochs ten", "argument --epochs: must be a whole number. Received: ten"),
-        ("--lr 0", "argument --lr: must be above 0.0. Received: 0"),
+        ("--lr 0", "argument --lr: must be at least 1e-12 and at most 3.4e+38. Received: 0"),
         ("--lr -1", "argument --lr"),
-        ("--lr nan", "argument --lr: must be above 0.0. Received: nan"),
-        ("--lr inf", "argument --lr: must be above 0.0. Received: inf"),
+        ("--lr nan", "argument --lr: must be at least 1e-12"),
+        ("--lr inf", "argument --lr: must be at least 1e-12"),
+        (f"--lr {'1' * 401}", "argument --lr: must be at least 1e-12"),
+        (f"--seed {'1' * 401}", "argument --seed: must be at least 0 and at most 2147483647. Received: 1111"),
+        ("--sigma 1e300", "argument --sigma: must be above 0 and at most 1000"),
+        ("--batch_size 100000", "argument --batch_size: must be at least 1 and at most 1024"),
+        ("--batch_size 1024 --window 4096", "--batch_size windows must hold at most 1073741824 px"),
+        ("--val_windows 1000000000", "argument --val_windows: must be at least 1 and at most 1000"),
+        ("--lr_find 1000000000", "argument --lr_find: must be at least 10 and at most 10000"),
+        ("--distribute 1000", "argument --distribute: must be at least 1 and at most 64"),
+        ("--folds 1000000000", "argument --folds: must be at least 2 and at most 1000"),
+        ("--dilate_rate 1000000", "argument --dilate_rate: must be at least 1 and at most 64"),
+        ("--filters 1000000000", "argument --filters: must be 1 to 8 whole numbers of at most 4096"),
+        ("--gpu first", "argument --gpu: must be the number of a GPU"),
+        ("--weight_path .", "argument --weight_path: must be a file, not a folder. Received: ."),
+        ("--weight_path runs/..", "argument --weight_path: must be a file, not a folder"),
+        ("--augment_preview .", "argument --augment_preview: must be a file, not a folder"),
+        ("--run_dir=", "argument --run_dir: must be a path. Received: ''"),
+        ("--image_path ~no-such-user/x.tif", "argument --image_path: must be a path: no home folder"),
         ("--dilate 2", "argument --dilate: invalid choice: 2"),
-        ("--dropout 1", "argument --dropout: must be at least 0.0 and at most 0.95. Received: 1"),
+        ("--dropout 1", "argument --dropout: must be at least 0 and at most 0.95. Received: 1"),
         ("--classes 1", "argument --classes: must be at least 2"),
-        ("--filters 4,x", "argument --filters: must be whole numbers such as 44,88,176. Received: 4,x"),
-        ("--filters 4,0", "argument --filters: must be whole numbers"),
+        ("--filters 4,x", "argument --filters: must be 1 to 8 whole numbers of at most 4096, such as"),
+        ("--filters 4,0", "argument --filters: must be 1 to 8 whole numbers"),
         ("--optimizer lion", "argument --optimizer: invalid choice: 'lion'"),
         ("--clr_gamma 0", "argument --clr_gamma: must be above 0"),
         ("--folds 1", "argument --folds: must be at least 2"),
         ("--lr_find 3", "argument --lr_find: must be at least 10"),
         ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
-        ("predct --weight_path x", "unrecognized arguments: predct"),
-        ("predict", "the following arguments are required: --weight_path"),
-        ("predict --weight_path w --tile 0", "argument --tile: must be at least 1. Received: 0"),
-        ("predict --weight_path w --threshold 1.5", "argument --threshold: must be at least 0.0 and at most 1.0"),
+        ("predct --weight_path x", "fetch, check. Received: predct (did you mean predict?)"),
+        ("predict --output x.png", "argument --output: must be a file that ends in .tif or .tiff or .zarr"),
+        ("predict --output=", "argument --output: must be a path. Received: ''"),
+        ("predict --weight_path w --tile 0", "argument --tile: must be at least 1 and at most 16384. Received: 0"),
+        ("predict --weight_path w --threshold 1.5", "argument --threshold: must be at least 0 and at most 1"),
         ("predict --weight_path w --tta 5", "argument --tta: invalid choice: '5'"),
         ("fetch cifar", "invalid choice: 'cifar'"),
         # flags that contradict each other
@@ -153,6 +171,9 @@ def test_help_imports_nothing_heavy(tmp_path):
         ("--steps_per_epoch 10 --steps_per_execution 3", "--steps_per_execution must be a divisor"),
         ("--window 500", "--window must be a multiple of 8. Received: 500"),
         ("--window 8 --filters 1,1,1,1", "--window must be a multiple of 16. Received: 8"),
+        ("--recipe slow", "argument --recipe: invalid choice: 'slow'"),
+        ("--recipe quick --fold 1", "go with --protocol kfold; --recipe quick sets --protocol holdout"),
+        ("--recipe quick --step_size 9", "--step_size is of no use with --clr_mode cosine; --recipe quick sets"),
     ],
 )  # fmt: skip
 def test_bad_usage_is_refused_in_one_sentence_that_names_the_flag(refuses, tmp_path, flags, words):
@@ -177,6 +198,50 @@ def test_flags_that_go_together_are_taken(flags):
     args = parse(words)
     for name, value in zip(words[::2], words[1::2], strict=True):
         assert getattr(args, name[2:]) == type(getattr(args, name[2:]))(value)
+
+
+# -- recipes
+
+
+def differing(a, b):
+    """The settings in which two command lines differ."""
+    a, b = (vars(parse(words.split())) for words in (a, b))
+    return {key: b[key] for key in a if a[key] != b[key]}.keys() - {"argv", "recipe"}
+
+
+@pytest.mark.parametrize("name", dilatedUnet.RECIPES)
+def test_a_recipe_is_what_its_flags_are_and_is_shown_where_one_looks(call, name):
+    words = " ".join(f"--{key} {value}" for key, value in dilatedUnet.RECIPES[name].items())
+    assert parse(["--recipe", name]).recipe == name
+    assert not differing(words, f"--recipe {name}")
+    for shown in (call("train", "--help").out, call("check", "--image_path", "synthetic").out):
+        assert f"--recipe {name}: " in shown
+        assert " ".join(words.split()[:4]) in shown
+
+
+def test_the_published_recipe_is_what_the_published_commands_say():
+    assert not differing("--lr 0.00001 --max_lr 0.01 --epochs 500", "--recipe published")
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        ("--epochs 7", {"epochs"}),
+        ("--protocol kfold --fold 1", {"protocol", "fold"}),
+        ("--protocol all", {"protocol", "inner_sections"}),
+        ("--protocol published", {"protocol", "inner_sections", "val_windows"}),
+        ("--patience 5", {"patience", "inner_sections"}),
+        ("--optimizer sgd", {"optimizer"}),
+        ("--clr_mode none", {"clr_mode", "max_lr"}),
+        ("--clr_mode triangular --step_size 5", {"clr_mode", "step_size"}),
+        ("--arch unet2015", {"arch", "filters", "window", "loss"}),
+        ("--ema 0", {"ema"}),
+    ],
+)
+def test_a_flag_by_hand_wins_over_the_recipe(flags, changed):
+    assert differing("--recipe quick", f"{flags} --recipe quick") == changed
+    for name, value in zip(flags.split()[::2], flags.split()[1::2], strict=True):
+        assert str(vars(parse(["--recipe", "quick", *flags.split()]))[name[2:]]) in (value, value + ".0")
 
 
 # -- exit codes

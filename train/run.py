@@ -34,7 +34,7 @@ from predict import prediction
 # What may differ between a run and its resumption; every other setting must be the same.
 FREE_ON_RESUME = (
     *("epochs", "resume", "force", "tensorboard", "gpu", "distribute", "lr_find", "augment_preview"),
-    *("verb", "run", "argv"),
+    *("verb", "run", "argv", "recipe"),
 )
 KEPT = ("rows", "best", "waited", "reference", "stopped", "seconds")  # of the recorder, in the checkpoint
 HISTORY = ("epoch", "update", "learning_rate", "loss", "dice", "val_loss", "val_dice")
@@ -591,6 +591,7 @@ def new_record(args, settings, images, masks, split, normalisation, precision, n
     return {
         "argv": args.argv,
         "command": shlex.join(["python", "dilatedUnet.py", *args.argv]),
+        "recipe": args.recipe,
         "settings": settings,
         "epochs": args.epochs,
         "finished": False,

@@ -1,0 +1,109 @@
+"""What a shell expects of a program: streams that may be gone, signals, exit codes."""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as of other programs whose reader has left
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which batch systems send: like Ctrl-C, a run ends with a checkpoint."""
+
+    code = 143
+
+    def __str__(self):
+        return "ended by SIGTERM"
+
+
+class Stream:
+    """stdout or stderr that may be gone or full: what nobody reads must not stop a training.
+
+    What the terminal has no letter for is written as an escape.
+    """
+
+    def __init__(self, stream):
+        self.stream, self.error = stream, None
+        stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._safely(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._safely(self.stream.flush)
+
+    def _safely(self, function, *words):
+        try:
+            function(*words)
+        except OSError as error:
+            self.error = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # for the rest of the run
+
+
+def ends(main):
+    """Exit code of `main`, called as a shell expects it; from then on signals come too late."""
+    _open_streams()
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    received = []
+
+    def terminate(*_):
+        received.append(True)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        code = main()
+    except SystemExit as stop:  # argparse's way out
+        code = stop.code
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdout.flush()
+    lost = sys.stdout.error
+    if lost and not code:
+        code = BROKEN_PIPE if lost.errno == errno.EPIPE else 2
+        if code == 2:
+            print(f"dilatedUnet.py: stdout could not be written: {lost.strerror}", file=sys.stderr)
+    return Terminated.code if received and code == 130 else code
+
+
+def _open_streams():
+    """A stream that was closed takes what is written: else the next file that is opened would get its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+@contextlib.contextmanager
+def quiet_stderr():
+    """Hold back what the frameworks' C++ writes while they load; it is shown if loading fails."""
+    import tempfile
+
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            file.seek(0)
+            os.write(kept, file.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def out_of_memory(error):
+    """Whether an exception says that, in the words of Python or of a framework."""
+    kinds = ("MemoryError", "ResourceExhaustedError", "OutOfMemoryError")
+    return any(kind.__name__ in kinds for kind in type(error).__mro__) or "RESOURCE_EXHAUSTED" in str(error)

@@ -1,0 +1,74 @@
+"""What must be right before Keras is imported: backend, cluster, devices; then the backend is loaded, quietly."""
+
+import importlib.util
+import json
+import os
+import sys
+
+from files.atomic import DataError
+from files.shell import quiet_stderr
+
+INSTALL = {"tensorflow": "tensorflow", "jax": '"jax[cpu]"', "torch": "torch"}
+CLUSTER = 'TF_CONFIG must look like {"cluster": {"worker": ["host:1234"]}, "task": {"type": "worker", "index": 0}}'
+COUNTS = ("KERAS_DISTRIBUTION_NUM_PROCESSES", "KERAS_DISTRIBUTION_PROCESS_ID")
+
+
+def prepare(gpu, shared=False):
+    """Load the backend for the devices named by `gpu`, or all of them for a run that is `shared`.
+
+    Raises
+    ------
+    DataError
+        Where the environment names a backend that is not there, or no cluster that makes sense.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    if shared:
+        check_cluster()
+    else:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    check_backend(os.environ.get("KERAS_BACKEND") or "tensorflow")
+    with quiet_stderr():
+        load(shared)
+    from network import device
+
+    if gpu not in (None, "-1") and not shared and not device.accelerator():
+        print(f"--gpu {gpu}: no such GPU is found here, so the CPU computes", file=sys.stderr, flush=True)
+
+
+def check_backend(name):
+    """Refuse a backend that does not exist or is not installed."""
+    if name not in INSTALL:
+        raise DataError(f"KERAS_BACKEND must be one of {', '.join(INSTALL)}. Received: {name}")
+    if importlib.util.find_spec(name) is None:
+        raise DataError(f"KERAS_BACKEND={name} needs {name}, which is not installed: pip install {INSTALL[name]}")
+
+
+def load(shared):
+    """Import Keras and what its backend needs."""
+    try:
+        import keras
+    except ImportError as error:
+        raise DataError(f"Keras or its backend is damaged or missing: {error}") from error
+    if keras.backend.backend() not in INSTALL:  # ~/.keras/keras.json can name one
+        raise DataError(f"Keras's backend must be one of {', '.join(INSTALL)}. Received: {keras.backend.backend()}")
+    from network import device
+
+    device.load(shared)
+
+
+def check_cluster():
+    """Refuse an environment that names other processes in a way that the frameworks stumble over."""
+    try:
+        config = json.loads(os.environ.get("TF_CONFIG") or "{}")
+        cluster, task = config.get("cluster", {}), config.get("task", {})
+        hosts = [host for kind in cluster.values() for host in kind]
+        good = all(isinstance(host, str) for host in hosts) and int(task.get("index", 0)) >= 0
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise DataError(f"{CLUSTER}. Received: {os.environ['TF_CONFIG'][:80]}")
+    for name in COUNTS:
+        if not os.environ.get(name, "0").isdecimal():
+            raise DataError(f"{name} must be a whole number. Received: {os.environ[name]}")
