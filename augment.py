@@ -271,7 +271,7 @@ def cut(stack, draw, margin):
     return section[top : rows.max() + 1].take(columns, axis=1).take(rows - top, axis=0)  # each row made once
 
 
-def batch(images, masks, recipe, *, seed, epoch, indices, window, sections, context=0):
+def batch(images, masks, recipe, *, seed, epoch, indices, window, sections, context=0, weights=None):
     """Numbers and source windows of the crops `indices` of `epoch`, for `warp`.
 
     Parameters
@@ -281,6 +281,8 @@ def batch(images, masks, recipe, *, seed, epoch, indices, window, sections, cont
     window, context : int
         Side of the crop, which lies within the section, and px around it, mirrored beyond the section's border, that
         an unpadded network loses: `warp` is to be given the window `window + 2 * context`.
+    weights : ndarray of shape (S, H, W), optional
+        Of the pixels, for a weighted loss; they come as "weights", and `warp` returns them too.
 
     Returns
     -------
@@ -289,17 +291,17 @@ def batch(images, masks, recipe, *, seed, epoch, indices, window, sections, cont
         "grid" (B, 2, g, g) and "gray" (B, 4) in float32; "key" (B,) in int32.
     """
     kwargs = {"seed": seed, "epoch": epoch, "sections": sections, "shape": images.shape[1:], "window": window}
-    return collate(images, masks, [draw(recipe, index=int(index), **kwargs) for index in indices], recipe, context)
+    draws = [draw(recipe, index=int(index), **kwargs) for index in indices]
+    return collate(images, masks, draws, recipe, context, weights)
 
 
-def collate(images, masks, draws, recipe, context=0):
+def collate(images, masks, draws, recipe, context=0, weights=None):
     """The same as `batch`, from draws already made."""
     if images.shape != masks.shape:
         raise ValueError(f"images and masks must have one shape. Received: {images.shape} and {masks.shape}")
     reach = context + margin(recipe, draws[0].window + 2 * context)
-    return {
-        "image": np.stack([cut(images, one, reach) for one in draws]),
-        "mask": np.stack([cut(masks, one, reach) for one in draws]),
+    stacks = {"image": images, "mask": masks} | ({} if weights is None else {"weights": weights})
+    return {name: np.stack([cut(stack, one, reach) for one in draws]) for name, stack in stacks.items()} | {
         "affine": np.stack([one.affine for one in draws]),
         "grid": np.stack([one.grid for one in draws]),
         "gray": np.stack([one.gray for one in draws]),
@@ -324,6 +326,8 @@ def warp(batch, recipe, *, window, mean, std, order="linear"):
     image : float32 tensor of shape (B, window, window, 1)
     mask : float32 tensor of shape (B, window, window)
         Values of the source's mask, exactly.
+    weights : float32 tensor of shape (B, window, window)
+        Only where the batch holds "weights".
     """
     if order not in ("linear", "nearest"):
         raise ValueError(f"order must be linear or nearest. Received: {order!r}")
@@ -331,7 +335,7 @@ def warp(batch, recipe, *, window, mean, std, order="linear"):
     width = window + 2 * margin(recipe, window)
     first = ops.arange(ops.shape(rows)[0], dtype="int32")[:, None, None] * width**2  # pixel of each source
     nearest = _flat_index(rows + 0.5, columns + 0.5, width, first)
-    mask = _pick(batch["mask"], nearest)
+    labels = [_pick(batch[name], nearest) for name in ("mask", "weights") if name in batch]
     if recipe.resamples and order == "linear":
         image = _linear(batch["image"], rows, columns, width, first)
     else:
@@ -340,7 +344,7 @@ def warp(batch, recipe, *, window, mean, std, order="linear"):
     image = _change_gray(image, batch["gray"], recipe)
     if recipe.noise:
         image = image + batch["gray"][:, 3, None, None] * _noise(batch["key"], window)
-    return image[..., None], mask
+    return image[..., None], *labels
 
 
 def _coordinates(batch, recipe, window):

@@ -22,6 +22,7 @@ import data
 from network import device
 from predict import prediction
 from train import run as training
+from train.record import HISTORY, hardware, versions
 
 PROGRAM = Path(training.__file__).parent.parent / "dilatedUnet.py"
 SAVING = "checkpoint, history, best weights"
@@ -54,16 +55,13 @@ def written_stack(folder):
     return paths
 
 
-def after_an_epoch(program, folder):
+def after_an_epoch(recorder):
     """A function that writes what is written after every epoch."""
-    recorder = training.Recorder(program.args, folder, folder / "best.weights.h5", {}, [])
-    recorder.set_model(program.trainee)
-    recorder.weights_record = dict
-    recorder.rows = [dict.fromkeys(training.HISTORY, 0.5)]
+    recorder.journal.rows = [dict.fromkeys(HISTORY, 0.5)]
 
     def write():
-        recorder.write_history()
-        recorder.save_weights(recorder.weights)
+        recorder.journal.write_history(recorder.place.history)
+        prediction.save_weights(recorder.alone.network, recorder.place.weights, {})
         recorder.save_checkpoint()
 
     return write
@@ -83,7 +81,7 @@ def main():
         stack = written_stack(folder)
         rest = {
             "loading and checking a stack": lambda: data.load_pair(*stack),
-            SAVING: after_an_epoch(program, Path(folder)),
+            SAVING: after_an_epoch(program.recorder),
         }
         found = measure(starts() | rest, args.rounds, 1)
         size = (Path(folder) / "checkpoint.npz").stat().st_size / 2**20
@@ -94,7 +92,7 @@ def main():
     share = saving / (epoch + saving)
     print(f"an epoch of 10 updates: {epoch:.1f} s; checkpoint of {size:.0f} MiB: {100 * share:.2f} % of it (limit 2 %)")
     if args.json:
-        record = {"command": " ".join(sys.argv), "versions": training.versions(), "hardware": training.hardware()}
+        record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
         record |= {"seconds": found, "update_seconds": update, "checkpoint_share": share, "checkpoint_mib": size}
         prediction.write_json(Path(args.json), record)
 

@@ -348,7 +348,7 @@ def main():
         return work(*args.worker, args.batch_size, args.window)
     from network import device
     from predict import prediction
-    from train import run as training
+    from train.record import hardware, versions
 
     print(
         f"device: {device.name()}; {args.batch_size} windows of {args.window} x {args.window} px per step", flush=True
@@ -363,7 +363,7 @@ def main():
                 worker.close()
     print_table(rows)
     if args.json:
-        record = {"command": " ".join(sys.argv), "versions": training.versions(), "hardware": training.hardware()}
+        record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
         prediction.write_json(Path(args.json), record | {"candidates": rows, "arguments": vars(args)})
 
 

@@ -28,7 +28,7 @@ from training_step import measure, stock_network
 import data
 from network import device, unet
 from predict import engines, prediction, tiling
-from train import run as training
+from train.record import hardware, versions
 
 PROGRAM = Path(unet.__file__).parent.parent / "dilatedUnet.py"
 NETWORK = {"dilate": True, "dilate_rate": 2}
@@ -200,7 +200,7 @@ def main():
 
 
 def write_record(args, found):
-    record = {"command": " ".join(sys.argv), "versions": training.versions(), "hardware": training.hardware()}
+    record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
     arguments = {name: value for name, value in vars(args).items() if name != "stock"}
     prediction.write_json(Path(args.json), record | found | {"arguments": arguments})
 

@@ -34,6 +34,8 @@ from network import device
 from predict import prediction
 from score import evaluation
 from train import run as training
+from train.record import hardware, versions
+from train.trainee import averaged_weights
 
 OURS = " ".join(start.RECIPE)
 RECIPES = {
@@ -54,23 +56,24 @@ class Run:
     def __init__(self, name, image_path, seed):
         words = [*RECIPES[name].split(), "--image_path", image_path, "--seed", str(seed)]
         self.args = args = dilatedUnet.parse(words)
-        images, masks, _ = training.load(args)
-        self.split = training.split_of(args, len(images.sections))
-        held_out = list(self.split.held_out)
+        stacks = training.load(args)
+        images, masks, held_out = stacks.images, stacks.masks, list(stacks.split.held_out)
         self.raw, self.truth = images.sections[held_out], masks.sections[held_out]
         self.rescaled = name == "usual"
         if self.rescaled:
             images, masks = rescaled(images), rescaled(masks, binary=True)
-        self.normalisation = data.Normalisation.fit(images.sections[list(self.split.train)])
+            normalisation = data.Normalisation.fit(images.sections[list(stacks.split.train)])
+            stacks = replace(stacks, images=images, masks=masks, normalisation=normalisation)
+        self.normalisation = stacks.normalisation
         precision = device.choose_precision(args.precision)
-        self.trainee, self.clr = training.make_trainee(args, self.normalisation, precision)
-        self.feed = training.training_batches(args, images, masks, self.split, 0)
+        self.trainee = training.make_trainee(args, training.course_of(args), self.normalisation, precision)
+        self.feed = training.feed_of(args, stacks).training(0)
 
     def v_rand(self):
         """Of the held-out sections, each at full size."""
         settings = training.network_settings(self.args)
         predict = prediction.section_predictor(self.trainee.network, self.normalisation, settings)
-        with training.averaged_weights(self.trainee):
+        with averaged_weights(self.trainee):
             if self.rescaled:
                 found = [resize(predict(small(s)), s.shape, order=1) for s in self.raw]
             else:
@@ -81,8 +84,7 @@ class Run:
         """[(seconds of training, updates, V_rand), ...]"""
         watch = Watch(self, 60 * minutes, every)
         length = {"epochs": self.args.epochs, "steps_per_epoch": self.args.steps_per_epoch}
-        callbacks = [callback for callback in (self.clr, watch) if callback]
-        self.trainee.fit(self.feed, **length, callbacks=callbacks, shuffle=False, verbose=0)
+        self.trainee.fit(self.feed, **length, callbacks=[watch], shuffle=False, verbose=0)
         return watch.found
 
 
@@ -155,7 +157,7 @@ def measured(args):
         print(f"{name}: {RECIPES[name]}", flush=True)
         found[name] = Run(name, args.image_path, args.seed).points(args.minutes, args.every)
     if args.json:
-        record = {"command": " ".join(sys.argv), "versions": training.versions(), "hardware": training.hardware()}
+        record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
         prediction.write_json(Path(args.json), record | {"recipes": RECIPES, "points": found})
     return found
 

@@ -27,6 +27,9 @@ import dilatedUnet
 from network import device, losses, unet
 from predict import prediction
 from train import run as training
+from train.feed import Stacks
+from train.record import Place, hardware, versions
+from train.recorder import Recorder
 
 
 class StockLayers(unet._Layers):
@@ -71,19 +74,19 @@ class Program:
         self.args = dilatedUnet.parse(words)
         images, masks = data.synthetic(sections=6)
         split = training.split_of(self.args, len(images.sections))
-        normalisation = data.Normalisation.fit(images.sections)
-        self.trainee, clr = training.make_trainee(self.args, normalisation, precision)
-        recorder = training.Recorder(self.args, Path(folder), Path(folder) / "x", {}, [])
-        recorder.on_epoch_end = lambda *_: None  # the checkpoint is an epoch's cost, not an update's
-        self.callbacks = [clr, recorder]
-        self.feed = training.training_batches(self.args, images, masks, split, 0)
+        stacks = Stacks(images, masks, None, split, data.Normalisation.fit(images.sections))
+        course, place = training.course_of(self.args), Place(Path(folder), Path(folder) / "best.weights.h5")
+        self.trainee = training.make_trainee(self.args, course, stacks.normalisation, precision)
+        self.recorder = Recorder(place, {}, course)
+        self.recorder.on_epoch_end = lambda *_: None  # the checkpoint is an epoch's cost, not an update's
+        self.feed = training.feed_of(self.args, stacks).training(0)
 
     def __call__(self, updates):
         clock = Clock()
         self.trainee.fit(
             self.feed,
             steps_per_epoch=updates + 1,
-            callbacks=[*self.callbacks, clock],
+            callbacks=[self.recorder, clock],
             shuffle=False,
             verbose=0,
         )
@@ -156,7 +159,7 @@ def report(args, auto, found):
     print(f"whole program / train_on_batch of the same network: {program:.3f} (limit 1.05)")
     print(f"whole program in {auto} / stock float32: {found[f'ours {auto}, program'][0] / stock:.3f} (limit 0.85)")
     if args.json:
-        record = {"command": " ".join(sys.argv), "versions": training.versions(), "hardware": training.hardware()}
+        record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
         prediction.write_json(Path(args.json), record | {"seconds": found, "arguments": vars(args)})
 
 

@@ -21,7 +21,7 @@ from training_step import measure
 import data
 from network import device, unet
 from predict import engines, prediction
-from train import run as training
+from train.record import hardware, versions
 
 SETTINGS = {"arch": "unet2015", "filters": 64, "levels": 4, "padding": "valid"}
 
@@ -46,7 +46,7 @@ def main():
     for name, (median, low, high) in found.items():
         print(f"{name:24s} {median:6.2f} s a section ({low:.2f}..{high:.2f})")
     if args.json:
-        record = {"command": " ".join(sys.argv), "versions": training.versions(), "hardware": training.hardware()}
+        record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
         prediction.write_json(Path(args.json), record | {"parameters": network.count_params(), "seconds": found})
 
 

@@ -89,6 +89,10 @@ class Alone:
         """The chief's value, in every process; waits for all of them."""
         return value
 
+    def any(self, value: bool) -> bool:
+        """Whether a process says so; waits for all of them."""
+        return value
+
 
 class TensorFlow(Alone):
     """`tf.distribute`: variables mirrored on every device, one replica each."""
@@ -134,11 +138,15 @@ class TensorFlow(Alone):
         return self.strategy.distribute_datasets_from_function(slices)
 
     def agree(self, value):
-        tf = self.tf
-        if self.processes == 1:
-            return value
+        return self._sum(lambda replica: value if replica == 0 else 0) if self.processes > 1 else value
+
+    def any(self, value):
+        return self._sum(lambda replica: value) > 0 if self.processes > 1 else value
+
+    def _sum(self, value):
+        """Of a number of every replica."""
         here = self.strategy.experimental_distribute_values_from_function(
-            lambda context: tf.constant(int(value) if context.replica_id_in_sync_group == 0 else 0)
+            lambda context: self.tf.constant(int(value(context.replica_id_in_sync_group)))
         )
         return int(self.strategy.reduce("SUM", here, axis=None))
 
@@ -193,6 +201,13 @@ class Jax(Alone):
         from jax.experimental import multihost_utils
 
         return int(multihost_utils.broadcast_one_to_all(int(value)))
+
+    def any(self, value):
+        if self.processes == 1:
+            return value
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.process_allgather(int(value)).any())
 
 
 def share(spread, local):

@@ -585,10 +585,10 @@ def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path, draw, d
 @pytest.mark.parametrize("mode", ["triangular", "triangular2", "exp_range", "cosine", "none"])
 @pytest.mark.parametrize("epochs", [1, 7])
 def test_the_rates_of_the_settings_are_those_that_train(mode, epochs):
-    from train import run as training
+    from train.run import course_of
 
     settings = SETTINGS | {"clr_mode": mode}
-    rate = training.rate_function(SimpleNamespace(**settings, epochs=epochs))
+    rate = course_of(SimpleNamespace(**settings, epochs=epochs, batch_size=1, patience=0)).rate
     expected = [rate(update) for update in range(epochs * settings["steps_per_epoch"])]
     rates = figures.scheduled_rates({"epochs": epochs, "settings": settings})
     np.testing.assert_allclose(rates, expected, rtol=1e-12)

@@ -1,0 +1,141 @@
+"""The end of a run: last weights, threshold, scores of whole sections, pictures, the final record."""
+
+import math
+from functools import cache
+
+import numpy as np
+
+import data
+from data import DataError
+from network import losses
+from predict import prediction
+from train.progress import say
+from train.record import HISTORY
+from train.trainee import averaged_weights
+
+
+def finish(recorder, stacks, tta):
+    """Save the last weights, then score the chosen ones on the held-out sections, else on some training sections."""
+    place, journal, network = recorder.place, recorder.journal, recorder.alone.network
+    split, cells = stacks.split, stacks.cells
+    predict = prediction.section_predictor(network, stacks.normalisation, recorder.record["network"], tta=tta)
+    interior_of = cache(lambda i: finite(predict(stacks.images.sections[i]), i))  # some both choose and are scored
+    chosen = some(split.inner or split.train)
+    with averaged_weights(recorder.alone):
+        if not journal.validated:  # nothing to choose by: the last weights it is, if they are worth saving
+            interior_of(chosen[0])
+            recorder.save_weights(place.weights)
+        recorder.save_weights(place.last)
+    network.load_weights(place.weights)
+    record = recorder.record | {"finished": True, "stopped_early": journal.stopped}
+    record["training_seconds"] = round(journal.seconds, 1)
+    record["final"] = journal.rows[-1] | {"best_val_loss": journal.best if math.isfinite(journal.best) else None}
+    record |= choose(stacks, chosen, interior_of)
+    prediction.add_to_record(place.weights, **{key: record[key] for key in prediction.SEGMENTATION if key in record})
+    sections = list(split.held_out or split.inner or some(split.train))
+    interior = np.stack([interior_of(i) for i in sections])
+    role = "held_out" if split.held_out else "training_sections"
+    truth = cells or stacks.masks
+    shown = np.stack(list(prediction.segment_stack(interior, record))) if cells else interior
+    record[role] = (score_cells if cells else score)(truth.sections[sections], shown, sections)
+    draw_section(stacks.images, truth, shown, sections, place.picture(role))
+    draw_curves(journal, recorder.course, place)
+    prediction.write_json(place.record, record)
+    say(f"weights: {place.weights}; record, history and pictures: {place.folder}")
+
+
+def finite(interior, i):
+    if np.isfinite(interior).all():
+        return interior
+    raise DataError(f"the network's prediction of section {i} is not finite: the run has diverged, try lower rates.")
+
+
+def some(sections, most=6):
+    """At most `most` of the sections, evenly spread."""
+    return [sections[i * len(sections) // most] for i in range(most)] if len(sections) > most else list(sections)
+
+
+def choose(stacks, chosen, interior_of):
+    """How `predict --segment` cuts the probability into cells: what is best on some training sections."""
+    from score import scores
+
+    truth = (stacks.cells or stacks.masks).sections[chosen]
+    if not truth.any():
+        return {"threshold": 0.5}
+    interior = [interior_of(i) for i in chosen]
+    if not stacks.cells:
+        return {"threshold": scores.best_threshold(interior, truth)}
+    found = scores.best_segmentation(interior, truth)
+    return {"threshold": found.threshold, "background": found.background, "smallest_cell_px": found.min_size}
+
+
+def score_cells(cells, labels, sections):
+    """Scores of instances, and a plain word where there are none."""
+    from score import evaluation
+
+    if not cells.any():
+        say("WARNING: no section of these holds a cell, so there is nothing to score")
+        return {"sections": sections, "degenerate": "no cell"}
+    found = evaluation.score_instances(labels, cells, sections=sections)
+    found["degenerate"] = None if labels.any() else "the prediction holds no cell"
+    say(f"sections {data.format_sections(sections)}: mean IoU {found['mean_iou']:.4f}, SEG {found['seg']:.4f}")
+    if found["degenerate"]:
+        say(f"WARNING: {found['degenerate']}")
+    return found
+
+
+def score(truth, interior, sections):
+    """Scores of whole sections, and a plain word where the prediction is degenerate."""
+    from score import evaluation
+
+    if not truth.any():
+        say("WARNING: no section of these holds interior, so there is nothing to score")
+        return {"sections": sections, "degenerate": "no interior"}
+    scores = evaluation.score_arrays(interior, truth, tuple(evaluation.SCORES), sections=sections)
+    scores["degenerate"] = degenerate(interior, truth)
+    shown = {key: scores[key] for key in evaluation.DEFAULT_SCORES}
+    say(f"sections {data.format_sections(sections)}: " + ", ".join(f"{key} {shown[key]:.4f}" for key in shown))
+    say(f"WARNING: {scores['degenerate']}" if scores["degenerate"] else "the prediction beats 'always interior'")
+    return scores
+
+
+def degenerate(interior, truth):
+    """Why a prediction is worth nothing, or None.
+
+    "Always interior" scores the Dice 2 f / (1 + f) for a fraction f of interior, 0.877 on the ISBI-2012 labels.
+    """
+    if float(interior.std()) < 1e-3:
+        return f"the prediction is constant ({float(interior.mean()):.3f}): the network has learned nothing"
+    fraction = float(truth.mean())
+    always = 2 * fraction / (1 + fraction)
+    chosen = interior > 0.5
+    found = 2 * float((chosen & (truth > 0)).sum()) / max(1.0, float(chosen.sum() + truth.sum()))
+    if found <= always:
+        return f"Dice {found:.3f} is no better than 'always interior', which scores {always:.3f}"
+    return None
+
+
+def draw_section(images, truth, shown, sections, path):
+    """Raw, truth and prediction of the middle one of the scored sections."""
+    import figures
+
+    i = len(sections) // 2
+    titles = (f"section {sections[i]}", "truth", "prediction")
+    figures.panel(images.sections[sections[i]], truth.sections[sections[i]], shown[i], path, titles=titles)
+
+
+def draw_weights(stacks, weights, path):
+    """The first training section with its border weights."""
+    import figures
+
+    i = stacks.split.train[0]
+    labels = losses.instances(stacks.masks.sections[i])
+    figures.weight_map(weights[i], path, image=stacks.images.sections[i], labels=labels)
+
+
+def draw_curves(journal, course, place):
+    import figures
+
+    figures.curves({key: [row.get(key) for row in journal.rows] for key in HISTORY}, place.picture("curves"))
+    rates = [float(course.rate(n)) for n in range(len(journal.rows) * course.steps_per_epoch)]
+    figures.learning_rate(rates, place.picture("learning_rate"), label=course.mode)

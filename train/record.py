@@ -1,0 +1,291 @@
+"""The run folder: what is written, what a run remembers, what must be the same when it goes on."""
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+from data import DataError
+from files import atomic
+from network import device
+from predict import prediction
+from train.progress import say
+
+# What may differ between a run and its resumption; every other setting must be the same.
+FREE_ON_RESUME = (
+    *("epochs", "resume", "force", "tensorboard", "gpu", "distribute", "lr_find", "augment_preview"),
+    *("verb", "run", "argv", "recipe"),
+)
+PATHS = ("image_path", "mask_path", "run_dir", "weight_path")  # compared by what they lead to, not by their spelling
+NEEDED = {"settings": dict, "data": dict, "precision": str, "epochs": int, "finished": bool}  # of a run record
+PROVENANCE = ("command", "versions", "commit", "hardware")
+HISTORY = ("epoch", "update", "learning_rate", "loss", "dice", "val_loss", "val_dice")
+MIN_DELTA = 1e-3  # of the validation loss, for early stopping; the study's value
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run writes."""
+
+    folder: Path
+    weights: Path
+
+    record = property(lambda self: self.folder / "run.json")
+    history = property(lambda self: self.folder / "history.csv")
+    checkpoint = property(lambda self: self.folder / "checkpoint.npz")
+    last = property(lambda self: self.folder / "last.weights.h5")
+
+    def picture(self, name):
+        return self.folder / f"{name}.png"
+
+    def outputs(self):
+        """Every file that a run may write."""
+        names = ("curves", "learning_rate", "held_out", "training_sections", "weights")
+        networks = [f for path in (self.weights, self.last) for f in (path, prediction.record_file(path))]
+        return [self.record, self.checkpoint, self.history, *networks, *map(self.picture, names)]
+
+
+# -- what a run remembers ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Journal:
+    """What a run remembers from epoch to epoch beside its variables; all of it is in the checkpoint."""
+
+    rows: list = field(default_factory=list)  # of the history
+    best: float = math.inf  # validation loss of the weights that are kept
+    reference: float = math.inf  # that early stopping compares with: moves by MIN_DELTA or more
+    waited: int = 0  # epochs since it moved
+    stopped: bool = False
+    seconds: float = 0.0  # of training, over all sittings
+
+    def judge(self, loss, patience):
+        """Whether the weights of this validation loss are the best so far; stops after `patience` epochs in vain."""
+        improved = loss < self.reference - MIN_DELTA
+        self.reference, self.waited = (loss, 0) if improved else (self.reference, self.waited + 1)
+        self.stopped = self.waited >= patience > 0
+        better, self.best = loss < self.best, min(loss, self.best)
+        return better
+
+    @property
+    def validated(self):
+        return any("val_loss" in row for row in self.rows)
+
+    def write_history(self, path):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, HISTORY, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        atomic.write_text(path, text.getvalue())
+
+    @classmethod
+    def of(cls, kept):
+        """From a checkpoint's values; ValueError where they are of another kind."""
+        found = cls(**{key: kept[key] for key in asdict(cls())})
+        for key, usual in asdict(cls()).items():
+            if not _is_like(getattr(found, key), usual):
+                raise ValueError(f"{key} is {getattr(found, key)!r:.40}")
+        for row in found.rows:
+            if not (isinstance(row, dict) and set(HISTORY[:5]) <= set(row) <= set(HISTORY)):
+                raise ValueError(f"rows holds {row!r:.40}")
+            if not all(_is_like(value, 0.0) for value in row.values()):
+                raise ValueError(f"rows holds {row!r:.40}")
+        return found
+
+
+def _is_like(value, usual):
+    kinds = (int, float) if isinstance(usual, float) else type(usual)
+    return isinstance(value, kinds) and isinstance(value, bool) == isinstance(usual, bool)
+
+
+def save_checkpoint(path, variables, journal):
+    """Variables and what the run remembers in one .npz file, replaced as a whole."""
+    arrays = {f"{i:04d}": ops.convert_to_numpy(variable) for i, variable in enumerate(variables)}
+    names = [variable.path for variable in variables]
+    with atomic.replacing(path, force=True) as partial, open(partial, "wb") as file:
+        np.savez(file, meta=np.array(json.dumps({"names": names, **asdict(journal)})), **arrays)
+
+
+def load_checkpoint(path, variables):
+    """Set the variables and return the journal; DataError where the file does not belong to them."""
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            kept = json.loads(str(file["meta"]))
+            arrays = [file[f"{i:04d}"] for i in range(len(kept["names"]))]
+        journal = Journal.of(kept)
+    except Exception as error:  # a broken zip shows itself as one of a dozen kinds
+        raise DataError(f"{path} is not a checkpoint, or a broken one: {error}.") from error
+    if [a.shape for a in arrays] != [tuple(v.shape) for v in variables] or any(
+        a.dtype.kind not in "fiu" for a in arrays
+    ):
+        raise DataError(f"{path} belongs to another network or optimizer.")
+    for variable, array in zip(variables, arrays, strict=True):
+        variable.assign(array)
+    return journal
+
+
+# -- the run record ---------------------------------------------------------------------------------------------
+
+
+def read_record(path):
+    """The run record, or None where there is none."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        record = atomic.read_json(path, "--run_dir")
+    except DataError as error:
+        raise DataError(f"{path} is not a run record: {error}") from error
+    needed = NEEDED | ({"final": dict, "stopped_early": bool} if record.get("finished") is True else {})
+    for key, kind in needed.items():
+        if not isinstance(record.get(key), kind):
+            raise DataError(f"{path} is not a run record: it lacks {key}, or has it in another form.")
+    return record
+
+
+def sitting(argv):
+    """Who computes now: the command, versions, commit and hardware."""
+    command = shlex.join(["python", "dilatedUnet.py", *argv])
+    return dict(zip(PROVENANCE, (command, versions(), commit(), hardware()), strict=True))
+
+
+def continued(record, before, epoch):
+    """The record of a run that goes on after `epoch`: scores stay until there are new ones, and every sitting."""
+    earlier = before.get("sittings")
+    if not (isinstance(earlier, list) and earlier and all(isinstance(one, dict) for one in earlier)):
+        earlier = [{key: before.get(key) for key in PROVENANCE} | {"from_epoch": 0}]
+    now = record["sittings"][-1] | {"from_epoch": epoch}
+    if found := differences(earlier[-1], now):
+        say(f"--resume: not as in the sitting before: {'; '.join(found)}")
+    first = {key: before[key] for key in PROVENANCE[1:] if key in before}
+    return before | record | first | {"sittings": [*earlier, now]}
+
+
+def differences(before, now):
+    """What is not as it was, in words."""
+    was, here = ({**_dict(s, "versions"), **_dict(s, "hardware"), "commit": s.get("commit")} for s in (before, now))
+    keys = sorted(was.keys() | here.keys())
+    return [f"{key} was {was.get(key)}, is {here.get(key)}" for key in keys if was.get(key) != here.get(key)]
+
+
+def _dict(record, key):
+    return record[key] if isinstance(record.get(key), dict) else {}
+
+
+def versions():
+    found = {"python": platform.python_version(), "backend": keras.backend.backend()}
+    for name in ("keras", "tensorflow", "jax", "torch", "openvino", "numpy", "tifffile"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit():
+    """The suite's own Git commit, with "+" where its program was changed since; None outside a clone."""
+
+    def git(*words):
+        here = Path(__file__).parent.parent
+        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=10)
+
+    try:
+        head = git("rev-parse", "--verify", "--quiet", "HEAD")
+        return head.stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno", "--", "*.py").stdout) or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware():
+    return {"device": device.name(), "cores": os.cpu_count(), "system": platform.platform()}
+
+
+def intensity(sections, pixels=2**22):
+    """The gray values that a network is trained on: type, range and percentiles 1..99 (of every nth row if many)."""
+    few = sections[:, :: max(1, math.ceil(sections.size / pixels))]
+    percentiles = np.percentile(few, range(1, 100)).round(4).tolist()
+    return {
+        "dtype": str(sections.dtype),
+        "min": float(sections.min()),
+        "max": float(sections.max()),
+        "percentiles": percentiles,
+    }
+
+
+# -- before a run begins ----------------------------------------------------------------------------------------
+
+
+def prepare(place, record, *, resume, force, inputs, defaults):
+    """Refuse to overwrite what is not this run's, or to go on with another; returns the record of the run before.
+
+    `defaults` are the settings of a command line without flags: an older run whose record lacks a flag had those.
+    """
+    outputs = place.outputs()
+    check_apart(place, outputs, inputs)
+    before = read_record(place.record) if resume or not force else None
+    if resume and before and place.checkpoint.exists():
+        check_same_run(place, before, record, defaults)
+        return before
+    if resume:  # without a checkpoint: what was killed before its first one has a record, and perhaps a picture
+        weights = [place.checkpoint, *outputs[3:5]]
+        words = "it does not belong to a run in this folder; --force starts anew"
+        atomic.refuse_existing(*(weights if before else outputs), words=words)
+        say(f"--resume: no checkpoint in {place.folder} yet, so the run starts at its beginning")
+    elif not force:
+        atomic.refuse_existing(*outputs, words="--resume continues the run, --force replaces it")
+    atomic.make_writable(place.folder, place.weights.parent)
+    if force:  # now, or old weights would stand beside a new run that has none yet
+        for path in outputs:
+            path.unlink(missing_ok=True)
+    return None
+
+
+def check_apart(place, outputs, inputs):
+    """No output is another one, or an input."""
+    resolved = [os.path.realpath(path) for path in outputs]
+    for path in outputs[3:5]:
+        if resolved.count(os.path.realpath(path)) > 1:
+            raise DataError(
+                f"--weight_path must not be a file of the run itself. Received: {place.weights}, for {path}"
+            )
+    files = [path for path in inputs if path and os.path.isfile(os.path.expanduser(path))]
+    for path in outputs:
+        atomic.refuse_inputs("--weight_path" if path in outputs[3:5] else "--run_dir", path, *files)
+
+
+def check_same_run(place, before, record, defaults):
+    now = json.loads(json.dumps(record["settings"]))
+    was = {key: defaults[key] for key in now if key in defaults} | before["settings"]
+    for key in sorted((was.keys() | now.keys()) - set(PATHS)):
+        if was.get(key) != now.get(key):
+            raise DataError(f"--resume needs the same settings: --{key} was {was.get(key)}. Received: {now.get(key)}")
+    weights = prediction.weight_file(str(was.get("weight_path") or place.folder / "best.weights"))
+    if os.path.realpath(weights) != os.path.realpath(place.weights):
+        raise DataError(f"--resume needs the same settings: --weight_path was {weights}. Received: {place.weights}")
+    if any(before["data"].get(key) != record["data"][key] for key in ("image_sha256", "mask_sha256")):
+        raise DataError("--resume needs the same data: the pixels of --image_path or --mask_path have changed.")
+    if before["precision"] != record["precision"]:
+        raise DataError(f"--resume needs --precision {before['precision']}, as before. Received: {record['precision']}")
+    if now["clr_mode"] == "cosine" and before["epochs"] != record["epochs"]:
+        raise DataError(
+            f"--epochs may not change on --resume with --clr_mode cosine, which is laid out for {before['epochs']} "
+            f"epochs. Received: {record['epochs']}"
+        )
+
+
+def nothing_left(before, epochs):
+    """A sentence if the run needs no more epochs, else None."""
+    if not (before and before["finished"] and (before["epochs"] >= epochs or before["stopped_early"])):
+        return None
+    more = "it stopped early, so more --epochs change nothing" if before["stopped_early"] else "raise --epochs to go on"
+    return f"finished after epoch {before['final'].get('epoch')} already; {more}"

@@ -1,0 +1,129 @@
+"""What happens after every epoch: validation, best weights, early stopping, history, checkpoint, in this order."""
+
+import contextlib
+import math
+import time
+
+import keras
+
+from data import DataError
+from network import distribution
+from predict import prediction
+from train.progress import Progress
+from train.record import Journal, save_checkpoint
+from train.trainee import averaged_weights
+
+OF_WEIGHTS = (
+    *("network", "normalisation", "intensity", "seed", "precision", "split", "data", "command", "versions", "commit"),
+    "receptive_field_px",
+)
+
+
+class Recorder(keras.callbacks.Callback):
+    """One callback, since the order matters for an exact resume: the checkpoint is written last and holds all that
+    the others changed.
+
+    Parameters
+    ----------
+    place : record.Place
+    record : dict
+        The run record.
+    course : trainee.Course
+    journal : record.Journal, optional
+        Of the sittings before.
+    validation : callable, optional
+        Number of an epoch to the batches that are validated after it.
+    spread : distribution.Alone
+        The devices.
+    copy : Trainee, optional
+        Where several devices train: their trainee's copy on one, to validate and to save.
+    """
+
+    def __init__(self, place, record, course, journal=None, *, validation=None, spread=None, copy=None):
+        super().__init__()
+        self.place, self.record, self.course, self.journal = place, record, course, journal or Journal()
+        self.validation, self.spread, self.copy = validation, spread or distribution.Alone(), copy
+        self.progress = Progress(course)
+
+    @property
+    def alone(self):
+        """What is on one device: the copy, or else the trainee itself."""
+        return self.copy or self.model
+
+    @property
+    def done(self):
+        """Updates, up to the last checkpoint."""
+        return len(self.journal.rows) * self.course.steps_per_epoch
+
+    @contextlib.contextmanager
+    def apart(self):
+        """By itself, with the copy up to date."""
+        with self.spread.apart():
+            if self.copy is not None:
+                self.copy.take_over(self.model)
+            yield
+
+    def on_train_begin(self, logs=None):
+        if self.spread.chief:
+            prediction.write_json(self.place.record, self.record)
+            if not self.journal.rows:
+                with self.apart():
+                    self.save_checkpoint()
+        self.progress.start(self.done)
+        self.began = time.monotonic() - self.journal.seconds
+
+    def on_train_batch_end(self, batch, logs=None):
+        loss, dice = float(logs["loss"]), float(logs["dice"])
+        update = self.done + batch
+        self.check(math.isfinite(loss), update, "the loss is")
+        self.progress.show(update + 1, loss, dice, float(self.course.rate(update)))
+
+    def check(self, finite, update, what):
+        """Stop the run where something is not finite."""
+        if finite:
+            return
+        self.progress.end()
+        raise DataError(
+            f"{what} not finite at update {update} (learning rate {float(self.course.rate(update)):.3g}): the run "
+            f"stops, and the checkpoint of epoch {len(self.journal.rows)} stays. Try a lower {self.course.highest}."
+        )
+
+    def on_epoch_end(self, epoch, logs=None):
+        update = (epoch + 1) * self.course.steps_per_epoch
+        row = {"epoch": epoch + 1, "update": update, "learning_rate": float(self.course.rate(update - 1))}
+        row |= {"loss": float(logs["loss"]), "dice": float(logs["dice"])}
+        if self.spread.chief:
+            with self.apart():
+                self.close_epoch(row)
+            logs |= {key: row[key] for key in row if key not in ("epoch", "update")}  # for TensorBoard
+            self.progress.log(row)
+        else:
+            self.journal.rows.append(row)
+        self.journal.stopped = bool(self.spread.agree(self.journal.stopped))
+        if self.journal.stopped:
+            self.model.stop_training = True
+
+    def close_epoch(self, row):
+        """Validate and save."""
+        journal, last = self.journal, row["update"] - 1
+        self.check(self.alone.is_finite(), last, "the weights are")
+        with averaged_weights(self.alone):
+            if self.validation:
+                row |= self.alone.validate(self.validation(row["epoch"]))
+                self.check(math.isfinite(row["val_loss"]), last, "the validation loss is")
+            journal.rows.append(row)
+            if self.validation and journal.judge(row["val_loss"], self.course.patience):
+                self.save_weights(self.place.weights)
+        journal.seconds = time.monotonic() - self.began
+        journal.write_history(self.place.history)
+        self.save_checkpoint()
+
+    def save_weights(self, path):
+        kept = {key: self.record[key] for key in OF_WEIGHTS} | {"window": self.record["settings"]["window"]}
+        prediction.save_weights(self.alone.network, path, kept | {"after": self.journal.rows[-1]})
+
+    def save_checkpoint(self):
+        save_checkpoint(self.place.checkpoint, self.alone.state(), self.journal)
+
+    def on_train_end(self, logs=None):
+        self.progress.end()
