@@ -27,7 +27,6 @@ from train.progress import say
 from train.recorder import Recorder
 from train.trainee import Course, Trainee, find_rates
 
-
 # -- the run ----------------------------------------------------------------------------------------------------
 
 
