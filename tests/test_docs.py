@@ -1,8 +1,11 @@
 """The documents: every link leads somewhere, every command is one that the program takes, every named test exists."""
 
+import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -12,10 +15,18 @@ import dilatedUnet
 import figures
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted(
-    page for folder in (".", "docs", "results", "benchmarks", "weights") for page in ROOT.glob(f"{folder}/*.md")
-)
-TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
+NOTEBOOK = ROOT / "docs" / "first-steps.ipynb"
+
+
+def text_of(page):
+    if page.suffix == ".md":
+        return page.read_text()
+    return "\n".join("".join(cell["source"]) for cell in json.loads(page.read_text())["cells"])
+
+
+FOLDERS = (".", "docs", "results", "benchmarks", "weights")
+PAGES = [NOTEBOOK, *(page for folder in FOLDERS for page in sorted(ROOT.glob(f"{folder}/*.md")))]
+TEXTS = {str(page.relative_to(ROOT)): text_of(page) for page in PAGES}
 LINK = re.compile(r"!?\[[^]]*\]\(([^)\s]+)\)")
 PROGRAMS = r"(dilatedUnet|figures|start|benchmarks/\w+)\.py"
 ROOMS = "train|predict|score|studies|network|files|weights|results|images|docs|benchmarks|tests"
@@ -82,3 +93,31 @@ def test_every_picture_is_shown_somewhere():
 
 def test_the_first_page_is_one_page():
     assert len(TEXTS["README.md"].splitlines()) <= 170
+
+
+def script(notebook):
+    """The code of a notebook as a Python program; `!` lines as processes that must end well."""
+    cells = [cell["source"] for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    text = "\n".join("".join(lines) for lines in cells).replace("\\\n", " ")
+    return re.sub(
+        r"^!python (.*)$", r"subprocess.run([sys.executable, *shlex.split('\1')], check=True)", text, flags=re.M
+    )
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    program = script(NOTEBOOK).replace("runs/first-steps", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", f"import shlex, subprocess, sys\n{program}"],
+        **{
+            "cwd": ROOT,
+            "env": os.environ | {"MPLBACKEND": "agg"},
+            "capture_output": True,
+            "text": True,
+            "timeout": 600,
+        },
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    own, shipped = map(float, re.findall(r"^V_rand +(\S+)", done.stdout, re.MULTILINE))
+    assert 0.5 < own <= 1
+    assert 0.9 < shipped <= 1
