@@ -79,7 +79,7 @@ def small(args):
 def large(args):
     """Seconds of one section of `--side`, cut into tiles and stitched, by candidate."""
     section = standardised(painted(args.side))[0]
-    field = unet.receptive_field(**NETWORK)
+    field = unet.field_from_settings(NETWORK)
     grid = tiling.choose(section.shape, field.radius, multiple=field.multiple)
     print(f"section of {args.side} x {args.side} px: {grid.words}")
     candidates = {}

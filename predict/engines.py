@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from data import DataError
-from network import device, unet
+from network import device, layers
 
 ENGINES = ("auto", "keras", "openvino")
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}  # in the words of OpenVINO
@@ -116,7 +116,7 @@ def _bias_and_activation(ops, layer, x):
 
 
 def _batch_norm(ops, layer, x):
-    scale = _numbers(layer.gamma) / np.sqrt(_numbers(layer.moving_variance) + unet.EPSILON)
+    scale = _numbers(layer.gamma) / np.sqrt(_numbers(layer.moving_variance) + layers.EPSILON)
     shift = _numbers(layer.beta) - _numbers(layer.moving_mean) * scale
     return ops.add(ops.multiply(x, _per_channel(scale)), _per_channel(shift))
 
@@ -171,9 +171,9 @@ LAYERS = {
     keras.layers.Conv2DTranspose: _transposed_convolution,
     keras.layers.Cropping2D: _crop,
     keras.layers.MaxPooling2D: _max_pooling,
-    unet.BatchNormDropout: _batch_norm,
-    unet.Dropout: _same,
-    unet.InputSize: _same,
-    unet.Interior: _interior,
-    unet.Upsample: _upsample,
+    layers.BatchNormDropout: _batch_norm,
+    layers.Dropout: _same,
+    layers.InputSize: _same,
+    layers.Interior: _interior,
+    layers.Upsample: _upsample,
 }

@@ -139,7 +139,7 @@ def section_predictor(
         Told once per shape of section how it is tiled.
     """
     predict_windows = windows_predictor(network, normalisation, engine, precision)
-    choose = chooser(unet.field_from_settings(settings), tile, overlap, log)
+    choose = chooser(unet.field_of(network), tile, overlap, log)
     return lambda section: tiling.predict_section(section, predict_windows, choose(section.shape), tta=tta, batch=batch)
 
 

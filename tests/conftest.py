@@ -71,16 +71,6 @@ def call_here(capsys, *words):
     return Called(code, *capsys.readouterr())
 
 
-def positive(network, last):
-    """The network up to its layer `last`, every kernel positive: in an impulse test nothing can cancel."""
-    import keras
-
-    for layer in network.layers:
-        if hasattr(layer, "kernel"):
-            layer.kernel.assign(np.full(layer.kernel.shape, 0.3, np.float32))
-    return keras.Model(network.input, network.get_layer(last).output)
-
-
 def history(folder):
     """The rows of a run's history.csv; a column is left out of the rows where it is empty."""
     with open(folder / "history.csv", newline="") as file:

@@ -644,7 +644,7 @@ def test_a_network_of_the_suite_gives_the_same_bits_as_section_by_section(here):
     section, normalisation = pixels(70, 101), data.Normalisation.from_dict(record["normalisation"])
     options = {"tile": 64, "overlap": 8, "tta": "8", "batch": 2}
     predict = prediction.section_predictor(network, normalisation, settings, **options)
-    field = SimpleNamespace(multiple=4, shrink=0, remainder=0, radius=unet.receptive_field(**settings).radius)
+    field = SimpleNamespace(multiple=4, shrink=0, remainder=0, radius=unet.field_from_settings(settings).radius)
     how = {"network": load_keras, "field": field, "tile": 64, "halo": 8, "tta": "8", "batch_size": 2}
     found = here.predict(here.tiff(section[None]), **how)[0]
     assert found.std() > 1e-3

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, history
 
 import dilatedUnet
-from network import distribution, unet
+from network import distribution, layers
 
 TENSORFLOW = keras.backend.backend() == "tensorflow"
 pytestmark = pytest.mark.jax
@@ -172,8 +172,8 @@ def test_the_range_test_is_for_one_device(refuses):
 
 def test_a_parts_random_bytes_are_those_of_the_whole():
     key = keras.ops.convert_to_tensor([3, 5], "int32")
-    whole = keras.ops.convert_to_numpy(unet.random_bytes((4, 3, 8), key))
-    parts = [keras.ops.convert_to_numpy(unet.random_bytes((2, 3, 8), key, part)) for part in range(2)]
+    whole = keras.ops.convert_to_numpy(layers.random_bytes((4, 3, 8), key))
+    parts = [keras.ops.convert_to_numpy(layers.random_bytes((2, 3, 8), key, part)) for part in range(2)]
     assert np.array_equal(np.concatenate(parts), whole)
 
 

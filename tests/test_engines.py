@@ -12,7 +12,7 @@ import pytest
 
 import data
 from data import DataError
-from network import device, unet
+from network import device, layers, unet
 from predict import engines, prediction
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ def trained_like(settings, window, precision="float32"):
     """A network whose biases and batch-norm statistics are not the initial ones, and whose output is not constant."""
     network, rng = unet.from_settings(settings, precision=precision), np.random.default_rng(1)
     for layer in network.layers:
-        if isinstance(layer, unet.BatchNormDropout):
+        if isinstance(layer, layers.BatchNormDropout):
             channels = layer.gamma.shape
             layer.gamma.assign(rng.uniform(0.5, 1.5, channels))
             layer.beta.assign(rng.normal(0, 0.3, channels))
@@ -131,7 +131,8 @@ def test_a_layer_that_openvino_is_not_told_about_is_refused_by_name():
 @openvino
 def test_nothing_is_reported_to_anybody(tmp_path):
     """OpenVINO, when imported, writes an identifier into the home folder and sends an event to Google Analytics."""
-    code = "import engines, sys; engines._openvino().Core(); print([m for m in sys.modules if 'telemetry.' in m])"
+    code = "import sys; from predict import engines; engines._openvino().Core(); "
+    code += "print([m for m in sys.modules if 'telemetry.' in m])"
     outside_ci = {k: v for k, v in os.environ.items() if k not in ("CI", "TF_BUILD", "JENKINS_URL")}
     done = subprocess.run(
         [sys.executable, "-c", code],

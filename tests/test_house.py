@@ -18,7 +18,7 @@ ORDER = [
     *("studies.reproduce", "studies.rows", "studies.records", "studies.comparison", "studies.verdicts"),
     *("score.evaluation", "score.report", "score.origin", "score.scores", "score.topology", "score.segments"),
     *("data", "figures", "augment", "clr_callback"),
-    *("network.unet", "network.layers", "network.losses", "network.optimizers"),
+    *("network.unet", "network.field", "network.layers", "network.losses", "network.optimizers"),
     *("network.startup", "network.device", "network.distribution"),
     *("files.fetching", "files.omezarr", "files.stacks", "files.synthetic"),
     *("files.atomic", "files.shell", "files.flags"),

@@ -29,7 +29,7 @@ SETTINGS = {
 }
 FLOAT32 = ("--precision", "float32", "--engine", "keras")
 NORMALISATION = data.Normalisation.from_dict(RECORD["normalisation"])
-RADIUS = unet.receptive_field(**SETTINGS).radius
+RADIUS = unet.field_from_settings(SETTINGS).radius
 
 
 @functools.cache
@@ -479,9 +479,9 @@ def test_a_save_that_is_interrupted_leaves_the_old_weights(weights, monkeypatch,
 
 def test_the_halo_of_the_study_is_the_receptive_radius():
     """Standard network: 90 px, so 96; where the dilated network's 553 px would quadruple the work, less, and said."""
-    standard = unet.receptive_field(dilate=False, dilate_rate=1)
+    standard = unet.field_from_settings({"dilate": False, "dilate_rate": 1})
     grid = tiling.choose((2000, 2000), standard.radius)
     assert (grid.halo, grid.exact) == (96, True)
-    dilated = tiling.choose((2000, 2000), unet.receptive_field().radius)
+    dilated = tiling.choose((2000, 2000), unet.field_from_settings({}).radius)
     assert not dilated.exact
     assert math.prod(dilated.tile) <= tiling.MAX_TILE**2

@@ -1,16 +1,16 @@
-"""The networks of 2017: shapes, parameters, gradients, dropout, receptive field."""
+"""The networks of 2017: shapes, parameters, initialisation, precision; and the shipped weights."""
 
 import keras
 import numpy as np
 import pytest
-from conftest import positive
-from keras import ops
+from conftest import ROOT
 
+import data
 from network import unet
+from predict import prediction
 
 VARIANTS = [(0, 1, 1), (1, 2, 1), (0, 1, 0), (1, 2, 0)]
 TINY = {"filters": (4, 6, 8), "centre_dilations": (1, 2, 4)}
-TENSORFLOW = keras.backend.backend() == "tensorflow"
 
 # Name, height relative to the input, channels: spec of the study, layer by layer.
 GOLDEN = [
@@ -114,128 +114,28 @@ def test_wrong_arguments_are_refused_by_name(wrong, words):
         unet.build(**wrong)
 
 
-# -- dropout and batch norm
-
-
-def test_random_bytes_are_uniform_and_independent_of_their_neighbours():
-    x = np.asarray(unet.random_bytes((64, 64, 64), ops.array([5, 9], "uint32"))).astype(int)
-    counts = np.bincount(x.ravel(), minlength=256)
-    assert x.size * 1.0 == counts.sum()
-    chi_squared = ((counts - x.size / 256) ** 2 / (x.size / 256)).sum()
-    assert 170 < chi_squared < 360  # 255 degrees of freedom, six standard deviations either way
-    for axis in range(3):
-        assert abs(np.corrcoef(x[:-1].ravel() if axis == 0 else np.moveaxis(x, axis, 0)[:-1].ravel(),
-                               np.moveaxis(x, axis, 0)[1:].ravel())[0, 1]) < 0.012  # fmt: skip
-
-
-@pytest.mark.jax
-def test_random_bytes_are_a_function_of_their_key():
-    def draw(*key):
-        return np.asarray(unet.random_bytes((40, 50), ops.array(key, "uint32"))).astype(float).ravel()
-
-    assert (draw(1, 2) == draw(1, 2)).all()
-    for other in ((1, 3), (2, 2), (0, 1)):
-        assert abs(np.corrcoef(draw(1, 2), draw(*other))[0, 1]) < 0.1
-
-
-@pytest.mark.jax
-def test_random_bytes_are_the_same_on_every_backend():
-    x = np.asarray(unet.random_bytes((2, 5), ops.array([7, 1], "uint32")))
-    assert x.tolist() == BYTES_7_1
-
-
-BYTES_7_1 = [[96, 93, 181, 209, 163], [57, 198, 132, 103, 139]]
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
-def test_dropout_drops_its_rate_and_keeps_the_expectation(rate):
-    layer = unet.Dropout(rate, seed=1)
-    y = np.asarray(layer(ops.ones((4, 64, 64, 8)), training=True))
-    assert abs((y == 0).mean() - rate) < 0.005
-    assert abs(y.mean() - 1) < 0.01
-    assert (np.asarray(layer(ops.ones((1, 4, 4, 2)))) == 1).all()
-
-
-@pytest.mark.jax
-def test_dropout_masks_differ_from_update_to_update():
-    layer = unet.Dropout(0.5, seed=1)
-    x = ops.ones((1, 32, 32, 4))
-    first, second = (np.asarray(layer(x, training=True)) > 0 for _ in range(2))
-    assert 0.4 < (first == second).mean() < 0.6
-
-
-@pytest.mark.jax
-def test_batch_norm_equals_kerass_own_in_training_and_inference():
-    x = np.random.default_rng(0).normal(2, 3, size=(3, 16, 24, 5)).astype("float32")
-    ours, stock = unet.BatchNormDropout(), keras.layers.BatchNormalization()
-    for _ in range(3):
-        mine, theirs = ours(x, training=True), stock(x, training=True)
-        np.testing.assert_allclose(mine, theirs, atol=2e-5)
-    for name in ("moving_mean", "moving_variance"):
-        np.testing.assert_allclose(getattr(ours, name), getattr(stock, name), rtol=1e-5)
-    np.testing.assert_allclose(ours(x), stock(x), atol=2e-5)
-
-
-@pytest.mark.skipif(not TENSORFLOW, reason="the gradient is written by hand for TensorFlow only")
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_the_written_gradient_equals_automatic_differentiation(rate):
-    import tensorflow as tf
-
-    rng = np.random.default_rng(1)
-    x = tf.constant(rng.normal(1, 2, size=(2, 8, 12, 6)), tf.float32)
-    gamma, beta = (tf.constant(rng.normal(size=6), tf.float32) for _ in range(2))
-    mask = tf.constant(rng.random(x.shape) > rate, tf.float32) if rate else None
-    weights = tf.constant(rng.normal(size=x.shape), tf.float32)
-
-    def gradients(normalise, stop):
-        with tf.GradientTape() as tape:
-            tape.watch((x, gamma, beta))
-            mean, variance = unet._moments(x)
-            if stop:
-                mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
-            y = normalise(x, gamma, beta, mean, variance, mask, 256 / unet.kept_levels(rate))
-            loss = tf.reduce_sum(weights * y)
-        return tape.gradient(loss, (x, gamma, beta))
-
-    for mine, automatic in zip(
-        gradients(unet._normalise_by_hand, True), gradients(unet._normalise, False), strict=True
-    ):
-        np.testing.assert_allclose(mine, automatic, atol=3e-5, rtol=1e-4)
-
-
-# -- receptive field
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"filters": (2, 2), "dilate": True, "dilate_rate": 2, "centre_dilations": (1, 2)},
-        {"filters": (2, 2, 2), "dilate": False, "dilate_rate": 1, "centre_dilations": (1, 2, 4)},
-        {"filters": (2,), "dilate": True, "dilate_rate": 3, "centre_dilations": (1, 3)},
+# Interior of the first painted section, means of squares of 32 px, in thousandths.
+SHIPPED = {
+    "dilated": [
+        [705, 596, 671, 637],
+        [577, 563, 729, 851],
+        [659, 831, 590, 587],
+        [559, 493, 664, 647],
     ],
-)
-def test_an_impulse_reaches_exactly_the_reported_receptive_field(settings):
-    """Every input row is disturbed in turn; the outputs that change are those whose field holds the row."""
-    field = unet.receptive_field(**settings)
-    size = -(-2 * field.size // 8) * 8
-    network = positive(unet.build(**settings, dropout=0.0), "up1_conv3")
-    multiple = field.multiple
-    rows = [size // 2 // multiple * multiple + i for i in range(multiple)]
-    x = np.zeros((len(rows) + 1, size, multiple, 1), np.float32)
-    for i, row in enumerate(rows):
-        x[i, row] = 1e3
-    y = np.asarray(network(x), np.float64).max(axis=(2, 3))
-    shape = [settings[k] for k in ("filters", "dilate", "dilate_rate", "centre_dilations")]
-    intervals = [unet.input_interval(p, *shape) for p in range(size)]
-    for i, row in enumerate(rows):
-        sees = np.array([low <= row <= high for low, high in intervals])
-        np.testing.assert_array_equal(y[i] > y[-1] * (1 + 1e-6), sees)
-    widths = [high - low + 1 for low, high in intervals]
-    assert max(widths) == field.size
+    "standard": [
+        [733, 608, 622, 675],
+        [544, 594, 750, 861],
+        [663, 830, 592, 565],
+        [570, 472, 661, 651],
+    ],
+}
 
 
-def test_dilation_widens_the_receptive_field_sixfold():
-    standard = unet.receptive_field(dilate=False, dilate_rate=1)
-    dilated = unet.receptive_field(dilate=True, dilate_rate=2)
-    assert (standard.size, standard.radius, standard.multiple) == (180, 90, 8)
-    assert (dilated.size, dilated.radius) == (1106, 553)
+@pytest.mark.jax
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_weights_predict_what_they_did_when_they_were_trained(name):
+    network, record = prediction.load_network(ROOT / "weights" / f"isbi2012_{name}")
+    images, _ = data.synthetic(1, (128, 128), seed=0)
+    windows = data.Normalisation.from_dict(record["normalisation"])(images.sections)[..., None]
+    interior = np.asarray(network(windows)).reshape(4, 32, 4, 32)
+    np.testing.assert_allclose(interior.mean(axis=(1, 3)) * 1000, SHIPPED[name], atol=1.5)

@@ -1,12 +1,11 @@
-"""The U-Net of 2015: shapes, parameters, initialisation, valid sizes, receptive field, overlap-tile."""
+"""The U-Net of 2015: shapes, parameters, initialisation, overlap-tile."""
 
 import keras
 import numpy as np
 import pytest
-from conftest import positive
 from keras import ops
 
-from network import unet
+from network import layers, unet
 from predict import tiling
 
 # Name, side for an input of 572 px, channels: figure 1 of arXiv 1505.04597.
@@ -105,7 +104,7 @@ def test_each_layer_draws_weights_of_its_own():
 
 def test_the_two_deepest_maps_of_the_contracting_path_are_dropped_out_and_the_skip_is_one_of_them():
     network = unet.build_2015(filters=2, levels=3)
-    dropped = [layer.name for layer in network.layers if isinstance(layer, unet.Dropout)]
+    dropped = [layer.name for layer in network.layers if isinstance(layer, layers.Dropout)]
     assert dropped == ["down3_drop", "centre_drop"]
     for reader, source in (("down3_pool", "down3_drop"), ("up3_crop", "down3_drop"), ("up3_upconv", "centre_drop")):
         assert network.get_layer(reader).input._keras_history.operation.name == source
@@ -180,106 +179,13 @@ def test_wrong_arguments_are_refused_by_name(wrong, words):
         unet.build_2015(**({"filters": 2} | wrong))
 
 
-# -- sizes
-
-
-def output_side(side, levels, lost):
-    """Side of the output, or None where a pooling sees an odd side or nothing is left; `lost` by two convolutions."""
-    for _ in range(levels):
-        side -= lost
-        if side < 2 or side % 2:
-            return None
-        side //= 2
-    for _ in range(levels):
-        side = 2 * (side - lost)
-    return side - lost if side > lost else None
-
-
-@pytest.mark.parametrize(("padding", "lost"), [("valid", 4), ("same", 0)])
-@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5])
-def test_valid_sizes_are_those_whose_poolings_all_see_even_sides(levels, padding, lost):
-    valid = {side: output_side(side, levels, lost) for side in range(1, 600)}
-    valid = {side: output for side, output in valid.items() if output}
-    field = unet.receptive_field_2015(levels=levels, padding=padding)
-    assert list(unet.valid_sizes(levels, padding, count=len(valid))) == list(valid)
-    assert all(side - 2 * field.shrink == output for side, output in valid.items())
-    assert all(side % field.multiple == field.remainder for side in valid)
-
-
-def test_valid_sizes_begin_where_asked():
-    assert unet.valid_sizes(4, at_least=572) == (572, 588, 604)
-    assert unet.valid_sizes(4, at_least=573, count=1) == (588,)
-    assert unet.valid_sizes(4, count=2) == (188, 204)
-
-
-@pytest.mark.parametrize(
-    ("size", "offered"),
-    [
-        (570, "556, 572, 588"),
-        (580, "572, 588, 604"),
-        (565, "556, 572, 588"),
-        (10, "188, 204, 220"),
-        (190, "188, 204, 220"),
-    ],
-)
-def test_a_size_that_does_not_fit_is_refused_with_the_nearest_that_do(size, offered):
-    with pytest.raises(
-        ValueError, match=f"--window must be a multiple of 16 plus 12 .*Received: {size}; nearest: {offered}$"
-    ):
-        unet.check_size("--window", size)
-
-
-def test_a_size_that_fits_is_not_refused():
-    for side in unet.valid_sizes(3, count=5):
-        unet.check_size("--window", side, 3)
-    unet.check_size("--window", 512, 4, "same")
-    with pytest.raises(
-        ValueError, match=r"must be a multiple of 16 and at least 16\. Received: 520; nearest: 512, 528, 544"
-    ):
-        unet.check_size("--window", 520, 4, "same")
-
-
-@pytest.mark.parametrize(("shape", "words"), [((100, 98), "columns"), ((98, 100), "rows"), ((92, 84), "columns")])
-def test_the_network_itself_refuses_a_size_that_does_not_fit(shape, words):
-    with pytest.raises(ValueError, match=f"{words} of the input must be .*nearest: 92, 100, 108"):
-        unet.build_2015(filters=1, levels=3)(np.zeros((1, *shape, 1), np.float32))
-
-
-# -- receptive field
-
-
-@pytest.mark.parametrize("padding", unet.PADDINGS)
-@pytest.mark.parametrize("levels", [1, 2, 3])
-def test_an_impulse_reaches_exactly_the_reported_receptive_field(levels, padding):
-    """Every input row is disturbed in turn; the outputs that change are those whose field holds the row."""
-    field = unet.receptive_field_2015(levels=levels, padding=padding)
-    network = positive(unet.build_2015(filters=1, levels=levels, padding=padding), "up1_conv2")
-    tall = unet.valid_sizes(levels, padding, at_least=2 * field.size + 2 * field.shrink, count=1)[0]
-    narrow = unet.valid_sizes(levels, padding, count=1)[0]
-    rows = tall // 2 + np.arange(field.multiple)
-    x = np.zeros((len(rows), tall, narrow, 1), np.float32)
-    x[np.arange(len(rows)), rows] = 1e3
-    reached = np.asarray(network(x)).max(axis=(2, 3)) > 0
-    intervals = np.array([unet.input_interval_2015(p, levels, padding) for p in range(reached.shape[1])])
-    for hit, row in zip(reached, rows, strict=True):
-        np.testing.assert_array_equal(hit, (intervals[:, 0] <= row) & (row <= intervals[:, 1]))
-    assert np.ptp(intervals, axis=1).max() + 1 == field.size
-    centres = np.arange(len(intervals)) + field.shrink
-    assert np.abs(intervals - centres[:, None]).max() == field.radius
-
-
-def test_the_published_receptive_field():
-    assert unet.receptive_field_2015() == unet.ReceptiveField(204, 107, 16, shrink=92, remainder=12)
-    assert unet.receptive_field_2015(padding="same") == unet.ReceptiveField(204, 107, 16)
-
-
 # -- overlap-tile
 
 
 def test_unpadded_tiles_meet_exactly_and_equal_the_whole_image():
     section = image(700, 600)
     network = unet.build_2015(filters=4)
-    field = unet.receptive_field_2015()
+    field = unet.field_from_settings({"arch": "unet2015"})
     grid = tiling.choose(section.shape, field.radius, multiple=16, max_tile=380, shrink=field.shrink, remainder=12)
     assert (grid.count, grid.halo) == (16, 92)
     tiled = tiling.predict_section(section, predictor(network), grid)
@@ -293,7 +199,7 @@ def test_unpadded_tiles_meet_exactly_and_equal_the_whole_image():
 def test_padded_tiles_with_the_receptive_radius_as_halo_equal_the_whole_image():
     section = image(700, 600)
     network = unet.build_2015(filters=4, padding="same")
-    field = unet.receptive_field_2015(padding="same")
+    field = unet.field_from_settings({"arch": "unet2015", "padding": "same"})
     grid = tiling.choose(section.shape, field.radius, multiple=16, max_tile=464)
     assert grid.exact
     assert (grid.count, grid.halo) == (9, 112)

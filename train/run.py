@@ -178,14 +178,20 @@ def check_window(args, images):
     side, lost = output_side(args)
     if args.arch == "unet2015":
         with refused():
-            unet.check_size("--window", args.window, args.depth, args.padding)
+            field_of(args).check_size("--window", args.window)
     data.check_window(images, side, 1 if lost else 2 ** (args.depth if args.arch == "unet2015" else len(args.filters)))
 
 
 def output_side(args):
     """Side of the network's output for an input of --window, and px lost on each side."""
-    lost = unet.shrink(args.depth, args.padding) if args.arch == "unet2015" else 0
+    lost = field_of(args).shrink
     return args.window - 2 * lost, lost
+
+
+def field_of(args):
+    """Receptive field of the network that the flags describe."""
+    with refused():
+        return unet.field_from_settings(network_settings(args))
 
 
 def split_of(args, count):
