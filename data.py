@@ -5,67 +5,39 @@
     ((24, 25, 26, 27, 28, 29), (23,))
 
 A stack is an array of shape (S, H, W): serial sections, rows, columns. In a mask 1 is the interior of a cell
-and 0 is membrane. This file is the door; behind it lie `stacks` (files), `fetching` (the data sets and their
-cache) and `synthetic` (the painted stack). Bad input ends in a `DataError` of one sentence.
+and 0 is membrane. This file is the door; behind it lie `stacks` and `omezarr` (files), `labels` (what masks mean),
+`fetching` (the data sets) and `synthetic` (the painted stack). Bad input ends in a `DataError` of one sentence.
 """
 
 import functools
+import itertools
 import math
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from files import omezarr
-from files.fetching import CELL_ARCHIVES, DATA_SETS, ISBI_ROLES, data_dir, dataset_path, fetch, is_cached
+from files import labels, omezarr
+from files.atomic import DataError, replacing
+from files.fetching import DATA_SETS, ISBI_ROLES, data_dir, dataset_path, fetch, is_cached
 from files.stacks import (
-    DataError,
     Stack,
     StackReader,
     flag,
+    format_sections,
     load,
+    memory_words,
     natural_key,
     open_stack,
-    replacing,
+    require_memory,
     sha256_pixels,
-    size_words,
-    some,
+    shape_words,
+    strips,
     voxel_words,
-    write_mask,
-    write_prediction,
 )
-
-__all__ = [
-    "DATA_SETS",
-    "DataError",
-    "Normalisation",
-    "Split",
-    "Stack",
-    "StackReader",
-    "check_window",
-    "data_dir",
-    "describe",
-    "fetch",
-    "format_sections",
-    "is_cached",
-    "iter_sections",
-    "load_pair",
-    "montage",
-    "natural_key",
-    "parse_sections",
-    "read_instances",
-    "read_labels",
-    "read_stack",
-    "replacing",
-    "resolve",
-    "sha256_pixels",
-    "split_sections",
-    "synthetic",
-    "write_mask",
-    "write_prediction",
-]
-
+from files.writing import write_mask, write_prediction
 
 # --- Finding and reading ------------------------------------------------------------------------------------
 
@@ -78,8 +50,8 @@ def resolve(name_or_path, role, *, log=print):
     Parameters
     ----------
     name_or_path : str, Path or Stack
-        A data set's name (fetched where it is not cached), a file, a folder of sections, a folder that holds
-        the challenge's files, or a Stack, which is returned as it is.
+        A data set's name (fetched where it is not cached), with "-test" after it its test part; a file, a folder of
+        sections, a folder that holds the challenge's files, or a Stack, which is returned as it is.
     role : {"image", "mask", "test", "test_mask"}
         Which part of a data set is meant; any other word only serves in messages.
 
@@ -89,18 +61,39 @@ def resolve(name_or_path, role, *, log=print):
     """
     if isinstance(name_or_path, Stack):
         return name_or_path
-    if name_or_path == "synthetic":
-        return synthetic(seed=SYNTHETIC_TEST_SEED * role.startswith("test"))[role.endswith("mask")]
-    if name_or_path == "isbi2012" or name_or_path in CELL_ARCHIVES:
-        return dataset_path(name_or_path, role, log=log)
-    path = Path(name_or_path).expanduser()
-    if not path.exists():
-        raise DataError(f"{flag(role)}: {path} does not exist; the data sets are {', '.join(DATA_SETS)}.")
-    inside = path / ISBI_ROLES.get(role, "")
-    return inside if inside.is_file() else path
+    name = str(name_or_path).removesuffix("-test")
+    if name in DATA_SETS and isinstance(name_or_path, str):
+        part = {"image": "test", "mask": "test_mask"}.get(role, role) if name != name_or_path else role
+        if part not in ISBI_ROLES:
+            raise DataError(f"{flag(role)} must be a file or a folder. Received: {name_or_path}")
+        if name == "synthetic":
+            return synthetic(seed=SYNTHETIC_TEST_SEED * part.startswith("test"))[part.endswith("mask")]
+        return dataset_path(name, part, log=log)
+    typed = os.path.expanduser(name_or_path)
+    if not os.path.exists(typed):
+        raise DataError(_missing(typed, role))
+    return _inside(Path(typed), role)
 
 
-def iter_sections(path, *, what="image"):
+def _missing(path, role):
+    if os.path.islink(path):
+        return f"{flag(role)}: {path} is a link to {os.readlink(path)}, which does not exist."
+    known = f"; the data sets are {', '.join(DATA_SETS)}" if role in ISBI_ROLES else ""
+    return f"{flag(role)}: {path or 'the empty name'} does not exist{known}."
+
+
+def _inside(path, role):
+    """Return the file of a folder with the challenge's files that plays a role; other paths as they are."""
+    wanted = ISBI_ROLES.get(role)
+    held = [name for name in ISBI_ROLES.values() if os.path.isfile(path / name)]
+    if wanted in held:
+        return path / wanted
+    if wanted and held and (role.endswith("mask") or len(held) > 1):
+        raise DataError(f"{flag(role)}: {path} holds {', '.join(held)}, and no {wanted}: name another file.")
+    return path
+
+
+def iter_sections(path, *, what="image", ids=False):
     """Open a stack for reading section by section.
 
     Parameters
@@ -109,6 +102,8 @@ def iter_sections(path, *, what="image"):
         As in `resolve`.
     what : str
         The role, for `resolve` and for messages.
+    ids : bool
+        The values are numbers of cells: what is stored, without the palette.
 
     Returns
     -------
@@ -117,7 +112,7 @@ def iter_sections(path, *, what="image"):
     found = resolve(path, what)
     if isinstance(found, Path) and omezarr.is_zarr(found):
         return omezarr.open_zarr(found, what)
-    return open_stack(found, what)
+    return open_stack(found, what, ids=ids)
 
 
 def read_stack(path, *, what="image"):
@@ -176,62 +171,18 @@ def read_labels(path, *, invert=False):
     Stack with uint8 sections, and a list of messages; those that begin with "warning:" want attention
     """
     stack = read_stack(path, what="mask")
-    values = np.unique(np.concatenate([np.unique(section) for section in stack.sections])).tolist()
-    if len(values) > 2:
-        raise DataError(_too_many_values(stack, values))
-    interior = max(values, key=lambda value: (value != 0, value)) or 1
-    labels = ((stack.sections == interior) != invert).view(np.uint8)
-    messages = [_mapping(values, interior, invert, labels), *_label_warnings(labels, invert)]
-    return Stack(labels, stack.voxel_nm, stack.names, stack.source, stack.description), messages
-
-
-def _mapping(values, interior, invert, labels):
-    meaning = {value: "interior" if (value == interior) != invert else "membrane" for value in values}
-    said = ", ".join(f"{value} = {meaning[value]}" for value in values)
-    return f"labels: {said}{' (inverted)' if invert else ''}; interior {labels.mean():.1%} of the pixels"
-
-
-def _label_warnings(labels, invert):
-    fractions = labels.mean(axis=(1, 2))
-    if fractions.max() == 0:
-        return ["warning: the mask is all background: no pixel is interior"]
-    if fractions.min() == 1:
-        return ["warning: the mask is all interior: no pixel is membrane"]
-    turn = f"warning: the interior is the minority: inverted labels? Try {'without' if invert else 'with'}"
-    found = [f"{turn} --invert_mask"] if labels.mean() < 0.5 else []
-    for value, name in ((0, "interior"), (1, "membrane")):
-        if (fractions == value).any():
-            found.append(f"warning: sections without {name}: {format_sections(np.flatnonzero(fractions == value))}")
-    return found
-
-
-def _too_many_values(stack, values):
-    sections = stack.sections
-    between = ((sections != values[0]) & (sections != values[-1]))[..., 1:]
-    flat = np.mean((sections[..., 1:] == sections[..., :-1])[between]) if between.any() else 0.0
-    if flat <= 0.8 and between.mean() < 0.2:
-        like = "it looks like a mask blurred by resampling or JPEG: threshold it"
-    elif flat > 0.8:
-        like = "it looks like an instance mask (a number per cell), which --instances takes"
-    else:
-        like = "it looks like an image or a probability map, not a mask"
-    shown = some([f"{value:g}" for value in values])
-    return f"--mask_path: {stack.source} must hold two label values, and holds {len(values)} ({shown}); {like}."
+    interior, messages = labels.meaning(open_stack(stack), invert)
+    mask = np.empty(stack.shape, np.uint8)
+    for section, out in zip(stack.sections, mask, strict=True):
+        np.not_equal(section == interior, invert, out=out.view(bool))
+    return replace(stack, sections=mask), messages
 
 
 def read_instances(path):
     """Read instance labels, one number a cell, 0 = background, as a Stack of int32 and a list of messages."""
-    stack = read_stack(path, what="mask")
-    labels = stack.sections
-    if labels.dtype.kind not in "biu" or labels.min() < 0 or labels.max() >= 2**31:
-        raise DataError(
-            f"--mask_path: {stack.source} must hold whole numbers, 0 = background, with --instances. Received: "
-            f"{labels.dtype} {labels.min()}..{labels.max()}"
-        )
-    counts = [len(np.unique(section[section > 0])) for section in labels]
-    said = f"labels: instances, {min(counts)} to {max(counts)} a section; {(labels > 0).mean():.1%} of the pixels"
-    empty = ["warning: the mask is all background: no pixel is interior"] if max(counts) == 0 else []
-    return replace(stack, sections=labels.astype(np.int32)), [said, *empty]
+    stack = load(iter_sections(path, what="mask", ids=True))
+    messages = labels.instance_messages(open_stack(stack))
+    return replace(stack, sections=stack.sections.astype(np.int32)), messages
 
 
 def load_pair(image_path, mask_path, *, invert_mask=False, instances=False):
@@ -248,82 +199,26 @@ def load_pair(image_path, mask_path, *, invert_mask=False, instances=False):
     messages : list of str
     """
     images = read_stack(image_path, what="image")
-    if instances:
-        masks, messages = read_instances(mask_path)
-        images, messages = _labelled_only(images, masks, messages)
-    else:
-        masks, messages = read_labels(mask_path, invert=invert_mask)
-    if images.sections.shape != masks.sections.shape:
-        wanted, found = _shape_words(images), _shape_words(masks)
-        raise DataError(f"--mask_path: the masks must be like the images, {wanted}. Received: {found}")
-    order, said = _pairs(images, masks)
-    names = [masks.names[i] for i in order]
-    masks = Stack(masks.sections[order], masks.voxel_nm, names, masks.source, masks.description)
-    return images, masks, [*messages, said]
+    masks, messages = read_instances(mask_path) if instances else read_labels(mask_path, invert=invert_mask)
+    kept, order, said = labels.match(images, masks, instances)
+    return _chosen(images, kept), _chosen(masks, order), [*messages, *said]
 
 
-def _labelled_only(images, masks, messages):
-    """Leave out the frames of a folder whose number is on no mask of another folder."""
-    if len(masks.names) >= len(images.names) or not (Path(images.source).is_dir() and Path(masks.source).is_dir()):
-        return images, messages
-    numbers = {_last_number(name) for name in masks.names}
-    kept = [i for i, name in enumerate(images.names) if _last_number(name) in numbers]
-    if len(kept) != len(masks.names):
-        return images, messages
-    said = f"pairs: {len(kept)} of {len(images.names)} frames are labelled, the others are left out"
-    return replace(images, sections=images.sections[kept], names=[images.names[i] for i in kept]), [*messages, said]
-
-
-def _last_number(name):
-    digits = re.findall("[0-9]+", name)
-    return int(digits[-1]) if digits else None
-
-
-def _pairs(images, masks):
-    """Return the mask's index for each image, and what was done in words."""
-    order = list(range(len(masks.names)))
-    if len(order) < 2 or not (Path(images.source).is_dir() and Path(masks.source).is_dir()):
-        return order, "pairs: sections and masks go together by their order"
-    for key in (list, _bare_names):
-        ours, theirs = key(images.names), key(masks.names)
-        if set(ours) == set(theirs) and len(set(ours)) == len(ours):
-            order = [theirs.index(name) for name in ours]
-            return order, f"pairs: by name, {images.names[0]} with {masks.names[order[0]]}, and so on"
-    raise DataError(
-        f"--mask_path: the names in {masks.source} ({some(masks.names, 2)}) must be those "
-        f"in {images.source} ({some(images.names, 2)}), but for what all share at their start or end."
-    )
-
-
-def _bare_names(names):
-    """Strip what all names share at either end; what is left as a number counts as one, so that 007 is 7."""
-    start = re.sub(r"[0-9]+$", "", _shared_start(names))
-    end = re.sub(r"[0-9]+$", "", _shared_start([name[::-1] for name in names]))
-    bare = [name[len(start) : len(name) - len(end)] for name in names]
-    return [str(int(name)) if name.isdecimal() else name for name in bare]
-
-
-def _shared_start(names):
-    """Return the longest start of all names: that of the first and the last in alphabetical order."""
-    first, last = min(names), max(names)
-    same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return first[: next(same, min(len(first), len(last)))]
+def _chosen(stack, order):
+    if list(order) == list(range(len(stack.names))):
+        return stack
+    return replace(stack, sections=stack.sections[order], names=[stack.names[i] for i in order])
 
 
 def check_window(stack, window, multiple=8):
     """Refuse a window that does not fit the network, or the sections of a Stack or StackReader."""
-    height, width = (stack.sections if isinstance(stack, Stack) else stack).shape[1:]
+    height, width = stack.shape[1:]
     if window < 1 or window % multiple:
         raise DataError(f"--window must be a positive multiple of {multiple}. Received: {window}")
     if min(height, width) < window:
         most = min(height, width) // multiple * multiple
         room = f"which are {height} x {width} px, so {f'at most {most}' if most else 'they are too small'}"
         raise DataError(f"--window must fit into the sections of {stack.source}, {room}. Received: {window}")
-
-
-def _shape_words(stack):
-    count = len(stack.sections)
-    return f"{count} section{'s' * (count != 1)} of {size_words(stack.sections.shape)} px"
 
 
 # --- Normalisation ------------------------------------------------------------------------------------------
@@ -348,8 +243,8 @@ class Normalisation:
         Means and squares of sections are merged (Chan, Golub, LeVeque 1983, 10.1080/00031305.1983.10483115).
         """
         count, mean, squares = 0, 0.0, 0.0
-        for section in sections:
-            values = np.asarray(section, np.float64)
+        for strip in itertools.chain.from_iterable(map(strips, sections)):
+            values = np.asarray(strip, np.float64)
             here = values.flat[0] + (values - values.flat[0]).mean()  # exact where a section is flat
             share = values.size / (count + values.size)
             squares += ((values - here) ** 2).sum() + (here - mean) ** 2 * count * share
@@ -418,11 +313,12 @@ def split_sections(count, protocol, *, val_sections=None, fold=0, folds=5, gap=0
         published: every section trains and validates, as in 2017. holdout: `val_sections`, or else the last
         fifth. kfold: block `fold` of `folds` contiguous ones. all: every section trains, nothing is held out.
     val_sections, train_sections : sequence of int, optional
-        The sections to hold out, and the only ones to train on.
+        The sections to hold out, and the only ones to train on and choose weights on.
     gap : int
         Sections left out on either side of what is held out.
     inner : int
-        Contiguous sections of the rest, nearest to the held-out ones, for early stopping.
+        Sections of the rest for early stopping, nearest to the held-out ones: neighbours of each other, or in the
+        list of `train_sections`.
 
     Returns
     -------
@@ -443,11 +339,13 @@ def split_sections(count, protocol, *, val_sections=None, fold=0, folds=5, gap=0
         raise DataError(f"--train_sections must not be held out as well. Received: {format_sections(both)}")
     rest = [i for i in range(count) if min(abs(i - j) for j in held_out) > gap]
     beside = tuple(sorted(set(range(count)).difference(rest, held_out)))
-    chosen = _nearest_run(rest, held_out, inner)
+    chosen = _nearest_run(allowed, rest, held_out, inner)
     train = tuple(i for i in rest if i in allowed and i not in chosen)
     if not train or len(chosen) < inner:
         wanted = f"hold out {len(held_out)}, leave out {len(beside)}, choose weights on {inner} and still train"
-        raise DataError(f"--protocol {protocol}: too few sections to {wanted}. Received: {count}")
+        found = f"{count}" if train_sections is None else f"--train_sections {format_sections(allowed)} of {count}"
+        hint = "; --protocol all or published train on a single one" if count == 1 else ""
+        raise DataError(f"--protocol {protocol}: too few sections to {wanted}. Received: {found}{hint}")
     return Split(protocol, train, chosen, held_out, beside)
 
 
@@ -480,13 +378,13 @@ def _within(sections, count, argument):
     return chosen
 
 
-def _nearest_run(rest, held_out, length):
-    """Return `length` consecutive sections of `rest`, nearest to `held_out`; before it rather than after."""
+def _nearest_run(allowed, rest, held_out, length):
+    """Return `length` neighbours in `allowed`, all in `rest`, nearest to `held_out`; before it rather than after."""
 
     def away(run):
         return min(abs(i - j) for i in run for j in held_out)
 
-    runs = [tuple(range(i, i + length)) for i in rest if length]
+    runs = [allowed[i : i + length] for i in range(len(allowed) - length + 1) if length]
     return min((run for run in runs if set(rest).issuperset(run)), key=away, default=())
 
 
@@ -499,28 +397,15 @@ def parse_sections(text):
     found = []
     for part in str(text).split(","):
         match = re.fullmatch(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if match and last < first:
+            raise DataError(f"sections must run upwards, as {last}-{first}. Received: {text}")
+        if not match:
             raise DataError(f"sections must be numbers and ranges such as 24-29 or 0,3,5-7. Received: {text}")
         found += range(first, last + 1)
     if len(set(found)) < len(found):
         raise DataError(f"sections must be named once each. Received: {text}")
     return tuple(sorted(found))
-
-
-def format_sections(sections):
-    """Write section numbers as `parse_sections` reads them.
-
-    >>> format_sections([0, 3, 5, 6, 7])
-    '0,3,5-7'
-    """
-    runs = []
-    for i in sorted(int(i) for i in sections):
-        if runs and i == runs[-1][1] + 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def montage(sections, rows, columns, order):
@@ -546,8 +431,8 @@ def montage(sections, rows, columns, order):
 # --- What the files are -------------------------------------------------------------------------------------
 
 
-def describe(image_path, mask_path=None, *, invert_mask=False, window=512, multiple=8):
-    """Say in plain words what the files are, and what training would do with them.
+def describe(image_path, mask_path=None, *, invert_mask=False, instances=False, window=512, multiple=8):
+    """Say in plain words what the files are, and what training would do with them, section by section.
 
     Returns
     -------
@@ -555,49 +440,57 @@ def describe(image_path, mask_path=None, *, invert_mask=False, window=512, multi
         Lines that begin with "warning:" want attention, those that begin with "problem:" would stop training.
         An image that cannot be read at all raises DataError.
     """
-    images = read_stack(image_path, what="image")
-    lines = _image_lines(images)
-    if mask_path is not None:
-        lines += _mask_lines(images, mask_path, invert_mask)
-    return lines + _training_lines(images, window, multiple)
+    with iter_sections(image_path, what="image") as images:
+        lines = _image_lines(images)
+        if mask_path is not None:
+            lines += _mask_lines(images, mask_path, invert_mask, instances)
+        return lines + _training_lines(images, window, multiple)
 
 
-def _file_lines(kind, stack):
-    about = ", ".join(filter(None, [_shape_words(stack), str(stack.sections.dtype), stack.description]))
-    return [f"{kind}: {stack.source}", f"  {about}"]
+def _file_lines(kind, reader):
+    about = ", ".join(filter(None, [shape_words(reader), str(reader.dtype), reader.description]))
+    return [f"{kind}: {reader.source}", f"  {about}"]
 
 
 def _image_lines(images):
-    sections, norm = images.sections, Normalisation.fit(images.sections)
-    flat = [i for i, section in enumerate(sections) if section.min() == section.max()]
-    span = f"{sections.min():g} to {sections.max():g}"
+    spans = []
+
+    def measured():
+        for section in images:
+            spans.append((section.min(), section.max()))
+            yield section
+
+    norm = Normalisation.fit(measured())
+    flat = [i for i, (low, high) in enumerate(spans) if low == high]
+    lows, highs = zip(*spans, strict=True)
     return [
         *_file_lines("image", images),
-        f"  values {span}, mean {norm.mean:.4g}, standard deviation {norm.std:.4g}",
+        f"  values {min(lows):g} to {max(highs):g}, mean {norm.mean:.4g}, standard deviation {norm.std:.4g}",
         f"  {voxel_words(images.voxel_nm)}",
         *([f"warning: sections of a single gray value: {format_sections(flat)}"] if flat else []),
     ]
 
 
-def _mask_lines(images, mask_path, invert_mask):
+def _mask_lines(images, mask_path, invert_mask, instances):
+    lines = [f"mask: {mask_path}"]
     try:
-        masks = read_stack(mask_path, what="mask")
+        with iter_sections(mask_path, what="mask", ids=instances) as masks:
+            lines = _file_lines("mask", masks)
+            said = labels.match(images, masks, instances)[-1]
+            messages = labels.instance_messages(masks) if instances else labels.meaning(masks, invert_mask)[1]
     except DataError as error:
-        return [f"mask: {mask_path}", f"problem: {error}"]
-    try:
-        messages = load_pair(images, masks, invert_mask=invert_mask)[-1]
-    except DataError as error:
-        return [*_file_lines("mask", masks), f"problem: {error}"]
-    lines = [line if line.startswith("warning:") else f"  {line}" for line in messages]
-    return [*_file_lines("mask", masks), *lines]
+        return [*lines, f"problem: {error}"]
+    return [*lines, *(line if line.startswith("warning:") else f"  {line}" for line in messages + said)]
 
 
 def _training_lines(images, window, multiple):
-    count, height, width = images.sections.shape
+    count, height, width = images.shape
+    nbytes = math.prod(images.shape) * (images.dtype.itemsize + 1)
     lines = ["training:"]
     for attempt in (
         lambda: split_sections(count, "holdout").describe(),
         lambda: check_window(images, window, multiple) or _crop_words(height, width, window),
+        lambda: require_memory(nbytes, "the stack and its masks") or f"{memory_words(nbytes)} of memory for the stack",
     ):
         try:
             lines.append(f"  {attempt()}")

@@ -533,8 +533,10 @@ def run_check(args):
     masks = data.resolve(args.mask_path or args.image_path, "mask")
     if masks == images and not args.mask_path:  # there are none beside the images
         masks = None
-    lines = data.describe(images, masks, invert_mask=args.invert_mask, window=args.window)
-    print("\n".join([*lines, *describe_recipes()]))
+    how = {"invert_mask": args.invert_mask, "instances": args.instances, "window": args.window}
+    lines = data.describe(images, masks, **how)
+    print("
+".join([*lines, *describe_recipes()]))
     return 2 if any(line.startswith("problem:") for line in lines) else 0
 
 

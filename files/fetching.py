@@ -8,12 +8,13 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from files.stacks import DataError, flag, load, open_stack, sha256_pixels
+from files import atomic
+from files.atomic import DataError
+from files.stacks import flag, load, open_stack, sha256_pixels
 
 DATA_SETS = ("isbi2012", "synthetic", "dic-hela", "phc-u373")
 ISBI_ROLES = {
@@ -60,7 +61,10 @@ def data_dir():
     """Return the cache folder: `DILATED_UNET_DATA`, or this user's cache folder on this system."""
     named = os.environ.get("DILATED_UNET_DATA")
     if named:
-        return Path(named).expanduser()
+        folder = os.path.expanduser(named)
+        if folder.startswith("~"):
+            raise DataError(f"DILATED_UNET_DATA must be a folder, and nobody here is {named.split('/')[0]}: {named}")
+        return Path(folder)
     import pooch
 
     return Path(pooch.os_cache("dilated-unet"))
@@ -102,13 +106,15 @@ def fetch(name, *, log=print):
 @contextlib.contextmanager
 def _scratch_in(folder):
     """Give a temporary folder inside `folder`, so that what is good can be moved by one rename."""
+    scratch = atomic.beside(folder / "fetched")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
-            yield Path(scratch)
+        scratch.mkdir(parents=True, exist_ok=True)
+        atomic.remove_abandoned(folder)
+        yield scratch
     except OSError as error:
         raise DataError(f"fetch: {folder} cannot be written: {error.strerror or error}.") from error
     finally:
+        shutil.rmtree(scratch, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.rmdir()  # goes only if nothing came
 
@@ -158,7 +164,7 @@ def is_published(file):
 
 def _fetch_isbi(folder, scratch, wanted, log):
     """Ask the archive and then the mirrors for what is still wanted; keep what passes the check."""
-    reasons = []
+    reasons = [f"{folder / name} is not the published file" for name in wanted if (folder / name).exists()]
     for url in (ISBI_ARCHIVE, *ISBI_MIRRORS):
         log(f"fetching {', '.join(wanted)} from {url}")
         try:
@@ -184,13 +190,8 @@ def _offers(url, wanted, scratch):
     if not url.endswith(".zip"):
         yield from ((name, _download(f"{url}/{name}", scratch, name)) for name in wanted)
         return
-    with zipfile.ZipFile(_download(url, scratch, "archive.zip")) as archive:
-        for member in archive.infolist():
-            name = PurePosixPath(member.filename.replace("\\", "/")).name
-            if name in wanted or name == ISBI_ROLES["test_mask"]:
-                with archive.open(member) as packed, open(scratch / name, "wb") as file:
-                    shutil.copyfileobj(packed, file)
-                yield name, scratch / name
+    names = {*wanted, ISBI_ROLES["test_mask"]}
+    yield from ((file.name, file) for file in _unzipped(url, scratch) if file.name in names)
 
 
 def _unfit(file):
@@ -211,8 +212,7 @@ def _fetch_cells(name, folder, scratch, log):
     url, sha256 = CELL_ARCHIVES[name]
     log(f"fetching {url}")
     try:
-        with zipfile.ZipFile(_download(url, scratch, "archive.zip", f"sha256:{sha256}")) as archive:
-            archive.extractall(scratch / "unpacked")
+        _unzipped(url, scratch, f"sha256:{sha256}")
     except DOWNLOAD_ERRORS as error:
         raise DataError(
             f"{name} could not be fetched ({url}: {_in_short(error)}): check the connection, or unpack "
@@ -226,13 +226,21 @@ def _fetch_cells(name, folder, scratch, log):
 # --- Downloads ----------------------------------------------------------------------------------------------
 
 
-def _download(url, scratch, name, known_hash=None):
+def _download(url, scratch, name, known_hash=None, **how):
     import pooch
 
     pooch.get_logger().setLevel("WARNING")  # it would print the hash of every file and advise to keep it
     (scratch / name).unlink(missing_ok=True)
-    downloader = pooch.HTTPDownloader(timeout=TIMEOUT_S)
-    return Path(pooch.retrieve(url, known_hash, fname=name, path=scratch, downloader=downloader))
+    how["downloader"] = pooch.HTTPDownloader(timeout=TIMEOUT_S)
+    found = pooch.retrieve(url, known_hash, fname=name, path=scratch, **how)
+    return found if isinstance(found, list) else Path(found)
+
+
+def _unzipped(url, scratch, known_hash=None):
+    import pooch
+
+    unzip = pooch.Unzip(extract_dir="unpacked")
+    return sorted(map(Path, _download(url, scratch, "archive.zip", known_hash, processor=unzip)))
 
 
 def _in_short(error):

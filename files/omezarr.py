@@ -12,9 +12,7 @@ import numpy as np
 from files import stacks
 from files.stacks import DataError
 
-RECORD = "dilated_unet"  # the attribute of the output that says what it is made of
-NANOMETRES = {"picometer": 1e-3, "angstrom": 0.1, "nanometer": 1.0, "micrometer": 1e3}
-NANOMETRES |= {"millimeter": 1e6, "centimeter": 1e7, "meter": 1e9}
+RECORD = stacks.RECORD  # the attribute of the output that says what it is made of
 
 
 @contextlib.contextmanager
@@ -35,7 +33,7 @@ def is_zarr(path):
 
 
 class ZarrReader(stacks.StackReader):
-    """Sections of an OME-Zarr image, one in memory at a time, or with `slab` less than one.
+    """Sections of an OME-Zarr image, one in memory at a time, or parts of them.
 
     Attributes
     ----------
@@ -45,29 +43,23 @@ class ZarrReader(stacks.StackReader):
         The image's metadata.
     """
 
-    def __init__(self, path, array, multiscale):
+    def __init__(self, path, array, multiscale, made_of):
         self.array, self.multiscale = array, multiscale
-        count = math.prod(array.shape[:-2])
         axes = "".join(axis["name"] for axis in multiscale["axes"])
         super().__init__(
-            lambda index: array[place(array.ndim, index)],
-            (count, *array.shape[-2:]),
+            lambda index, *part: array[(*place(array.ndim, index), *part)],
+            (math.prod(array.shape[:-2]), *array.shape[-2:]),
             array.dtype,
-            names=[f"{path.stem}[{i}]" for i in range(count)],
             source=path,
             voxel_nm=_voxel_nm(multiscale),
             description=f"OME-Zarr, zarr v{array.metadata.zarr_format}, axes {axes}, chunks {array.chunks}",
+            made_of=made_of,
         )
 
     def slab(self, sections, rows, columns):
-        """Pixels of a part of some sections (slices), an array of shape (S, H, W)."""
-        try:
-            pixels = self.array[(*place(self.array.ndim, sections), rows, columns)]
-        except Exception as error:  # codecs raise whatever they like on a damaged chunk
-            raise DataError(f"{self.source}: sections from {sections.start} on are damaged: {error}.") from error
-        if self.dtype.kind == "f" and not np.isfinite(pixels).all():
-            raise DataError(f"{self.source}: sections from {sections.start} on hold NaN or infinite values.")
-        return pixels.astype(self.dtype, copy=False).reshape(-1, *pixels.shape[-2:])
+        """Read a part of some sections, all as slices, those of one chunk at once: an array of shape (S, h, w)."""
+        pixels = self._pixels(sections, rows, columns, f"{self.source}: a section from {sections.start} on")
+        return pixels.reshape(-1, *pixels.shape[-2:])
 
 
 def place(axes, index):
@@ -102,28 +94,30 @@ def open_zarr(path, what="image"):
         import zarr
     path = Path(path)
     try:
-        group = zarr.open_group(str(path), mode="r")
-        attributes = group.attrs.asdict()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        attributes = (group := zarr.open_group(str(path), mode="r")).attrs.asdict()
+    except Exception as error:  # zarr raises whatever it likes on metadata of the wrong types
         raise stacks.refusal(what, path, f"is no OME-Zarr image: {error}") from error
-    multiscales = attributes.get("ome", attributes).get("multiscales")
-    if not multiscales:
+    ome = attributes.get("ome", attributes)
+    if not isinstance(ome, dict) or not ome.get("multiscales"):
         hint = "of a bioformats2raw folder give the image inside, such as its folder 0"
         raise stacks.refusal(what, path, f"is no OME-Zarr image: it holds no multiscales ({hint})")
     try:
-        names = [axis["name"] for axis in multiscales[0]["axes"]]
-        array = group[multiscales[0]["datasets"][0]["path"]]
-        sizes = dict(zip(names, array.shape, strict=True))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        multiscale = ome["multiscales"][0]
+        names = [axis["name"] for axis in multiscale["axes"]]
+        array = group[multiscale["datasets"][0]["path"]]
+        sizes = dict(zip(names, map(int, array.shape), strict=True))
+        words = "".join(names), tuple(array.shape), np.dtype(array.dtype), math.prod(array.chunks)
+    except Exception as error:
         raise stacks.refusal(what, path, f"is no image of OME-NGFF 0.4 or 0.5: {error!r}") from error
-    _check_axes(path, what, names, sizes, array.dtype)
-    return ZarrReader(path, array, multiscales[0])
+    _check_axes(path, what, names, sizes, words[2])
+    stacks.require_memory(words[3] * words[2].itemsize, f"{path}: a chunk of {array.chunks} px")
+    return ZarrReader(path, array, multiscale, _made_of(attributes))
 
 
 def _check_axes(path, what, names, sizes, dtype):
     """Refuse what is not one gray stack of sections along z."""
-    ordered = names[-2:] == ["y", "x"] and ("z" not in names or names[-3] == "z")
-    longer = [name for name, length in sizes.items() if length > 1 and name not in "zyx"]
+    ordered = names[-2:] == ["y", "x"] and ("z" not in names or names[-3] == "z") and len(sizes) == len(names)
+    longer = [name for name, length in sizes.items() if length > 1 and name not in ("z", "y", "x")]
     if not ordered or longer or min(sizes.values()) < 1 or dtype.kind not in "buif":
         found = f"axes {''.join(names)}, shape {tuple(sizes.values())}, type {dtype}"
         rule = "one gray stack with axes zyx is needed, t and c before them at most of length 1"
@@ -132,16 +126,21 @@ def _check_axes(path, what, names, sizes, dtype):
 
 def _voxel_nm(multiscale):
     """Voxel size (z, y, x) in nm, z None where only the pixel's is known; None where nothing is."""
-    sizes = {axis["name"]: NANOMETRES.get(axis.get("unit"), math.nan) for axis in multiscale["axes"]}
-    steps = multiscale["datasets"][0].get("coordinateTransformations", [])
     try:
+        sizes = {axis["name"]: stacks.NANOMETRES.get(axis.get("unit"), math.nan) for axis in multiscale["axes"]}
+        steps = multiscale["datasets"][0].get("coordinateTransformations", [])
         for step in (*steps, *multiscale.get("coordinateTransformations", [])):
             if step["type"] == "scale":
                 sizes = {name: nm * factor for (name, nm), factor in zip(sizes.items(), step["scale"], strict=True)}
-    except (KeyError, TypeError, ValueError):
+        return stacks.voxel(*(sizes.get(name) for name in "zyx"))
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return None  # a voxel size that cannot be made out is unknown: no reason to refuse the pixels
-    z, y, x = (float(f"{nm:.6g}") if nm > 0 else None for nm in (sizes.get(name, math.nan) for name in "zyx"))
-    return (z, y, x) if y and x else None
+
+
+def _made_of(attributes):
+    record = attributes.get(RECORD)
+    made_of = record.get("made_of") if isinstance(record, dict) else None
+    return made_of if isinstance(made_of, dict) else {}
 
 
 # -- OME-Zarr out ------------------------------------------------------------------------------------------------
@@ -179,6 +178,35 @@ def create(path, reader, shape, chunks, record):
         }
     group = zarr.create_group(str(path), zarr_format=zarr_format(reader), attributes=attributes | {RECORD: record})
     group.create_array("0", shape=shape, chunks=chunks, dtype="float32", fill_value=math.nan, **layout)
+
+
+def check_array(path, shape, chunks):
+    """Refuse an output whose array is not the one that `create` makes."""
+    with extra():
+        import zarr
+    try:
+        array = zarr.open_array(f"{path}/0", mode="r")
+        found = tuple(array.shape), tuple(array.chunks), str(array.dtype)
+    except Exception as error:
+        raise DataError(f"{path}: the array of the prediction cannot be read: {error}.") from error
+    if found != (wanted := (tuple(shape), tuple(chunks), "float32")):
+        raise DataError(f"{path}: the prediction's array must have shape, chunks and type {wanted}. Received: {found}")
+
+
+def is_whole(file):
+    """Tell whether a chunk's file is as long as Blosc wrote it; its header says so in bytes 12 to 15."""
+    try:
+        with open(file, "rb") as chunk:
+            header = chunk.read(16)
+        return len(header) == 16 and int.from_bytes(header[12:], "little") == file.stat().st_size
+    except FileNotFoundError:
+        return False
+
+
+def remove_partials(path):
+    """Remove chunks that a dead process has left half written; of an output that is `atomic.locked`."""
+    for partial in Path(path).rglob("*.partial"):
+        partial.unlink(missing_ok=True)
 
 
 def array_shape(reader):

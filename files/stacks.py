@@ -1,21 +1,27 @@
-"""Files of sections: TIFF and PNG in, ImageJ TIFF out, one section in memory at a time.
+"""Files of sections: TIFF and PNG in, ImageJ TIFF out, one section in memory at a time, or a part of one.
 
 Whatever is wrong with somebody's file ends in a `DataError` of one sentence. `data.py` is the door to it.
 """
 
+import contextlib
 import hashlib
+import json
 import logging
 import math
+import os
 import re
 import weakref
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from files.atomic import DataError, replacing
+from files.atomic import DataError
 
 FLAGS = {"image": "--image_path", "mask": "--mask_path", "test": "--image_path", "test_mask": "--mask_path"}
 SUFFIXES = (".tif", ".tiff", ".png")
+MOST_SECTIONS = 2**20  # a header that speaks of more is damaged
+RECORD = "dilated_unet"  # key of what a prediction says that it is made of
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +35,7 @@ class Stack:
     names : one name per section
     source : the file, folder or data set they came from
     description : axes and encoding, in words
+    made_of : what a prediction of this suite is made of, else empty
     """
 
     sections: np.ndarray
@@ -36,9 +43,13 @@ class Stack:
     names: list[str] = field(default_factory=list)
     source: str = ""
     description: str = ""
+    made_of: dict = field(default_factory=dict)
+
+    shape = property(lambda self: self.sections.shape)
+    dtype = property(lambda self: self.sections.dtype)
 
 
-# --- Words --------------------------------------------------------------------------------------------------
+# --- Words and numbers --------------------------------------------------------------------------------------
 
 
 def flag(what):
@@ -60,6 +71,12 @@ def size_words(shape):
     return " x ".join(str(n) for n in shape[-2:])
 
 
+def shape_words(stack):
+    """Write the number and the size of sections."""
+    count = stack.shape[0]
+    return f"{count} section{'s' * (count != 1)} of {size_words(stack.shape)} px"
+
+
 def some(items, most=8):
     """Write the first few of many."""
     shown = ", ".join(str(item) for item in items[:most])
@@ -67,7 +84,7 @@ def some(items, most=8):
 
 
 def natural_key(name):
-    """Return a sorting key that puts section 2 before section 10.
+    """Return a sorting key that puts section 2 before section 10, and s1 beside S1.
 
     >>> sorted(["s10", "s2", "S1"], key=natural_key)
     ['S1', 's2', 's10']
@@ -76,24 +93,95 @@ def natural_key(name):
     return [int(part) if i % 2 else part.casefold() for i, part in enumerate(parts)], str(name)
 
 
+def format_sections(sections):
+    """Write section numbers as `parse_sections` reads them.
+
+    >>> format_sections([0, 3, 5, 6, 7])
+    '0,3,5-7'
+    """
+    runs = []
+    for i in sorted(int(i) for i in sections):
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+STRIP_PX = 2**23  # of a large section, looked at in one piece: float64 takes eight times what 8 bit does
+
+
+def strips(section):
+    """Return a section in strips of rows; one of usual size is one strip."""
+    section = np.atleast_2d(section)
+    step = max(1, STRIP_PX // section.shape[1])
+    return (section[i : i + step] for i in range(0, len(section), step))
+
+
+def memory_words(nbytes):
+    """Write an amount of memory.
+
+    >>> memory_words(7_864_320)
+    '7.9 MB'
+    """
+    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2g} MB"
+
+
+def memory_limit():
+    """Return the bytes that a process can have here: the machine's, or those of its container or ulimit."""
+    limits = [2**63]
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, ValueError):
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    with contextlib.suppress(ImportError):
+        import resource
+
+        limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])
+    return min(limit for limit in limits if limit > 0)  # no limit is written -1
+
+
+def require_memory(nbytes, words):
+    """Refuse what cannot fit into memory before it is taken."""
+    if nbytes > memory_limit():
+        limit = memory_words(memory_limit())
+        raise DataError(f"{words} would take {memory_words(nbytes)} of memory, more than the {limit} there is.")
+
+
+def sha256_pixels(array):
+    """Return the SHA-256 of the pixels in C order, little-endian: the same whatever container held them."""
+    array = np.asarray(array)
+    return hashlib.sha256(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))).hexdigest()
+
+
 # --- Reading ------------------------------------------------------------------------------------------------
 
 
 class StackReader:
-    """Sections of a file or folder, one in memory at a time.
+    """Sections of a file or folder, one in memory at a time, or parts of them.
 
     `len(reader)`, `reader[i]` and iteration give arrays of shape (H, W); `shape` is (S, H, W). A section with
     NaN or infinite values is refused when it is read. Files close with the reader.
+
+    Parameters
+    ----------
+    read : callable
+        (index, rows, columns), of which the last two are slices, -> pixels.
     """
 
-    def __init__(self, read, shape, dtype, *, names, source, voxel_nm=None, description="", close=None):
+    def __init__(
+        self, read, shape, dtype, *, source, names=(), voxel_nm=None, description="", close=None, made_of=None
+    ):
         self._read = read
         self.shape = tuple(int(n) for n in shape)
         self.dtype = np.dtype(dtype).newbyteorder("=")
-        self.names = list(names)
         self.source = str(source)
+        if min(self.shape) < 1 or len(self) > MOST_SECTIONS:
+            raise DataError(f"{source} holds no stack of sections: its header says {' x '.join(map(str, self.shape))}.")
+        self.names = list(names) or _numbered(Path(source).stem, len(self))
         self.voxel_nm = voxel_nm
         self.description = description
+        self.made_of = made_of or {}
         self.close = weakref.finalize(self, close or (lambda: None))
 
     def __len__(self):
@@ -102,23 +190,32 @@ class StackReader:
     def __getitem__(self, index):
         if not -len(self) <= index < len(self):
             raise IndexError(f"section {index} of {len(self)}")
-        index %= len(self)
-        section = self._section(index)
-        if self.dtype.kind == "f" and not np.isfinite(section).all():
-            bad = np.count_nonzero(~np.isfinite(section))
-            raise DataError(f"{self._place(index)} holds {bad} NaN or infinite values.")
-        return section
+        height, width = self.shape[1:]
+        return self.part(index % len(self), slice(0, height), slice(0, width))
 
-    def _section(self, index):
+    def part(self, index, rows, columns):
+        """Read a part of a section, rows and columns as slices; as little more as the file's strips or tiles allow."""
+        return self._pixels(index, rows, columns, f"{self.source}: section {index} ({self.names[index]})")
+
+    def slab(self, sections, rows, columns):
+        """Read a part of some sections, all as slices: an array of shape (S, h, w)."""
+        return np.stack([self.part(index, rows, columns) for index in range(sections.start, sections.stop)])
+
+    def _pixels(self, index, rows, columns, place):
+        count = index.stop - index.start if isinstance(index, slice) else 1
+        size = count * (rows.stop - rows.start) * (columns.stop - columns.start)
+        require_memory(size * self.dtype.itemsize, place)
         try:
-            return np.asarray(self._read(index)).astype(self.dtype, copy=False)
+            pixels = np.asarray(self._read(index, rows, columns)).astype(self.dtype, copy=False)
         except DataError:
             raise
+        except MemoryError as error:
+            raise DataError(f"{place} takes more memory than there is: {error}.") from error
         except Exception as error:  # decoders raise whatever they like on a damaged file
-            raise DataError(f"{self._place(index)} is damaged or cut off: {error}.") from error
-
-    def _place(self, index):
-        return f"{self.source}: section {index} ({self.names[index]})"
+            raise DataError(f"{place} is damaged or cut off: {error}.") from error
+        if self.dtype.kind == "f" and not np.isfinite(pixels).all():
+            raise DataError(f"{place} holds {np.count_nonzero(~np.isfinite(pixels))} NaN or infinite values.")
+        return pixels
 
     def __iter__(self):
         return (self[i] for i in range(len(self)))
@@ -130,20 +227,30 @@ class StackReader:
         self.close()
 
 
-def open_stack(found, what="image"):
-    """Open a file, a folder of sections or a Stack as a StackReader; `what` is the role, for messages."""
+def _numbered(stem, count):
+    return [stem] if count == 1 else [f"{stem}[{i}]" for i in range(count)]
+
+
+def open_stack(found, what="image", *, ids=False):
+    """Open a file, a folder of sections or a Stack as a StackReader.
+
+    `what` is the role, for messages. With `ids` the values are numbers of cells, and stay what is stored: neither
+    a palette nor "0 is white" is applied.
+    """
     if isinstance(found, Stack):
         return _open_memory(found)
-    return _open_folder(found, what) if found.is_dir() else _open_file(found, what)
+    return _open_folder(found, what, ids) if found.is_dir() else _open_file(found, what, ids)
 
 
 def load(reader):
     """Read all sections of a StackReader into a Stack, and close it."""
     with reader:
+        require_memory(math.prod(reader.shape) * reader.dtype.itemsize, f"{reader.source}: {shape_words(reader)}")
         sections = np.empty(reader.shape, reader.dtype)
         for i, section in enumerate(reader):
             sections[i] = section
-        return Stack(sections, reader.voxel_nm, reader.names, reader.source, reader.description)
+        about = (reader.voxel_nm, reader.names, reader.source, reader.description, reader.made_of)
+        return Stack(sections, *about)
 
 
 def _open_memory(stack):
@@ -152,54 +259,64 @@ def _open_memory(stack):
         raise DataError(f"{stack.source or 'stack'}: must have shape (S, H, W). Received: {sections.shape}")
     about = {"source": stack.source, "voxel_nm": stack.voxel_nm, "description": stack.description}
     names = stack.names or [str(i) for i in range(len(sections))]
-    return StackReader(sections.__getitem__, sections.shape, sections.dtype, names=names, **about)
+    about |= {"names": names, "made_of": stack.made_of}
+    return StackReader(lambda *part: sections[part], sections.shape, sections.dtype, **about)
 
 
-def _open_file(path, what):
+def _open_file(path, what, ids):
     try:
         if path.stat().st_size == 0:
             raise refusal(what, path, "is empty (0 bytes)")
-        return _open_png(path, what) if path.suffix.lower() == ".png" else _open_tiff(path, what)
+        opener = _open_png if path.suffix.lower() == ".png" else _open_tiff
+        return opener(path, what, ids)
+    except DataError:
+        raise
     except OSError as error:
         raise refusal(what, path, f"cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise refusal(what, path, "takes more memory than there is") from error
+    except Exception as error:  # struct, index, key and codec errors on a damaged file
+        raise refusal(what, path, f"is damaged or cut off: {error}") from error
 
 
-def _open_folder(folder, what):
+def _open_folder(folder, what, ids):
     """Open the sections of a folder in natural order; the first file says what the others must be."""
-    files = sorted((path for path in folder.iterdir() if _is_section(path)), key=lambda p: natural_key(p.stem))
+    files = _sections_in(folder, what)
     stems = [file.stem for file in files]
-    if not files:
-        raise refusal(what, folder, f"holds no {', '.join(SUFFIXES)} files")
     if len(files) == 1:
-        return _open_file(files[0], what)
+        return _open_file(files[0], what, ids)
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}, key=natural_key):
         raise refusal(what, folder, f"holds two files of the same name: {some(twice)}")
-    with _open_file(files[0], what) as first:
-        about = {
-            "voxel_nm": first.voxel_nm,
-            "description": f"folder of {len(files)} files, {first.description}",
-        }
+    with _open_file(files[0], what, ids) as first:
+        words = f"folder of {len(files)} files, {first.description}"
+        about = {"voxel_nm": first.voxel_nm, "description": words, "names": stems, "source": folder}
     shape, dtype = first.shape[1:], first.dtype
 
-    def read(index):
-        return _only_section(files[index], shape, dtype, what)
+    def read(index, rows, columns):
+        with _open_file(files[index], what, ids) as reader:
+            if len(reader) > 1:
+                words = f"holds {len(reader)} sections; in a folder each file is one section"
+                raise refusal(what, files[index], words)
+            if reader.shape[1:] != shape or reader.dtype != dtype:
+                found, wanted = f"{size_words(reader.shape)} {reader.dtype}", f"{size_words(shape)} {dtype}"
+                words = f"is {found}, the first file of its folder {wanted}; all must be alike"
+                raise refusal(what, files[index], words)
+            return reader.part(0, rows, columns)
 
-    return StackReader(read, (len(files), *shape), dtype, names=stems, source=folder, **about)
+    return StackReader(read, (len(files), *shape), dtype, **about)
 
 
-def _is_section(path):
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def _only_section(file, shape, dtype, what):
-    with _open_file(file, what) as reader:
-        if len(reader) > 1:
-            raise refusal(what, file, f"holds {len(reader)} sections; in a folder each file is one section")
-        if reader.shape[1:] != shape or reader.dtype != dtype:
-            found = f"is {size_words(reader.shape)} {reader.dtype}"
-            wanted = f"{size_words(shape)} {dtype}"
-            raise refusal(what, file, f"{found}, the first file of its folder {wanted}; all must be alike")
-        return reader[0]
+def _sections_in(folder, what):
+    try:
+        files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != "."]
+    except OSError as error:
+        raise refusal(what, folder, f"cannot be read: {error.strerror or error}") from error
+    if gone := [path.name for path in files if not path.exists()]:
+        raise refusal(what, folder, f"holds links to files that do not exist: {some(gone)}")
+    files = [path for path in files if path.is_file()]
+    if not files:
+        raise refusal(what, folder, f"holds no {', '.join(SUFFIXES)} files")
+    return sorted(files, key=lambda path: natural_key(path.stem))
 
 
 def _colour_rule(channels):
@@ -212,18 +329,23 @@ def _colour_rule(channels):
 # --- PNG ----------------------------------------------------------------------------------------------------
 
 
-def _open_png(path, what):
+def _open_png(path, what, ids):
     from PIL import Image
 
+    Image.MAX_IMAGE_PIXELS = None  # large sections are no attack: what cannot fit is refused here
     try:
-        with Image.open(path) as picture:
-            mode, pixels = picture.mode, np.asarray(_without_palette(picture))
-    except (Image.DecompressionBombError, SyntaxError, OSError, ValueError) as error:
+        with Image.open(path, formats=["PNG"]) as picture:
+            mode, frames = picture.mode, getattr(picture, "n_frames", 1)
+            require_memory(8 * math.prod(picture.size), f"{path}: a picture of {size_words(picture.size[::-1])} px")
+            pixels = np.asarray(picture if ids else _without_palette(picture))
+    except (SyntaxError, OSError, ValueError) as error:
         raise refusal(what, path, f"is no readable PNG file, or is cut off: {error}") from error
+    if frames > 1:
+        raise refusal(what, path, f"is a film of {frames} pictures; each section must be a file")
     if pixels.ndim != 2:
         raise refusal(what, path, _colour_rule(pixels.shape[-1]))
-    about = {"names": [path.stem], "source": path, "description": f"PNG, mode {mode}"}
-    return StackReader([pixels].__getitem__, (1, *pixels.shape), pixels.dtype, **about)
+    about = {"source": path, "description": f"PNG, mode {mode}"}
+    return StackReader(lambda _, *part: pixels[part], (1, *pixels.shape), pixels.dtype, **about)
 
 
 def _without_palette(picture):
@@ -237,7 +359,7 @@ def _without_palette(picture):
 # --- TIFF ---------------------------------------------------------------------------------------------------
 
 
-def _open_tiff(path, what):
+def _open_tiff(path, what, ids):
     import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs about broken files is raised here
@@ -246,28 +368,22 @@ def _open_tiff(path, what):
     except tifffile.TiffFileError as error:
         raise refusal(what, path, "is not a TIFF file") from error
     try:
-        return _tiff_reader(tif, path, what)
-    except DataError:
+        return _tiff_reader(tif, path, what, ids)
+    except BaseException:
         tif.close()
         raise
-    except Exception as error:  # tifffile raises struct, index, key and codec errors on a damaged file
-        tif.close()
-        raise refusal(what, path, f"is damaged or cut off: {error}") from error
 
 
-def _tiff_reader(tif, path, what):
-    series = tif.series[0]
-    shape, note = _tiff_shape(tif, path, what)
-    if _is_cut_off(tif, series):
-        raise refusal(what, path, "is cut off: it ends before its last section does")
-    read = _tiff_sections(tif, series, shape)
-    # 0 is shown white (ImageJ's inverting LUT); bool is left alone, for tifffile marks every bool array so
-    if tif.pages[0].photometric == 0 and series.dtype.kind == "u":
-        note, read = [*note, "stored with 0 = white, turned"], lambda i, stored=read: ~stored(i)
-    names = [path.stem] if shape[0] == 1 else [f"{path.stem}[{i}]" for i in range(shape[0])]
-    words = ", ".join([f"axes {series.axes}", *_encoding(tif), *note])
-    about = {"source": path, "voxel_nm": _voxel_nm(tif), "description": words}
-    return StackReader(read, shape, series.dtype, names=names, close=tif.close, **about)
+def _tiff_reader(tif, path, what, ids):
+    if not len(tif.pages) or not tif.series:
+        raise refusal(what, path, "is damaged or cut off: it holds no image")
+    shape, notes = _tiff_shape(tif, path, what)
+    series, page = tif.series[0], tif.pages[0]
+    _check_pages(tif, series, shape[0], path, what)
+    read, note = _as_shown(page, _tiff_pixels(tif, series, shape), path, what, ids)
+    words = ", ".join([f"axes {series.axes}", *_encoding(tif), *notes, *note])
+    about = {"source": path, "voxel_nm": _voxel_nm(tif), "description": words, "made_of": _made_of(tif)}
+    return StackReader(read, shape, series.dtype, close=tif.close, **about)
 
 
 def _tiff_shape(tif, path, what):
@@ -276,18 +392,35 @@ def _tiff_shape(tif, path, what):
     if len(tif.series) > 1:
         sizes = some(sorted({size_words(s.shape) for s in tif.series}, key=natural_key))
         raise refusal(what, path, f"holds {len(tif.series)} separate images ({sizes}); one stack is needed")
-    sizes = dict(zip(series.axes, series.shape, strict=True))
-    if "S" in sizes:
-        raise refusal(what, path, _colour_rule(sizes["S"]))
-    others = {axis: n for axis, n in sizes.items() if axis not in "YX" and n > 1}
-    if len(others) > 1 or not series.axes.endswith("YX") or series.dtype.kind not in "buif":
+    axes = list(zip(series.axes, series.shape, strict=True))  # no dict: an axis without a name is Q, as is the next
+    if "S" in series.axes:
+        rule, count = _colour_rule(dict(axes)["S"]), dict(axes)["S"]
+        hint = f"; {count} sections need photometric='minisblack' when tifffile writes them"
+        raise refusal(what, path, rule + hint * (series.axes[0] == "S"))
+    others = [(axis, n) for axis, n in axes[:-2] if n > 1]
+    kind = series.dtype.kind if series.dtype is not None else ""
+    if len(others) > 1 or series.axes[-2:] != "YX" or kind not in tuple("buif"):
         found = f"axes {series.axes}, shape {series.shape}, type {series.dtype}"
         raise refusal(what, path, f"has {found}; one gray stack with axes ZYX is needed")
-    if 1 < others.get("C", 1) < 5:
-        rule = f"has {others['C']} channels (axes {series.axes}); save one channel, or sections as Z"
+    if ("C", True) in [(axis, n < 5) for axis, n in others]:
+        rule = f"has {others[0][1]} channels (axes {series.axes}); save one channel, or sections as Z"
         raise refusal(what, path, rule)
-    note = ["channels read as sections"] if "C" in others else []
-    return (math.prod(others.values()), sizes["Y"], sizes["X"]), note
+    notes = ["channels read as sections"] if "C" in dict(others) else []
+    return (math.prod(n for _, n in others), *series.shape[-2:]), notes
+
+
+def _check_pages(tif, series, count, path, what):
+    """Refuse a file whose header and pages do not agree: tifffile reads some of the sections without a word."""
+    if _is_cut_off(tif, series):
+        raise refusal(what, path, "is cut off: it ends before its last section does")
+    pages = list(tif.pages)
+    described = (tif.is_imagej or tif.is_ome or tif.is_shaped) and not series.is_multifile
+    if described and len(pages) not in (1, count):
+        raise refusal(what, path, f"holds {len(pages)} pages, and its header speaks of {count} sections")
+    if any(page is None for page in series.pages):
+        raise refusal(what, path, "lacks sections that its header speaks of")
+    if not all(_has_its_bytes(page, series) for page in pages):
+        raise refusal(what, path, "is damaged: its sections have another number of bytes than their size needs")
 
 
 def _is_cut_off(tif, series):
@@ -298,45 +431,105 @@ def _is_cut_off(tif, series):
     pointer = tif.filehandle.read(tif.tiff.offsetsize)
     following = int.from_bytes(pointer, order) if len(pointer) == tif.tiff.offsetsize else size
     parts = ((o, n) for page in tif.pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=False))
-    end = max(offset + count for offset, count in parts)
+    end = max((offset + count for offset, count in parts), default=size + 1)
     if series.dataoffset is not None:
         end = max(end, series.dataoffset + series.nbytes)
     promised = (tif.imagej_metadata or {}).get("images", 1)
     return following >= size or end > size or promised > math.prod(series.shape[:-2])
 
 
-def _tiff_sections(tif, series, shape):
-    """Return a function that reads section i alone."""
-    count, *size = shape
-    if series.dataoffset is not None:
-        dtype, pixels = series.dtype.newbyteorder(tif.byteorder), math.prod(size)
-        start, step = series.dataoffset, pixels * series.dtype.itemsize
-        return lambda i: tif.filehandle.read_array(dtype, pixels, start + i * step).reshape(size)
-    if len(series.pages) == count:
-        return lambda i: series.pages[i].asarray().reshape(size)
-    return lambda i: series.asarray().reshape(shape)[i]
+def _has_its_bytes(page, series):
+    """Tell whether the strips or tiles of an uncompressed page are as long as its size needs, or padded."""
+    key, found = page.keyframe, sum(page.databytecounts)
+    if len(page.dataoffsets) != len(page.databytecounts) or len(page.dataoffsets) < math.prod(key.chunked):
+        return series.dataoffset is not None and len(page.dataoffsets) > 0
+    if key.compression != 1:
+        return True
+    line = -(-key.chunks[-1] * key.bitspersample // 8)
+    padded = math.prod(key.chunked) * key.chunks[-2] * line
+    least = padded if key.is_tiled else key.imagelength * line
+    return least <= found <= padded or found == series.nbytes
+
+
+def _tiff_pixels(tif, series, shape):
+    """Return a function that reads rows and columns of section i, and no more than the file's parts make it read."""
+    count, height, width = shape
+    if series.dataoffset is None and len(series.pages) == count:
+        return lambda i, *part: _page_part(series.pages[i], height, width, *part)
+    if series.dataoffset is None:
+        return lambda *part: series.asarray().reshape(shape)[part]
+    dtype = series.dtype.newbyteorder(tif.byteorder)
+
+    def read(i, rows, columns):
+        start = series.dataoffset + (i * height + rows.start) * width * dtype.itemsize
+        lines = rows.stop - rows.start
+        return tif.filehandle.read_array(dtype, lines * width, start).reshape(lines, width)[:, columns]
+
+    return read
+
+
+def _page_part(page, height, width, rows, columns):
+    """Decode the strips or tiles of a page that hold some rows and columns."""
+    key = page.keyframe
+    high, wide = key.chunks[-2:]
+    if (rows.stop - rows.start, columns.stop - columns.start) == (height, width) or len(key.chunked) != 2:
+        return page.asarray().reshape(height, width)[rows, columns]
+    down, across = (range(s.start // n, -(-s.stop // n)) for s, n in ((rows, high), (columns, wide)))
+    wanted = [row * key.chunked[1] + column for row in down for column in across]
+    where = [page.dataoffsets[i] for i in wanted], [page.databytecounts[i] for i in wanted]
+    pixels = np.zeros((len(down) * high, len(across) * wide), key.dtype)
+    for packed, i in page.parent.filehandle.read_segments(*where, indices=wanted):
+        found, (_, _, top, left, _), size = key.decode(packed, i, jpegtables=key.jpegtables, jpegheader=key.jpegheader)
+        here = pixels[top - down[0] * high :, left - across[0] * wide :]
+        here[: size[1], : size[2]] = key.nodata if found is None else found.reshape(size[1:3])
+    first = rows.start - down[0] * high, columns.start - across[0] * wide
+    return pixels[first[0] :, first[1] :][: rows.stop - rows.start, : columns.stop - columns.start]
+
+
+def _as_shown(page, read, path, what, ids):
+    """Return the function that reads gray values as they are shown, and a list of remarks."""
+    known = "PhotometricInterpretation" in page.tags  # without it tifffile says 0
+    if known and page.photometric not in (0, 1, 3, 4):
+        name = getattr(page.photometric, "name", page.photometric)
+        raise refusal(what, path, f"is of the colour kind {name}; sections must be gray")
+    if ids or not known:
+        return read, []
+    if page.photometric == 3:
+        colours = page.colormap
+        if colours is None or (colours != colours[0]).any():
+            raise refusal(what, path, "has a palette of colours; sections must be gray: Image > Type > 8-bit in ImageJ")
+        deep = page.dtype.itemsize > 1 or colours.max() < 256
+        grays = (colours[0] if deep else colours[0] >> 8).astype(page.dtype)
+        return (lambda *part: grays[read(*part)]), ["palette of grays"]
+    # 0 is shown white (ImageJ's inverting LUT); bool is left alone, for tifffile marks every bool array so
+    if page.photometric == 0 and page.dtype.kind == "u":
+        white = page.dtype.type(2**page.bitspersample - 1)
+        return (lambda *part: white - read(*part)), ["stored with 0 = white, turned"]
+    return read, []
 
 
 def _encoding(tif):
     page = tif.pages[0]
     kind = "OME" if tif.is_ome else "ImageJ" if tif.is_imagej else "plain"
-    words = [f"{kind} {'BigTIFF' if tif.is_bigtiff else 'TIFF'}"]
-    words += ["uncompressed" if page.compression == 1 else page.compression.name.lower()]
+    packing = "uncompressed" if page.compression == 1 else getattr(page.compression, "name", str(page.compression))
+    words = [f"{kind} {'BigTIFF' if tif.is_bigtiff else 'TIFF'}", packing.lower()]
     return words + ["tiled"] * page.is_tiled + ["big-endian"] * (tif.byteorder == ">")
+
+
+def _made_of(tif):
+    """Read what a prediction of this suite is made of; empty where the file is none."""
+    try:
+        info = (tif.imagej_metadata or {}).get("Info") or _ome_image(tif.ome_metadata).findtext("{*}Description")
+        return dict(json.loads(info)[RECORD])
+    except (AttributeError, KeyError, RecursionError, StopIteration, SyntaxError, TypeError, ValueError):
+        return {}
 
 
 # --- Voxel size ---------------------------------------------------------------------------------------------
 
-NANOMETRES = {"pm": 1e-3, "å": 0.1, "nm": 1.0, "nanometer": 1.0, "um": 1e3, "\u00b5m": 1e3, "\u03bcm": 1e3}
-NANOMETRES |= {
-    "micron": 1e3,
-    "microns": 1e3,
-    "micrometer": 1e3,
-    "mm": 1e6,
-    "cm": 1e7,
-    "inch": 2.54e7,
-    "m": 1e9,
-}
+SPELLINGS = {1e-3: "pm picometer", 0.1: "\u00e5 angstrom", 1.0: "nm nanometer", 1e6: "mm millimeter"}
+SPELLINGS |= {1e3: "um \u00b5m \u03bcm micron microns micrometer", 1e7: "cm centimeter", 2.54e7: "inch", 1e9: "m meter"}
+NANOMETRES = {word: nm for nm, words in SPELLINGS.items() for word in words.split()}
 
 
 def voxel_words(voxel_nm):
@@ -360,10 +553,10 @@ def _voxel_nm(tif):
         about = tif.imagej_metadata or {}
         unit = NANOMETRES.get(str(about.get("unit", "")).replace("\\u00B5", "\u00b5").lower())
         if unit:
-            return _voxel(about.get("spacing", 0) * unit, rows * unit, columns * unit)
+            return voxel(about.get("spacing", 0) * unit, rows * unit, columns * unit)
         unit = {2: NANOMETRES["inch"], 3: NANOMETRES["cm"]}.get(int(tif.pages[0].resolutionunit), math.nan)
         # 72 or 300 dots per inch say how to print the picture, not how large a pixel is in the specimen
-        return _voxel(None, rows * unit, columns * unit) if columns * unit < 20_000 else None
+        return voxel(None, rows * unit, columns * unit) if columns * unit < 20_000 else None
     except (ArithmeticError, AttributeError, KeyError, StopIteration, TypeError, ValueError, SyntaxError):
         return None  # a voxel size that cannot be made out is unknown: no reason to refuse the pixels
 
@@ -373,110 +566,23 @@ def _pixel_pitch(page, tag):
     return under / over
 
 
-def _voxel_of_ome(text):
+def _ome_image(text):
     from xml.etree import ElementTree
 
-    pixels = next(e for e in ElementTree.fromstring(text).iter() if e.tag.endswith("}Pixels"))
+    return next(element for element in ElementTree.fromstring(text).iter() if element.tag.endswith("}Image"))
+
+
+def _voxel_of_ome(text):
+    pixels = _ome_image(text).find("{*}Pixels")
 
     def size(axis):
         value = pixels.get(f"PhysicalSize{axis}")
         return value and float(value) * NANOMETRES[pixels.get(f"PhysicalSize{axis}Unit", "um").lower()]
 
-    return _voxel(size("Z"), size("Y"), size("X"))
+    return voxel(size("Z"), size("Y"), size("X"))
 
 
-def _voxel(z, y, x):
+def voxel(z, y, x):
+    """Return a voxel size (z, y, x) without what is no length: z None, or None for all of it."""
     z, y, x = (float(f"{n:.6g}") if n and math.isfinite(n) and n > 0 else None for n in (z, y, x))
     return (z, y, x) if y and x else None
-
-
-# --- Writing ------------------------------------------------------------------------------------------------
-
-CLASSIC_TIFF_BYTES = 2**32 - 2**25  # beyond this, offsets need BigTIFF
-
-
-def write_prediction(path, sections, *, count, shape, voxel_nm=None, force=False):
-    """Write interior probabilities in the challenge's format: float32, ZYX, 0..1 with 1 = interior.
-
-    Parameters
-    ----------
-    path : str or Path
-    sections : iterable of ndarray of shape (H, W)
-        Written one by one: memory does not grow with their number. Values are clipped to 0..1.
-    count, shape : int, (H, W)
-    voxel_nm : (z, y, x), optional
-
-    Raises
-    ------
-    DataError
-        Where a section is missing, of another shape or not finite, `path` exists, or the disk is full.
-    """
-
-    def probability(section, index):
-        section = np.asarray(section, np.float32)
-        if not np.isfinite(section).all():
-            raise DataError(f"{path}: the prediction of section {index} is not finite.")
-        return np.clip(section, 0.0, 1.0)
-
-    _write(path, sections, probability, np.dtype("float32"), count, shape, voxel_nm, force)
-
-
-def write_mask(path, sections, *, count, shape, voxel_nm=None, force=False, dtype="uint8"):
-    """Write a mask section by section: 0/255 from 0/1, bool or 0/255; uint16 and uint32 labels as they are.
-
-    Parameters as in `write_prediction`.
-    """
-    dtype = np.dtype(dtype)
-
-    def mask(section, index):
-        values = np.unique(np.asarray(section))
-        allowed = (0, 1, 255) if dtype == np.uint8 else np.clip(values, 0, np.iinfo(dtype).max)
-        if not np.isin(values, allowed).all():
-            rule = "0 and 1, or 0 and 255" if dtype == np.uint8 else f"labels of type {dtype}"
-            raise DataError(f"{path}: section {index} must hold {rule}. Received: {some(values)}")
-        return np.where(section, 255, 0).astype(dtype) if dtype == np.uint8 else np.asarray(section, dtype)
-
-    _write(path, sections, mask, dtype, count, shape, voxel_nm, force)
-
-
-def _write(path, sections, convert, dtype, count, shape, voxel_nm, force):
-    import tifffile
-
-    remaining = iter(sections)
-    layout = _layout(voxel_nm, count * math.prod(shape) * dtype.itemsize, dtype)
-    layout |= {"shape": (count, *shape), "dtype": dtype, "photometric": "minisblack"}
-    with replacing(path, force=force) as partial:
-        tifffile.imwrite(partial, _exactly(remaining, convert, path, count, tuple(shape)), **layout)
-        if next(remaining, None) is not None:
-            raise DataError(f"{path}: {count} sections were announced, and more came.")
-
-
-def _exactly(sections, convert, path, count, shape):
-    for index in range(count):
-        section = next(sections, None)
-        if section is None:
-            raise DataError(f"{path}: {count} sections were announced, and {index} came.")
-        if np.shape(section) != shape:
-            sizes = f"{size_words(shape)} px. Received: {size_words(np.shape(section))}"
-            raise DataError(f"{path}: section {index} must be {sizes}")
-        yield convert(section, index)
-
-
-def _layout(voxel_nm, nbytes, dtype):
-    """Return tifffile's settings: ImageJ's own format, or OME where that has no room or no such type."""
-    sizes = {axis: nm / 1e3 for axis, nm in zip("ZYX", voxel_nm or (), strict=False) if nm}
-    if nbytes > CLASSIC_TIFF_BYTES or dtype == np.uint32:
-        about = {f"PhysicalSize{axis}": um for axis, um in sizes.items()}
-        about |= {f"PhysicalSize{axis}Unit": "\u00b5m" for axis in sizes}
-        return {"ome": True, "bigtiff": nbytes > CLASSIC_TIFF_BYTES, "metadata": {"axes": "ZYX", **about}}
-    about = {"spacing": sizes["Z"]} if "Z" in sizes else {}
-    if "X" not in sizes:
-        return {"imagej": True, "metadata": {"axes": "ZYX"}}
-    resolution = (1 / sizes["X"], 1 / sizes["Y"])
-    return {"imagej": True, "metadata": {"axes": "ZYX", "unit": "um", **about}, "resolution": resolution}
-
-
-def sha256_pixels(array):
-    """Return the SHA-256 of the pixels in C order, little-endian: the same whatever container held them."""
-    array = np.asarray(array)
-    return hashlib.sha256(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))).hexdigest()

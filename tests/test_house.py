@@ -20,7 +20,7 @@ ORDER = [
     *("data", "figures", "augment", "clr_callback"),
     *("network.unet", "network.field", "network.layers", "network.losses", "network.optimizers"),
     *("network.startup", "network.device", "network.distribution"),
-    *("files.fetching", "files.omezarr", "files.stacks", "files.synthetic"),
+    *("files.fetching", "files.labels", "files.omezarr", "files.writing", "files.stacks", "files.synthetic"),
     *("files.atomic", "files.shell", "files.flags"),
 ]
 CIRCLES = {("score.report", "score.evaluation")}  # still to be cut

@@ -18,7 +18,8 @@ from PIL import Image
 
 from data import iter_sections, read_stack
 from files import stacks
-from files.stacks import DataError, Stack, natural_key, sha256_pixels, write_mask, write_prediction
+from files.stacks import DataError, Stack, natural_key, sha256_pixels
+from files.writing import write_mask, write_prediction
 
 VOXEL = (50.0, 4.0, 4.0)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -504,7 +505,8 @@ def test_interrupt_leaves_the_old_file_alone(tmp_path):
 FULL_DISK = """
 import json, resource, sys
 import numpy as np
-from files.stacks import DataError, write_prediction
+from files.atomic import DataError
+from files.writing import write_prediction
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:
     write_prediction(sys.argv[1], np.zeros((30, 64, 64)), count=30, shape=(64, 64), force=True)

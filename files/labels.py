@@ -1,0 +1,138 @@
+"""What the values of a mask mean, and which mask goes with which image; readers in, words out."""
+
+import math
+import os
+import re
+from collections import Counter
+
+import numpy as np
+
+from files.atomic import DataError
+from files.stacks import format_sections, shape_words, some, strips
+
+
+def meaning(reader, invert):
+    """Return the value that is the interior of a mask with two values, and messages."""
+    tallies = list(_tallies(reader))
+    values = sorted(set().union(*tallies))
+    interior = max(values, key=lambda value: (value != 0, value)) or 1
+    fractions = np.array([tally[interior] / tally.total() for tally in tallies])
+    fractions = 1 - fractions if invert else fractions
+    names = {value: "interior" if (value == interior) != invert else "membrane" for value in values}
+    said = ", ".join(f"{value} = {names[value]}" for value in values)
+    said += f"{' (inverted)' if invert else ''}; interior {fractions.mean():.1%} of the pixels"
+    return interior, [f"labels: {said}", *_label_warnings(fractions, invert)]
+
+
+def _tallies(reader):
+    """Count the pixels of each value, section by section; refuse a third value where it turns up."""
+    known = set()
+    for index, section in enumerate(reader):
+        tally = Counter()
+        for strip in strips(section):
+            values, counts = np.unique(strip, return_counts=True)
+            known.update(values[:9].tolist())
+            if len(known) > 2:
+                raise DataError(_too_many_values(reader.source, index, strip, sorted(known)))
+            tally.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        yield tally
+
+
+def _label_warnings(fractions, invert):
+    if fractions.max() == 0:
+        return ["warning: the mask is all background: no pixel is interior"]
+    if fractions.min() == 1:
+        return ["warning: the mask is all interior: no pixel is membrane"]
+    turn = f"warning: the interior is the minority: inverted labels? Try {'without' if invert else 'with'}"
+    found = [f"{turn} --invert_mask"] if fractions.mean() < 0.5 else []
+    for value, name in ((0, "interior"), (1, "membrane")):
+        if (fractions == value).any():
+            found.append(f"warning: sections without {name}: {format_sections(np.flatnonzero(fractions == value))}")
+    return found
+
+
+def _too_many_values(source, index, pixels, values):
+    between = ((pixels != values[0]) & (pixels != pixels.max()))[:, 1:]
+    flat = np.mean((pixels[:, 1:] == pixels[:, :-1])[between]) if between.any() else 0.0
+    if flat <= 0.8 and between.mean() < 0.2:
+        like = "it looks like a mask blurred by resampling or JPEG: threshold it"
+    elif flat > 0.8:
+        like = "it looks like an instance mask (a number per cell), which --instances takes"
+    else:
+        like = "it looks like an image or a probability map, not a mask"
+    shown = some([f"{value:g}" for value in values])
+    return f"--mask_path: {source} must hold two label values, and section {index} makes them more: {shown}; {like}."
+
+
+def instance_messages(reader):
+    """Return messages about numbered cells; refuse what are no numbers of cells."""
+    counts, filled = [], 0
+    for section in reader:
+        low, high = section.min(), section.max()
+        if section.dtype.kind not in "biu" or low < 0 or high >= 2**31:
+            rule = "must hold whole numbers, 0 = background, with --instances"
+            raise DataError(f"--mask_path: {reader.source} {rule}. Received: {section.dtype} {low}..{high}")
+        counts.append(np.count_nonzero(np.unique(section)))
+        filled += np.count_nonzero(section)
+    share = f"{filled / math.prod(reader.shape):.1%} of the pixels"
+    empty = ["warning: the mask is all background: no pixel is interior"] if not filled else []
+    return [f"labels: instances, {min(counts)} to {max(counts)} a section; {share}", *empty]
+
+
+# --- Pairs ---------------------------------------------------------------------------------------------------
+
+
+def match(images, masks, instances):
+    """Return the images that have masks, the mask of each, and what was done in words."""
+    kept = _labelled(images, masks) if instances else range(len(images.names))
+    left_out = len(kept) < len(images.names)
+    if (len(kept), *images.shape[1:]) != tuple(masks.shape):
+        wanted, found = shape_words(images), shape_words(masks)
+        raise DataError(f"--mask_path: the masks must be like the images, {wanted}. Received: {found}")
+    order, said = _pairs(images.source, [images.names[i] for i in kept], masks)
+    words = f"pairs: {len(kept)} of {len(images.names)} frames are labelled, the others are left out"
+    return kept, order, [*[words] * left_out, said]
+
+
+def _labelled(images, masks):
+    """Return the frames of a folder whose number is on a mask of another folder, or else all."""
+    numbers = {_last_number(name) for name in masks.names}
+    kept = [i for i, name in enumerate(images.names) if _last_number(name) in numbers]
+    fewer = len(masks.names) < len(images.names) and os.path.isdir(images.source) and os.path.isdir(masks.source)
+    return kept if fewer and len(kept) == len(masks.names) else range(len(images.names))
+
+
+def _last_number(name):
+    digits = re.findall("[0-9]+", name)
+    return int(digits[-1]) if digits else None
+
+
+def _pairs(source, names, masks):
+    """Return the mask's index for each name of an image, and what was done in words."""
+    if len(names) < 2 or not (os.path.isdir(source) and os.path.isdir(masks.source)):
+        return range(len(names)), "pairs: sections and masks go together by their order"
+    for key in (list, _bare_names):
+        ours, theirs = key(names), key(masks.names)
+        if set(ours) == set(theirs) and len(set(ours)) == len(ours):
+            order = [theirs.index(name) for name in ours]
+            return order, f"pairs: by name, {names[0]} with {masks.names[order[0]]}, and so on"
+    alone = (name for name, bare in zip(names, ours, strict=True) if bare not in theirs or ours.count(bare) > 1)
+    raise DataError(
+        f"--mask_path: the names in {masks.source} ({some(masks.names, 2)}) must be those in {source}, but for what "
+        f"all share at their start or end. Received no mask, or more than one, for {next(alone, names[0])}"
+    )
+
+
+def _bare_names(names):
+    """Strip what all names share at either end; what is left as a number counts as one, so that 007 is 7."""
+    start = re.sub(r"[0-9]+$", "", _shared_start(names))
+    end = re.sub(r"[0-9]+$", "", _shared_start([name[::-1] for name in names]))
+    bare = [name[len(start) : len(name) - len(end)] for name in names]
+    return [str(int(name)) if name.isdecimal() else name for name in bare]
+
+
+def _shared_start(names):
+    """Return the longest start of all names: that of the first and the last in alphabetical order."""
+    first, last = min(names), max(names)
+    same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return first[: next(same, min(len(first), len(last)))]

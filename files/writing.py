@@ -1,0 +1,97 @@
+"""Predictions and masks out: ImageJ TIFF, section by section."""
+
+import json
+import math
+
+import numpy as np
+
+from files.atomic import DataError, replacing
+from files.stacks import RECORD, size_words, some
+
+CLASSIC_TIFF_BYTES = 2**32 - 2**25  # beyond this, offsets need BigTIFF
+
+
+def write_prediction(path, sections, *, count, shape, voxel_nm=None, force=False, made_of=None):
+    """Write interior probabilities in the challenge's format: float32, ZYX, 0..1 with 1 = interior.
+
+    Parameters
+    ----------
+    path : str or Path
+    sections : iterable of ndarray of shape (H, W)
+        Written one by one: memory does not grow with their number. Values are clipped to 0..1.
+    count, shape : int, (H, W)
+    voxel_nm : (z, y, x), optional
+    made_of : dict, optional
+        Of what, for JSON; a reader's `made_of` gives it back.
+
+    Raises
+    ------
+    DataError
+        Where a section is missing, of another shape or not finite, `path` exists, or the disk is full.
+    """
+
+    def probability(section, index):
+        section = np.asarray(section, np.float32)
+        if not np.isfinite(section).all():
+            raise DataError(f"{path}: the prediction of section {index} is not finite.")
+        return np.clip(section, 0.0, 1.0)
+
+    about = {"voxel_nm": voxel_nm, "made_of": made_of}
+    _write(path, sections, probability, np.dtype("float32"), (count, *shape), about, force)
+
+
+def write_mask(path, sections, *, count, shape, voxel_nm=None, force=False, made_of=None, dtype="uint8"):
+    """Write a mask section by section: 0/255 from 0/1, bool or 0/255; uint16 and uint32 labels as they are.
+
+    Parameters as in `write_prediction`.
+    """
+    dtype = np.dtype(dtype)
+
+    def mask(section, index):
+        values = np.unique(np.asarray(section))
+        allowed = (0, 1, 255) if dtype == np.uint8 else np.clip(values, 0, np.iinfo(dtype).max)
+        if not np.isin(values, allowed).all():
+            rule = "0 and 1, or 0 and 255" if dtype == np.uint8 else f"labels of type {dtype}"
+            raise DataError(f"{path}: section {index} must hold {rule}. Received: {some(values)}")
+        return np.where(section, 255, 0).astype(dtype) if dtype == np.uint8 else np.asarray(section, dtype)
+
+    about = {"voxel_nm": voxel_nm, "made_of": made_of}
+    _write(path, sections, mask, dtype, (count, *shape), about, force)
+
+
+def _write(path, sections, convert, dtype, shape, about, force):
+    import tifffile
+
+    remaining, count = iter(sections), shape[0]
+    layout = _layout(**about, nbytes=math.prod(shape) * dtype.itemsize, dtype=dtype)
+    layout |= {"shape": shape, "dtype": dtype, "photometric": "minisblack"}
+    with replacing(path, force=force) as partial:
+        tifffile.imwrite(partial, _exactly(remaining, convert, path, count, shape[1:]), **layout)
+        if next(remaining, None) is not None:
+            raise DataError(f"{path}: {count} sections were announced, and more came.")
+
+
+def _exactly(sections, convert, path, count, shape):
+    for index in range(count):
+        section = next(sections, None)
+        if section is None:
+            raise DataError(f"{path}: {count} sections were announced, and {index} came.")
+        if np.shape(section) != shape:
+            sizes = f"{size_words(shape)} px. Received: {size_words(np.shape(section))}"
+            raise DataError(f"{path}: section {index} must be {sizes}")
+        yield convert(section, index)
+
+
+def _layout(voxel_nm, made_of, nbytes, dtype):
+    """Return tifffile's settings: ImageJ's own format, or OME where that has no room or no such type."""
+    said = json.dumps({RECORD: made_of}) if made_of else ""
+    sizes = {axis: nm / 1e3 for axis, nm in zip("ZYX", voxel_nm or (), strict=False) if nm}
+    if nbytes > CLASSIC_TIFF_BYTES or dtype == np.uint32:
+        about = {f"PhysicalSize{axis}": um for axis, um in sizes.items()}
+        about |= {f"PhysicalSize{axis}Unit": "\u00b5m" for axis in sizes} | ({"Description": said} if said else {})
+        return {"ome": True, "bigtiff": nbytes > CLASSIC_TIFF_BYTES, "metadata": {"axes": "ZYX", **about}}
+    about = {"axes": "ZYX"} | ({"Info": said} if said else {}) | ({"spacing": sizes["Z"]} if "Z" in sizes else {})
+    if "X" not in sizes:
+        return {"imagej": True, "metadata": about}
+    resolution = (1 / sizes["X"], 1 / sizes["Y"])
+    return {"imagej": True, "metadata": {"unit": "um", **about}, "resolution": resolution}
