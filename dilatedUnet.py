@@ -535,8 +535,7 @@ def run_check(args):
         masks = None
     how = {"invert_mask": args.invert_mask, "instances": args.instances, "window": args.window}
     lines = data.describe(images, masks, **how)
-    print("
-".join([*lines, *describe_recipes()]))
+    print("\n".join([*lines, *describe_recipes()]))
     return 2 if any(line.startswith("problem:") for line in lines) else 0
 
 

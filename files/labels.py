@@ -61,7 +61,7 @@ def _too_many_values(source, index, pixels, values):
     else:
         like = "it looks like an image or a probability map, not a mask"
     shown = some([f"{value:g}" for value in values])
-    return f"--mask_path: {source} must hold two label values, and section {index} makes them more: {shown}; {like}."
+    return f"--mask_path: {source} must hold two label values. Received up to section {index}: {shown}; {like}."
 
 
 def instance_messages(reader):

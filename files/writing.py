@@ -1,12 +1,11 @@
 """Predictions and masks out: ImageJ TIFF, section by section."""
 
-import json
 import math
 
 import numpy as np
 
 from files.atomic import DataError, replacing
-from files.stacks import RECORD, size_words, some
+from files.stacks import size_words, some
 
 CLASSIC_TIFF_BYTES = 2**32 - 2**25  # beyond this, offsets need BigTIFF
 
@@ -21,8 +20,8 @@ def write_prediction(path, sections, *, count, shape, voxel_nm=None, force=False
         Written one by one: memory does not grow with their number. Values are clipped to 0..1.
     count, shape : int, (H, W)
     voxel_nm : (z, y, x), optional
-    made_of : dict, optional
-        Of what, for JSON; a reader's `made_of` gives it back.
+    made_of : dict of str, optional
+        Of what, in words without spaces; a reader's `made_of` gives it back.
 
     Raises
     ------
@@ -84,13 +83,14 @@ def _exactly(sections, convert, path, count, shape):
 
 def _layout(voxel_nm, made_of, nbytes, dtype):
     """Return tifffile's settings: ImageJ's own format, or OME where that has no room or no such type."""
-    said = json.dumps({RECORD: made_of}) if made_of else ""
+    said = {f"made_of_{key}": value for key, value in (made_of or {}).items()}
     sizes = {axis: nm / 1e3 for axis, nm in zip("ZYX", voxel_nm or (), strict=False) if nm}
     if nbytes > CLASSIC_TIFF_BYTES or dtype == np.uint32:
         about = {f"PhysicalSize{axis}": um for axis, um in sizes.items()}
-        about |= {f"PhysicalSize{axis}Unit": "\u00b5m" for axis in sizes} | ({"Description": said} if said else {})
+        about |= {f"PhysicalSize{axis}Unit": "\u00b5m" for axis in sizes}
+        about["Description"] = "\n".join(f"{key}={value}" for key, value in said.items())
         return {"ome": True, "bigtiff": nbytes > CLASSIC_TIFF_BYTES, "metadata": {"axes": "ZYX", **about}}
-    about = {"axes": "ZYX"} | ({"Info": said} if said else {}) | ({"spacing": sizes["Z"]} if "Z" in sizes else {})
+    about = {"axes": "ZYX"} | said | ({"spacing": sizes["Z"]} if "Z" in sizes else {})
     if "X" not in sizes:
         return {"imagej": True, "metadata": about}
     resolution = (1 / sizes["X"], 1 / sizes["Y"])

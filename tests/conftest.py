@@ -124,3 +124,26 @@ def suite(tmp_path):
         return done
 
     return call
+
+
+def ome_zarr(
+    path, sections, version="0.5", names="zyx", scale=(40.0, 4.0, 8.0), *, unit="nanometer", chunks=None, **more
+):
+    """Write an OME-Zarr image of two levels; `scale` is that of the last axes, `more` goes into its metadata."""
+    import zarr
+
+    kinds = {"t": "time", "c": "channel"}
+    axes = [{"name": n, "type": kinds.get(n, "space")} | ({} if n in kinds else {"unit": unit}) for n in names]
+    levels = {"s0": sections, "s1": sections[..., ::2, ::2]}
+    factors = [1.0] * (len(names) - len(scale)) + list(scale)
+    steps = ({"type": "scale", "scale": [f * 2**i for f in factors]} for i in range(len(levels)))
+    datasets = [{"path": level, "coordinateTransformations": [step]} for level, step in zip(levels, steps, strict=True)]
+    multiscale = {"axes": axes, "datasets": datasets} | more
+    old, new = {"multiscales": [{"version": "0.4"} | multiscale]}, {"version": "0.5", "multiscales": [multiscale]}
+    zarr_format, dimensions = (2, None) if version == "0.4" else (3, list(names))
+    attributes = old if version == "0.4" else {"ome": new}
+    group = zarr.create_group(str(path), zarr_format=zarr_format, attributes=attributes, overwrite=True)
+    for level, array in levels.items():
+        sides = chunks or tuple(min(n, 24) for n in array.shape)
+        group.create_array(level, data=array, chunks=sides, dimension_names=dimensions)
+    return path

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT
+from conftest import ROOT, ome_zarr
 
 import data
 from files import omezarr
@@ -113,25 +113,8 @@ class Place:
 
     def zarr(self, sections, version="0.5", names="zyx", scale=NM, unit="nanometer", chunks=None, **more):
         """An OME-Zarr image of two levels; `scale` is that of the last axes, `more` goes into its metadata."""
-        path, kinds = self.folder / "image.ome.zarr", {"t": "time", "c": "channel"}
-        axes = [{"name": n, "type": kinds.get(n, "space")} | ({} if n in kinds else {"unit": unit}) for n in names]
-        levels = {"s0": sections, "s1": sections[..., ::2, ::2]}
-        factors = [1.0] * (len(names) - len(scale)) + list(scale)
-        steps = {level: [f * 2**i for f in factors] for i, level in enumerate(levels)}
-        datasets = [
-            {"path": level, "coordinateTransformations": [{"type": "scale", "scale": steps[level]}]} for level in levels
-        ]
-        multiscale = {"axes": axes, "datasets": datasets} | more
-        if version == "0.4":
-            attributes = {"multiscales": [{"version": "0.4"} | multiscale]}
-        else:
-            attributes = {"ome": {"version": "0.5", "multiscales": [multiscale]}}
-        zarr_format, dimensions = (2, None) if version == "0.4" else (3, list(names))
-        group = zarr.create_group(str(path), zarr_format=zarr_format, attributes=attributes, overwrite=True)
-        for level, array in levels.items():
-            sides = chunks or tuple(min(n, 24) for n in array.shape)
-            group.create_array(level, data=array, chunks=sides, dimension_names=dimensions)
-        return path
+        path = self.folder / "image.ome.zarr"
+        return ome_zarr(path, sections, version, names, scale, unit=unit, chunks=chunks, **more)
 
     def predict(self, source, *, network=load, field=PADDED, tile=32, halo=None, precision="float32", **flags):
         """The `predict` verb, in this process but for `workers`; returns the array of the output."""
@@ -228,29 +211,6 @@ def test_a_block_is_no_deeper_than_its_pixels_may_be_many(here, monkeypatch):
 # -- OME-Zarr ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", ["0.4", "0.5"])
-@pytest.mark.parametrize("names", ["zyx", "tczyx", "cyx", "yx"])
-def test_an_ome_zarr_image_is_read_section_by_section(here, version, names):
-    sections = pixels(3 if "z" in names else 1, 30, 50, dtype=np.uint16)
-    shape = (1,) * (len(names) - 3) + sections.shape if len(names) > 2 else sections.shape[1:]
-    path = here.zarr(sections.reshape(shape), version, names, NM if "z" in names else NM[1:])
-    with omezarr.open_zarr(path) as reader:
-        assert len(reader) == len(sections)
-        assert reader.shape == sections.shape
-        assert reader.dtype == np.uint16
-        assert reader.voxel_nm == (NM[0] if "z" in names else None, *NM[1:])
-        assert reader.names[0] == "image.ome[0]"
-        np.testing.assert_array_equal(np.stack(list(reader)), sections)
-        np.testing.assert_array_equal(reader[-1], sections[-1])
-
-
-def test_the_voxel_size_is_in_nanometres_and_that_of_level_0(here):
-    more = {"coordinateTransformations": [{"type": "scale", "scale": [2.0, 1.0, 1.0]}]}  # of all levels
-    path = here.zarr(pixels(2, 8, 8), scale=(0.03, 0.004, 0.005), unit="micrometer", **more)
-    assert omezarr.open_zarr(path).voxel_nm == (60.0, 4.0, 5.0)
-    assert omezarr.open_zarr(here.zarr(pixels(2, 8, 8), unit="furlong")).voxel_nm is None
-
-
 def attributes_of(path, version):
     """Metadata of an image, from the place where its version has it."""
     attributes = zarr.open_group(str(path), mode="r").attrs.asdict()
@@ -300,59 +260,6 @@ def test_the_prediction_of_a_tiff_carries_its_voxel_size_over(here, voxel_nm, sc
     assert [axis.get("unit") for axis in multiscale["axes"]] == units
     assert multiscale["datasets"][0]["coordinateTransformations"] == [{"type": "scale", "scale": scale}]
     assert omezarr.open_zarr(here.output).voxel_nm == voxel_nm
-
-
-@pytest.mark.parametrize("version", ["0.4", "0.5"])
-def test_what_is_no_image_of_one_gray_stack_is_refused(here, version):
-    def refusal(path):
-        with pytest.raises(data.DataError) as caught:
-            omezarr.open_zarr(path)
-        assert str(caught.value).startswith(f"--image_path: {path} ")
-        return str(caught.value)
-
-    zarr_format, rule = {"0.4": 2, "0.5": 3}[version], "one gray stack with axes zyx is needed"
-    assert rule in refusal(here.zarr(pixels(2, 3, 8, 8), version, "czyx"))
-    assert rule in refusal(here.zarr(pixels(3, 8, 8), version, "tyx", scale=NM[1:]))
-    assert rule in refusal(here.zarr(pixels(3, 8, 8), version, "xyz"))
-    assert rule in refusal(here.zarr(pixels(3, 8, 8).astype(np.complex64), version))
-    assert "no image of OME-NGFF 0.4 or 0.5" in refusal(here.zarr(pixels(3, 8, 8), version, axes=["z", "y", "x"]))
-    assert "no image of OME-NGFF 0.4 or 0.5" in refusal(here.zarr(pixels(3, 8, 8), version, datasets=[]))
-    zarr.create_group(str(here.folder / "plain.zarr"), zarr_format=zarr_format)
-    assert "holds no multiscales" in refusal(here.folder / "plain.zarr")
-    zarr.create_array(str(here.folder / "array.zarr"), shape=(3, 8, 8), dtype="u1", zarr_format=zarr_format)
-    assert "is no OME-Zarr image" in refusal(here.folder / "array.zarr")
-
-
-@pytest.mark.parametrize("version", ["0.4", "0.5"])
-def test_a_damaged_chunk_is_refused(here, version):
-    path = here.zarr(pixels(2, 30, 30), version, chunks=(1, 30, 30))
-    chunk = path / "s0" / ("1.0.0" if version == "0.4" else "c/1/0/0")
-    chunk.write_bytes(b"no chunk" * 9)
-    reader = omezarr.open_zarr(path)
-    np.testing.assert_array_equal(reader[0], pixels(2, 30, 30)[0])
-    with pytest.raises(data.DataError, match=r"section 1 \(image.ome\[1\]\) is damaged or cut off"):
-        reader[1]
-    with pytest.raises(data.DataError, match="sections from 0 on are damaged"):
-        reader.slab(slice(0, 2), slice(0, 8), slice(0, 8))
-
-
-def test_values_that_are_not_finite_are_refused(here):
-    sections = pixels(2, 30, 30).astype(np.float32)
-    sections[1, 20, 20] = np.inf
-    reader = omezarr.open_zarr(here.zarr(sections))
-    with pytest.raises(data.DataError, match="holds 1 NaN or infinite"):
-        reader[1]
-    with pytest.raises(data.DataError, match="hold NaN or infinite"):
-        reader.slab(slice(0, 2), slice(0, 30), slice(0, 30))
-    np.testing.assert_array_equal(reader.slab(slice(0, 2), slice(0, 8), slice(0, 8)), sections[:, :8, :8])
-
-
-def test_pixels_are_in_the_byte_order_of_the_machine(here):
-    sections = pixels(2, 30, 30, dtype=">u2")
-    with omezarr.open_zarr(here.zarr(sections, "0.4")) as reader:
-        for found in (reader[1], reader.slab(slice(1, 2), slice(0, 30), slice(0, 30))[0]):
-            assert found.dtype.isnative
-            np.testing.assert_array_equal(found, sections[1])
 
 
 def test_a_prediction_that_is_not_finite_is_refused_and_not_written(here):

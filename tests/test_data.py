@@ -147,11 +147,11 @@ def test_sections_without_labels_are_named():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (np.repeat(np.repeat([[0, 128], [255, 128]], 20, 0), 20, 1), r"holds 3 \(0, 128, 255\)"),
+        (np.repeat(np.repeat([[0, 128], [255, 128]], 20, 0), 20, 1), "up to section 0: 0, 128, 255; it"),
         (np.repeat(np.repeat(np.arange(36).reshape(6, 6), 9, 0), 9, 1).astype("uint16"), "looks like an instance mask"),
         (
             np.random.default_rng(0).integers(0, 256, (40, 40)),
-            r"0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\); it looks like an image",
+            "0, 1, 2, 3, 4, 5, 6, 7, ...; it looks like an image",
         ),
         (np.random.default_rng(0).random((40, 40)), "or a probability map"),
         (np.r_[np.zeros(40), np.arange(1, 9), np.full(52, 255)].reshape(10, 10), "blurred by resampling or JPEG"),
@@ -388,21 +388,30 @@ def test_inner_lies_before_the_held_out_block_or_after_it_where_there_is_no_room
     assert split_sections(10, "holdout", val_sections=(1, 2), inner=2).inner == (3, 4)
 
 
-def test_train_sections_restrict_training_and_nothing_else():
-    full = split_sections(30, "holdout", gap=1, inner=2)
-    few = split_sections(30, "holdout", gap=1, inner=2, train_sections=range(5))
-    assert few.train == (0, 1, 2, 3, 4)
-    assert (few.inner, few.held_out, few.gap) == (full.inner, full.held_out, full.gap)
+@pytest.mark.parametrize(
+    ("labelled", "inner", "train", "chosen"),
+    [
+        (range(5), 2, (0, 1, 2), (3, 4)),
+        ((2, 7, 12, 17, 22), 1, (2, 7, 12, 17), (22,)),
+        ((2, 7, 12, 17, 23), 2, (2, 7), (12, 17)),  # 23 lies in the gap
+        (range(24), 0, tuple(range(23)), ()),
+    ],
+)
+def test_train_sections_bound_what_trains_and_what_chooses_the_weights(labelled, inner, train, chosen):
+    split = split_sections(30, "holdout", gap=1, inner=inner, train_sections=labelled)
+    assert (split.train, split.inner) == (train, chosen)
+    assert (split.held_out, split.gap) == (tuple(range(24, 30)), (23,))
     assert split_sections(30, "published", train_sections=(3, 1)).train == (1, 3)
 
 
 @pytest.mark.parametrize(
     ("count", "protocol", "options", "words"),
     [
-        (1, "holdout", {}, "too few sections"),
+        (1, "holdout", {}, "--protocol all"),
         (5, "holdout", {"gap": 4}, "too few sections to hold out 1, leave out 4"),
         (6, "holdout", {"inner": 5}, "too few"),
         (30, "holdout", {"train_sections": (23,), "gap": 1}, "too few"),
+        (30, "holdout", {"train_sections": (0, 1, 2), "inner": 3}, "Received: --train_sections 0-2 of 30"),
         (30, "holdout", {"val_sections": (29, 30)}, r"--val_sections must lie in 0-29. Received: 29-30"),
         (30, "holdout", {"val_sections": ()}, "Received: none"),
         (
@@ -441,15 +450,15 @@ def test_section_numbers_as_people_type_them(text, expected):
     assert parse_sections(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-", "-3", "5-3", "1,,2", "1.5", "1;2", "1-2-3", "0-99999999", "٣"])
+@pytest.mark.parametrize("text", ["", "a", "3-", "-3", "1,,2", "1.5", "1;2", "1-2-3", "0-99999999", "٣"])
 def test_what_is_no_section_number_is_refused(text):
     with pytest.raises(DataError, match="sections must be numbers and ranges"):
         parse_sections(text)
 
 
-@pytest.mark.parametrize("text", ["3,3", "1-4,4"])
-def test_sections_named_twice_are_refused(text):
-    with pytest.raises(DataError, match="must be named once each"):
+@pytest.mark.parametrize(("text", "rule"), [("3,3", "once each"), ("1-4,4", "once each"), ("29-24", "as 24-29")])
+def test_sections_named_twice_or_downwards_are_refused(text, rule):
+    with pytest.raises(DataError, match=rule):
         parse_sections(text)
 
 
@@ -502,7 +511,9 @@ def test_check_says_every_problem_and_does_not_stop_at_the_first():
 def test_check_turns_label_trouble_into_lines(tmp_path):
     images = image_stack((5, 64, 64))
     saying(
-        describe(images, mask_stack(np.arange(5 * 64 * 64).reshape(5, 64, 64) % 3)), "problem: --mask_path", "holds 3"
+        describe(images, mask_stack(np.arange(5 * 64 * 64).reshape(5, 64, 64) % 3)),
+        "problem: --mask_path",
+        "0, 1, 2; it looks",
     )
     saying(describe(images, mask_stack(np.zeros((5, 64, 64), np.uint8))), "warning: the mask is all background")
     saying(describe(images, tmp_path / "no.tif"), "mask: ", "problem: --mask_path", "does not exist")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import iter_sections, read_stack
-from files import stacks
+from files import stacks, writing
 from files.stacks import DataError, Stack, natural_key, sha256_pixels
 from files.writing import write_mask, write_prediction
 
@@ -412,7 +412,7 @@ def test_mask_of_0_1_and_of_0_255_are_written_alike(tmp_path):
 
 
 def test_beyond_4_gb_a_bigtiff_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(stacks, "CLASSIC_TIFF_BYTES", 1000)
+    monkeypatch.setattr(writing, "CLASSIC_TIFF_BYTES", 1000)
     sections = gray((3, 20, 30), "float32")
     write_prediction(tmp_path / "p.tif", sections, count=3, shape=(20, 30), voxel_nm=VOXEL)
     stack = read_stack(tmp_path / "p.tif")

@@ -1,0 +1,197 @@
+"""OME-Zarr images: read section by section or in parts, and whatever is wrong with one is a sentence."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ome_zarr
+
+from data import iter_sections, read_stack
+from files import omezarr
+from files.atomic import DataError
+
+zarr = pytest.importorskip("zarr", reason="the optional extra is not installed: pip install -r requirements-zarr.txt")
+
+NM = (40.0, 4.0, 8.0)
+
+
+def pixels(*shape, dtype=np.uint8):
+    return np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+
+
+@pytest.fixture
+def image(tmp_path):
+    """A function that writes an image; see `conftest.ome_zarr`."""
+    return lambda *how, **more: ome_zarr(tmp_path / "image.ome.zarr", *how, **more)
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("names", ["zyx", "tczyx", "cyx", "yx"])
+@pytest.mark.parametrize("dtype", ["uint16", ">u2", "float32"])
+def test_an_image_is_read_section_by_section_or_in_parts(image, version, names, dtype):
+    sections = pixels(3 if "z" in names else 1, 30, 50, dtype=dtype)
+    shape = (1,) * (len(names) - 3) + sections.shape if len(names) > 2 else sections.shape[1:]
+    path = image(sections.reshape(shape), version, names, NM if "z" in names else NM[1:])
+    with iter_sections(path) as reader:
+        assert (len(reader), reader.shape) == (len(sections), sections.shape)
+        assert reader[0].dtype == np.dtype(dtype).newbyteorder("=")
+        assert reader.voxel_nm == (NM[0] if "z" in names else None, *NM[1:])
+        np.testing.assert_array_equal(np.stack(list(reader)), sections)
+        np.testing.assert_array_equal(reader.part(-1 % len(reader), slice(3, 29), slice(7, 50)), sections[-1, 3:29, 7:])
+        np.testing.assert_array_equal(reader.slab(slice(0, 2), slice(0, 30), slice(4, 9)), sections[:2, :, 4:9])
+
+
+def test_the_voxel_size_is_in_nanometres_and_that_of_level_0(image):
+    more = {"coordinateTransformations": [{"type": "scale", "scale": [2.0, 1.0, 1.0]}]}  # of all levels
+    path = image(pixels(2, 8, 8), scale=(0.03, 0.004, 0.005), unit="micrometer", **more)
+    assert omezarr.open_zarr(path).voxel_nm == (60.0, 4.0, 5.0)
+
+
+@pytest.mark.parametrize("unit", ["furlong", None, 7, ["nanometer"], {}])
+@pytest.mark.parametrize("scale", [[1, 1, 1], "one", [None] * 3, [1e999, 1, 1], [[1], [1], [1]]])
+def test_a_voxel_size_that_cannot_be_made_out_is_unknown(image, unit, scale):
+    more = {"coordinateTransformations": [{"type": "scale", "scale": scale}]} if scale != "one" else {}
+    path = image(pixels(2, 8, 8), unit=unit, coordinateTransformations=more)
+    assert omezarr.open_zarr(path).voxel_nm is None
+
+
+def axes(*names):
+    return [{"name": name, "type": "space"} for name in names]
+
+
+NO_IMAGES = {  # array, axes, other metadata
+    "channels": (pixels(2, 3, 8, 8), "czyx", {}),
+    "times": (pixels(3, 8, 8), "tyx", {}),
+    "order": (pixels(3, 8, 8), "xyz", {}),
+    "complex": (pixels(3, 8, 8, dtype="complex64"), "zyx", {}),
+    "axes of version 0.3": (pixels(3, 8, 8), "zyx", {"axes": ["z", "y", "x"]}),
+    "two axes of one name": (pixels(3, 8, 8), "zyx", {"axes": axes("y", "y", "x")}),
+    "an axis too few": (pixels(3, 8, 8), "zyx", {"axes": axes("y", "x")}),
+    "names that are no words": (pixels(3, 8, 8), "zyx", {"axes": axes(1, ["y"], None)}),
+    "axes of another type": (pixels(3, 8, 8), "zyx", {"axes": 7}),
+    "no levels": (pixels(3, 8, 8), "zyx", {"datasets": []}),
+    "levels of another type": (pixels(3, 8, 8), "zyx", {"datasets": {"path": "s0"}}),
+    "a level that is not there": (pixels(3, 8, 8), "zyx", {"datasets": [{"path": "s7"}]}),
+    "a level that is the image": (pixels(3, 8, 8), "zyx", {"datasets": [{"path": ""}]}),
+    "a path that is no word": (pixels(3, 8, 8), "zyx", {"datasets": [{"path": 7}]}),
+}
+
+
+def refused(path, words=None):
+    with pytest.raises(DataError, match=words) as caught:
+        read_stack(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("case", NO_IMAGES)
+def test_what_is_no_image_of_one_gray_stack_is_refused(image, version, case):
+    array, names, more = NO_IMAGES[case]
+    refused(image(array, version, names, NM[: len(names)][-2:], **more), "--image_path: ")
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_folder_of_zarr_without_an_image_is_refused(tmp_path, version):
+    zarr_format = {"0.4": 2, "0.5": 3}[version]
+    zarr.create_group(str(tmp_path / "plain.zarr"), zarr_format=zarr_format)
+    refused(tmp_path / "plain.zarr", "holds no multiscales")
+    zarr.create_array(str(tmp_path / "array.zarr"), shape=(3, 8, 8), dtype="u1", zarr_format=zarr_format)
+    refused(tmp_path / "array.zarr", "is no OME-Zarr image")
+
+
+def changed(path, **values):
+    """Change the JSON of a file: its values, and for None the file itself."""
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | values))
+
+
+DAMAGED = [
+    {"shape": [10**5, 10**6, 10**6]},
+    {"shape": [0, 30, 30]},
+    {"shape": [2**40, 1, 1]},
+    {"shape": "many"},
+    {"shape": [-2, 30, 30]},
+    {"data_type": "uint9"},
+    {"data_type": ["uint8"]},
+    {"codecs": "none"},
+    {"codecs": [{"name": "nothing"}]},
+    {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [10**6] * 3}}},
+    {"chunk_grid": 7},
+    {"zarr_format": 9},
+    {"node_type": "tree"},
+    {"fill_value": "x"},
+]
+
+
+@pytest.mark.parametrize("values", DAMAGED, ids=str)
+def test_an_array_whose_metadata_is_damaged_is_refused(image, values):
+    path = image(pixels(2, 30, 30))
+    changed(path / "s0" / "zarr.json", **values)
+    refused(path)
+
+
+@pytest.mark.parametrize("ome", [None, 7, [], "x", {"multiscales": 7}, {"multiscales": {}}, {"multiscales": [7]}])
+def test_an_image_whose_metadata_is_damaged_is_refused(image, ome):
+    path = image(pixels(2, 30, 30))
+    changed(path / "zarr.json", attributes={"ome": ome})
+    refused(path, "is no")
+    (path / "zarr.json").write_text("[" * 10_000)
+    refused(path, "is no OME-Zarr image")
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("damage", [b"no chunk" * 9, b"", None])
+def test_a_damaged_chunk_is_refused(image, version, damage):
+    path = image(pixels(2, 30, 30), version, chunks=(1, 30, 30))
+    chunk = path / "s0" / ("1.0.0" if version == "0.4" else "c/1/0/0")
+    chunk.write_bytes(chunk.read_bytes()[:50] if damage is None else damage)
+    reader = omezarr.open_zarr(path)
+    np.testing.assert_array_equal(reader[0], pixels(2, 30, 30)[0])
+    with pytest.raises(DataError, match=r"section 1 \(image.ome\[1\]\) is damaged or cut off"):
+        reader[1]
+    with pytest.raises(DataError, match="a section from 0 on is damaged"):
+        reader.slab(slice(0, 2), slice(0, 8), slice(0, 8))
+
+
+def test_values_that_are_not_finite_are_refused(image):
+    sections = pixels(2, 30, 30).astype(np.float32)
+    sections[1, 20, 20] = np.inf
+    reader = omezarr.open_zarr(image(sections))
+    with pytest.raises(DataError, match=r"section 1 .*holds 1 NaN or infinite"):
+        reader[1]
+    with pytest.raises(DataError, match="holds 1 NaN or infinite"):
+        reader.slab(slice(0, 2), slice(0, 30), slice(0, 30))
+    np.testing.assert_array_equal(reader.slab(slice(0, 2), slice(0, 8), slice(0, 8)), sections[:, :8, :8])
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_chunk_of_a_prediction_is_whole_or_not(image, tmp_path, version):
+    with iter_sections(image(pixels(2, 30, 30), version)) as reader:
+        omezarr.create(tmp_path / "p.zarr", reader, (2, 30, 30), (1, 16, 16), {"made_of": {"a": 1}})
+    zarr.open_array(str(tmp_path / "p.zarr" / "0"), mode="r+")[:] = pixels(2, 30, 30)
+    chunks = [file for file in (tmp_path / "p.zarr" / "0").rglob("[0-9]") if file.is_file()]
+    assert len(chunks) == 8
+    assert all(map(omezarr.is_whole, chunks))
+    for damage in (b"", chunks[0].read_bytes()[:50], chunks[0].read_bytes() + b"0"):
+        chunks[1].write_bytes(damage)
+        assert not omezarr.is_whole(chunks[1])
+    assert not omezarr.is_whole(chunks[0].with_name("none"))
+    chunks[1].rename(chunks[1].with_suffix(".0123.partial"))
+    omezarr.remove_partials(tmp_path / "p.zarr")
+    assert sum(file.is_file() for file in (tmp_path / "p.zarr" / "0").rglob("*[0-9]*")) == 7
+    with iter_sections(tmp_path / "p.zarr") as reader:
+        assert reader.made_of == {"a": 1}
+
+
+def test_an_output_is_the_array_that_is_wanted(image, tmp_path):
+    with iter_sections(image(pixels(2, 30, 30))) as reader:
+        omezarr.create(tmp_path / "p.zarr", reader, (2, 30, 30), (1, 16, 16), {})
+    omezarr.check_array(tmp_path / "p.zarr", (2, 30, 30), (1, 16, 16))
+    changed(tmp_path / "p.zarr" / "0" / "zarr.json", shape=[3000, 30, 30])
+    with pytest.raises(DataError, match=r"Received: .*3000"):
+        omezarr.check_array(tmp_path / "p.zarr", (2, 30, 30), (1, 16, 16))
+    shutil.rmtree(tmp_path / "p.zarr" / "0")
+    with pytest.raises(DataError, match="cannot be read"):
+        omezarr.check_array(tmp_path / "p.zarr", (2, 30, 30), (1, 16, 16))
