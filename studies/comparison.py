@@ -4,17 +4,26 @@ The functions take the plan (its table, its jobs) and the results that were foun
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from studies import verdicts
 
-# -- comparison -------------------------------------------------------------------------------------------------
-
-
 ROUNDING = 0.0005  # half a unit of the last published digit
+SHOWN = ("loss", "val_loss", "dice", "val_dice")
+# A Dice of windows is soft, of probabilities, as the published one was; of held-out sections it is that of the mask.
+TITLES = {
+    **{"loss": "train loss", "val_loss": "val loss", "dice": "train Dice (soft)", "val_dice": "val Dice (soft)"},
+    **{"held_out_bce": "BCE", "held_out_dice": "Dice at 0.5", "held_out_v_rand": "V_rand", "held_out_v_info": "V_info"},
+    **{"held_out_pixel_error": "pixel error", "held_out_rand_error": "Rand error"},
+    **{"held_out_warping_error": "warping error", "held_out_mean_iou": "mean IoU", "held_out_seg": "SEG"},
+}
+DIGITS = {"held_out_warping_error": 6}
+HELD_OUT = ("loss", "val_loss", *(f"held_out_{name}" for name in ("bce", "dice", "v_rand", "v_info", "pixel_error")))
+
+
+# -- published and reproduced -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -24,8 +33,8 @@ class Line:
     row: object
     metric: str
     published: float | None
-    reproduced: Sequence[float]
-    held_out: Sequence[float]
+    reproduced: str
+    held_out: str
     tolerance: float | None
     verdict: str
 
@@ -33,39 +42,45 @@ class Line:
 def compare(plan, results) -> list[Line]:
     """Published and reproduced, metric by metric; tolerances from the spread over the seeds of all such rows."""
     asked = {job.row.name for job in plan.jobs if job.protocol == "published"}
-    lines = []
-    for row in plan.table.rows:
-        metrics = row.published or (SHOWN if "published" in row.protocols else ())
-        lines += [
-            compare_metric(plan.table, results, row, metric)
-            for metric in metrics
-            if row.name in asked or metric.startswith("held_out_")
-        ]
-    return lines
+    return [
+        compare_metric(plan.table, results, row, metric)
+        for row in plan.table.rows
+        for metric in row.published or (SHOWN if "published" in row.protocols else ())
+        if row.name in asked or metric.startswith("held_out_")
+    ]
 
 
 def compare_metric(table, results, row, metric) -> Line:
-    held = metric.startswith("held_out_")
+    """Like with like: a training's number beside the same number of the trainings that held sections back."""
+    held, digits = metric.startswith("held_out_"), DIGITS.get(metric, 4)
     ours = [] if held else results.values(row.name, metric, held_out=False)
-    beside = results.values(
-        row.name, f"held_out_{metric.removeprefix('val_')}" if metric == "val_dice" else metric, True
-    )
+    beside = plus_minus(results.values(row.name, metric, held_out=True), digits)
     published, stated = row.published.get(metric), row.tolerance.get(metric)
     if published is None or stated is None:
-        return Line(row, metric, published, ours, beside, None, "not judged" if published else "")
-    allowed = allowed_of(table, results, metric, len(ours), stated)
+        return Line(row, metric, published, plus_minus(ours), beside, None, "not judged" if published else "")
     if not ours:
-        return Line(row, metric, published, ours, beside, allowed, "no value")
-    away = verdicts.spread(ours)[0] - published
+        reached, where = halfway(results, row, metric)
+        return Line(row, metric, published, reached, beside, stated, f"not judged: {where}" if where else "no value")
+    allowed = allowed_of(table, results, metric, len(ours), stated)
+    away = verdicts.mean_and_deviation(ours)[0] - published
     verdict = "within" if abs(away) <= allowed else f"MISSED, {'above' if away > 0 else 'below'} by {abs(away):.3g}"
-    return Line(row, metric, published, ours, beside, allowed, verdict)
+    return Line(row, metric, published, plus_minus(ours), beside, allowed, verdict)
+
+
+def halfway(results, row, metric):
+    """What the run of a row that has come furthest has reached, and where it is."""
+    found = [(r["epoch"], r) for job, r in results.halfway if (job.row, job.protocol) == (row, "published")]
+    if not found or metric not in found[-1][1]["metrics"]:
+        return "-", ""
+    epoch, result = max(found, key=lambda pair: pair[0])
+    return f"{result['metrics'][metric]:.4f}", f"epoch {epoch} of {result['settings']['epochs']}"
 
 
 def allowed_of(table, results, metric, count, stated):
     """The tolerance; the quick recipe is another experiment, so its own stated one stays."""
     groups = [results.values(row.name, metric, False) for row in table.rows if metric in row.published]
     deviation, freedom = verdicts.pooled_deviation(groups)
-    if table.quick or not count:
+    if table.quick:
         return stated
     return verdicts.tolerance(deviation, freedom, count, stated=stated, rounding=ROUNDING)
 
@@ -91,24 +106,14 @@ def is_problem(line, results):
 def targets(row, results):
     """(sentence, whether it is met) for each target of a row that has runs."""
     for metric, wanted in row.target.items():
-        if not results.of(row.name, held_out=True):
-            continue
-        mean = verdicts.spread(results.values(row.name, metric, held_out=True))[0]
-        verb = "reaches" if mean >= wanted else "misses"
-        yield f"{row.name}: mean {TITLES[metric]} {mean:.4f} {verb} the target of {wanted:g}", mean >= wanted
+        values = results.values(row.name, metric, held_out=True)
+        if values:
+            mean = verdicts.mean_and_deviation(values)[0]
+            verb = "reaches" if mean >= wanted else "misses"
+            yield f"{row.name}: mean {TITLES[metric]} {mean:.4f} {verb} the target of {wanted:g}", mean >= wanted
 
 
 # -- rendering --------------------------------------------------------------------------------------------------
-
-SHOWN = ("loss", "val_loss", "dice", "val_dice")
-TITLES = {
-    **{"loss": "train loss", "val_loss": "val loss", "dice": "train Dice", "val_dice": "val Dice"},
-    **{"held_out_bce": "BCE", "held_out_dice": "Dice", "held_out_v_rand": "V_rand", "held_out_v_info": "V_info"},
-    **{"held_out_pixel_error": "pixel error", "held_out_rand_error": "Rand error"},
-    **{"held_out_warping_error": "warping error", "held_out_mean_iou": "mean IoU", "held_out_seg": "SEG"},
-}
-DIGITS = {"held_out_warping_error": 6}
-HELD_OUT = ("loss", "val_loss", *(f"held_out_{name}" for name in ("bce", "dice", "v_rand", "v_info", "pixel_error")))
 
 
 def report(plan, results) -> tuple[list[str], list[str]]:
@@ -135,19 +140,19 @@ def bullets(title, lines):
     return [title, "", *(f"- {line}" for line in lines), ""] if lines else []
 
 
-def markdown(head, rows) -> list[str]:
+def markdown(head, body) -> list[str]:
     """A Markdown table, and an empty line."""
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [head, ["---"] * len(head), *body]
     return [*("| " + " | ".join(map(str, cells)) + " |" for cells in lines), ""]
 
 
-def number(values, digits=4, *, count=True) -> str:
+def plus_minus(values, digits=4, *, count=True) -> str:
     """Mean, standard deviation and how many.
 
-    >>> number([0.5, 0.7])
+    >>> plus_minus([0.5, 0.7])
     '0.6000 ± 0.1414 (2)'
     """
-    mean, deviation = verdicts.spread(values)
+    mean, deviation = verdicts.mean_and_deviation(values)
     if math.isnan(mean):
         return "-"
     if math.isnan(deviation):
@@ -155,15 +160,12 @@ def number(values, digits=4, *, count=True) -> str:
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}" + f" ({len(values)})" * count
 
 
-def recipe_words(table, settings) -> str:
+def recipe(plan, row) -> str:
     """A recipe in one cell, from the settings that the parser resolved."""
+    settings, table = plan.row_settings(row), plan.table
     updates = f"{settings['epochs']} x {settings['steps_per_epoch']} updates of {settings['batch_size']} windows"
     filters = "" if table.name == "table" else f", filters {'-'.join(map(str, settings['filters']))}"
     return "quick: " * table.quick + f"{updates} of {settings['window']} px{filters}"
-
-
-def recipe(plan, row):
-    return recipe_words(plan.table, plan.row_settings(row))
 
 
 def machines(results) -> str:
@@ -172,37 +174,33 @@ def machines(results) -> str:
     if not found:
         return "No finished run yet."
     devices = sorted({f"{result['device']}, {result['precision']}" for result in found})
-    versions = sorted(
-        {" ".join(f"{k} {v}" for k, v in result["versions"].items() if k != "backend") for result in found}
-    )
+    versions = {" ".join(f"{k} {v}" for k, v in r["versions"].items() if k != "backend") for r in found}
     commits = sorted({f"{str(r['commit'])[:10]}{'+' * str(r['commit']).endswith('+')}" for r in found})
     minutes = sum(result["minutes"] for result in found)
     data, named = ({result["data"] for result in found}, {result["settings"].get("image_path") for result in found})
     mixed = " **The runs do not share one data set.**" if len(data) > len(named) else ""
     return (
-        f"{len(found)} runs, {minutes:.0f} minutes of training, on {'; '.join(devices)}. {'; '.join(versions)}. "
-        f"Commit {', '.join(commits)}.{mixed}"
+        f"{len(found)} runs, {minutes:.0f} minutes of training, on {'; '.join(devices)}. "
+        f"{'; '.join(sorted(versions))}. Commit {', '.join(commits)}.{mixed}"
     )
 
 
 def published_table(plan, results, lines) -> list[str]:
     head = ["row", "recipe", "", "published", "reproduced", "tolerance", "verdict", "held-out runs"]
-    rows = []
+    body = []
     for line in lines:
         shown = "-" if line.published is None else f"{line.published:g}"
         allowed = "-" if line.tolerance is None else f"± {line.tolerance:.2g}"
-        digits = DIGITS.get(line.metric, 4)
-        ours, beside = number(line.reproduced, digits), number(line.held_out, digits)
-        rows.append(
-            [line.row.name, recipe(plan, line.row), TITLES[line.metric], shown, ours, allowed, line.verdict, beside]
-        )
-    return [*markdown(head, rows), tolerance_words(plan.table), ""]
+        numbers = [shown, line.reproduced, allowed, line.verdict, line.held_out]
+        body.append([line.row.name, recipe(plan, line.row), TITLES[line.metric], *numbers])
+    return [*markdown(head, body), tolerance_words(plan.table), ""]
 
 
 def tolerance_words(table):
     common = (
         "Mean ± standard deviation (runs). Losses and Dice are those of the epoch whose weights were kept. In the "
-        "held-out runs, train and val loss are of the training and the inner sections, val Dice of the held-out ones. "
+        "held-out runs, train is of the training sections and val of the inner ones, which choose the epoch and are "
+        "not trained on; Dice is soft in both, as published. The held-out sections themselves are in the next table. "
     )
     if table.quick:
         return common + (
@@ -211,7 +209,8 @@ def tolerance_words(table):
         )
     return common + (
         "Tolerance: t s sqrt(1 + 1/n), the 95 % prediction interval for a single published run, s pooled over the "
-        f"seeds of the published rows; with fewer than {verdicts.FEWEST} degrees of freedom the one stated in the row."
+        "seeds of the published rows; never above the one stated beforehand, which stands alone with fewer than "
+        f"{verdicts.FEWEST} degrees of freedom. By chance alone one number in twenty lies outside."
     )
 
 
@@ -219,32 +218,32 @@ def held_out_table(plan, results) -> list[str]:
     """Every row with held-out runs."""
     metrics = plan.table.shown or HELD_OUT
     head = ["row", "recipe", "runs", *(TITLES[m] for m in metrics), "minutes", "parameters"]
-    rows = []
+    body = []
     for row in plan.table.rows:
         runs = results.of(row.name, held_out=True)
         if runs:
             values = {metric: results.values(row.name, metric, True) for metric in metrics}
-            scores = [number(found, DIGITS.get(metric, 4), count=False) for metric, found in values.items()]
+            scores = [plus_minus(found, DIGITS.get(metric, 4), count=False) for metric, found in values.items()]
             parameters = {result.get("parameters") for result in runs.values()} - {None}
-            minutes = number([result["minutes"] for result in runs.values()], 1, count=False)
+            minutes = plus_minus([result["minutes"] for result in runs.values()], 1, count=False)
             shown = " or ".join(f"{p:,}" for p in sorted(parameters)) or "-"
-            rows.append([row.name, recipe(plan, row), len(runs), *scores, minutes, shown])
-    return ["Held-out sections:", "", *markdown(head, rows)] if rows else []
+            body.append([row.name, recipe(plan, row), len(runs), *scores, minutes, shown])
+    return ["Held-out sections:", "", *markdown(head, body)] if body else []
 
 
 def fold_table(table, results) -> list[str]:
     """V_rand of every fold."""
     folds = sorted({job.fold for job, _ in results.finished if job.protocol == "kfold"})
-    rows = []
+    body = []
     for row in table.rows if folds else ():
         values = results.metric(row.name, "held_out_v_rand", True)
-        cells = [number([v for (_, f), v in values.items() if f == fold]) for fold in folds]
-        rows.append([row.name, *cells, number(list(values.values()))])
-    return markdown(["V_rand", *(f"fold {fold}" for fold in folds), "all"], rows) if rows else []
+        cells = [plus_minus([v for (_, f), v in values.items() if f == fold]) for fold in folds]
+        body.append([row.name, *cells, plus_minus(list(values.values()))])
+    return markdown(["V_rand", *(f"fold {fold}" for fold in folds), "all"], body) if body else []
 
 
 NO_DIFFERENCE = {
-    "confirmed": "confirmed, it makes no difference",
+    "confirmed": "confirmed, it makes no difference beyond the margin",
     "refuted": "refuted, it does make a difference",
     "undecided": "undecided, the runs cannot tell",
     "too few runs": "too few runs",
@@ -253,26 +252,22 @@ NO_DIFFERENCE = {
 
 def comparison_words(table, results) -> list[str]:
     """ "Dilation makes no difference", for each pair of rows and metric."""
-    rows, names = [], {row.name for row in table.rows}
-    for c in table.comparisons:
-        if not {c.ours, c.base} <= names:
-            continue
-        pair = (results.metric(name, c.metric, c.held_out) for name in (c.ours, c.base))
-        found = verdicts.interval(verdicts.paired(*pair))
-        shown = str(found) if found.count else "-"
+    names = {row.name for row in table.rows}
+    asked = [c for c in table.comparisons if {c.ours, c.base} <= names]
+    found = [verdicts.paired(*(results.metric(name, c.metric, c.held_out) for name in (c.ours, c.base))) for c in asked]
+    judged = verdicts.no_difference([(sample, c.margin) for c, sample in zip(asked, found, strict=True)])
+    body = []
+    for c, sample, verdict in zip(asked, found, judged, strict=True):
         where = TITLES[c.metric] + (" (held-out)" if c.held_out else " (published protocol)")
-        verdict = NO_DIFFERENCE[verdicts.no_difference(found, c.margin)]
-        small = verdict.startswith("refuted") and max(abs(found.low), abs(found.high)) < c.margin
-        rows.append([c.words, where, shown, f"{c.margin:g}", verdict + ", but one below the margin" * small])
+        body.append([c.words, where, sample if sample.values else "-", f"{c.margin:g}", NO_DIFFERENCE[verdict]])
     words = (
-        "Paired by seed and fold, with the 95 % t-interval of the mean difference. No difference is confirmed if the "
-        "interval holds 0 and its half width is below the margin, refuted if it excludes 0. Folds share training "
-        "sections, so over folds the interval is on the narrow side."
+        "Paired by seed and fold, a fold's seeds averaged first, with the 95 % t-interval of the mean difference. No "
+        "difference is confirmed if the whole interval lies within ± margin (two one-sided tests), refuted if it "
+        "excludes 0; both are corrected for the number of lines (Holm), so an interval that only just does so decides "
+        "nothing. Folds share training sections, so over folds the interval is on the narrow side."
     )
-    if not rows:
-        return []
     head = ["does it make a difference?", "measured on", "difference", "margin", "verdict"]
-    return [*markdown(head, rows), words, ""]
+    return [*markdown(head, body), words, ""] if body else []
 
 
 # -- the factors of the study -----------------------------------------------------------------------------------
@@ -288,64 +283,65 @@ def histories(factor, results) -> dict[str, dict]:
 
 
 def factor_words(table, factor, results) -> list[str]:
-    """Verdicts on the conclusions about one factor, and what to choose."""
+    """Verdicts on the conclusions about one factor, corrected for their number, and what to choose."""
+    conclusions = verdicts.CONCLUSIONS.get(factor.name, ())
+    found = [conclusion.sample(histories(factor, results)) for conclusion in conclusions]
+    body = [
+        [conclusion.words, conclusion.rule, sample if sample.values else "-", verdict]
+        for conclusion, sample, verdict in zip(conclusions, found, verdicts.holds(found), strict=True)
+    ]
     text = [f"#### {heading(table, factor.title)}", ""]
-    rows = []
-    for conclusion in verdicts.CONCLUSIONS.get(factor.name, ()):
-        verdict, found = conclusion.judge(histories(factor, results))
-        shown = str(found).replace("pair", "run") if found.count else "-"
-        rows.append([conclusion.words, conclusion.rule, shown, verdict])
-    if rows:
-        text += markdown(["the study", "true where this is positive", "found", "verdict"], rows)
+    if body:
+        text += markdown(["the study", "true where this is positive", "found", "verdict"], body)
     return [*text, *(steps(factor, results) if factor.name == "sections" else [choice(factor, results)]), ""]
 
 
 def choice(factor, results) -> str:
     """What a user should choose, in two sentences."""
     scores = {level: results.metric(row, factor.metric, True) for level, row in factor.levels.items()}
-    title = TITLES[factor.metric]
-    ranked = sorted((level for level in scores if scores[level]), key=lambda level: -mean_of(scores[level]))
-    if len(ranked) < 2:
+    means = {level: verdicts.independent(found).mean for level, found in scores.items() if found}
+    if len(means) < 2:
         return "Choose: there are not yet held-out runs of two levels to choose from."
-    first, second = ranked[:2]
-    lead = verdicts.interval(verdicts.paired(scores[first], scores[second]))
-    shown, agreed = number(list(scores[first].values())), f" The study chose {factor.chosen}." * bool(factor.chosen)
-    verdict = verdicts.holds(lead)
+    first, second = sorted(means, key=means.get, reverse=True)[:2]
+    lead = verdicts.paired(scores[first], scores[second])
+    if not lead.values:
+        return f"Choose: {first} and {second} have no runs of the same seed yet."
+    (verdict,) = verdicts.holds([lead])
+    shown = f"{TITLES[factor.metric]}, {plus_minus(list(scores[first].values()))}"
+    agreed = f" The study chose {factor.chosen}." * bool(factor.chosen)
     if verdict == "confirmed":
-        return f"Choose {first}: its held-out {title}, {shown}, is ahead of {second} by {lead}.{agreed}"
+        return f"Choose {first}: its held-out {shown}, is ahead of {second} by {lead}.{agreed}"
     doubt = "rests on too few runs" if verdict == "too few runs" else "is within noise"
-    return (
-        f"Choose by cost: {first} has the highest held-out {title}, {shown}, but its lead over {second}, {lead}, "
-        f"{doubt}.{agreed}"
-    )
-
-
-def mean_of(scores):
-    return verdicts.spread(scores.values())[0]
+    ahead = f"{first} has the highest held-out {shown}, but its lead over {second}, {lead}"
+    return f"Choose by cost: {ahead}, {doubt}.{agreed}"
 
 
 def steps(factor, results) -> list[str]:
     """How much more sections bring, from level to level."""
-    lines, levels = [], list(factor.levels.items())
-    for (few, row), (many, other) in pairwise(levels):
-        pair = [results.metric(name, "held_out_v_rand", True) for name in (other, row)]
-        gain = verdicts.interval(verdicts.paired(*pair))
-        if gain.count:
-            lines.append(f"from {few} to {many} sections V_rand changes by {gain}: {verdicts.holds(gain)}")
+    found = {}
+    for (few, row), (many, other) in pairwise(factor.levels.items()):
+        gain = verdicts.paired(*(results.metric(name, "held_out_v_rand", True) for name in (other, row)))
+        if gain.values:
+            found[f"from {few} to {many} sections V_rand changes by {gain}"] = gain
+    lines = [f"{words}: {verdict}" for words, verdict in zip(found, verdicts.holds([*found.values()]), strict=True)]
     return bullets("More labelled sections:", lines) or ["No two levels have runs of the same seed yet.", ""]
+
+
+def pictures(table, folder) -> list[Path]:
+    """Files of `draw`, one per factor."""
+    return [folder / f"{table.name}-{factor.name}{'-quick' * table.quick}.png" for factor in table.factors]
 
 
 def draw(plan, results, folder) -> list[Path]:
     """A figure per factor that has runs: losses against epochs, or a score against a number."""
     import figures
 
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for factor in plan.table.factors:
+    for factor, path in zip(plan.table.factors, pictures(plan.table, folder), strict=True):
         panels = score_panels(factor, results) if factor.x else loss_panels(factor, results)
         if panels:
+            folder.mkdir(parents=True, exist_ok=True)
             note = heading(plan.table, factor.title)
-            path = folder / f"{plan.table.name}-{factor.name}{'-quick' * plan.table.quick}.png"
             written.append(figures.factor(panels, path, xlabel=factor.x or "epoch", title=note))
     return written
 
@@ -371,7 +367,7 @@ def over_runs(runs, column):
 
 
 def spreads(groups):
-    found = [verdicts.spread(group) for group in groups]
+    found = [verdicts.mean_and_deviation(group) for group in groups]
     return [mean for mean, _ in found], [0.0 if math.isnan(deviation) else deviation for _, deviation in found]
 
 

@@ -1,9 +1,9 @@
 """What repeated runs allow one to say: intervals, tolerances, and the conclusions of the two studies as statements
 that a computer can decide. Numbers and histories in, verdicts out; no files, no runs.
 
->>> values = paired({(0, 0): 0.95, (1, 0): 0.96, (2, 0): 0.94}, {(0, 0): 0.94, (1, 0): 0.96, (2, 0): 0.93})
->>> print(interval(values))
-+0.0067 [-0.0077, +0.0210], 3 pairs
+>>> ours, base = {(0, 0): 0.95, (1, 0): 0.96, (2, 0): 0.94}, {(0, 0): 0.94, (1, 0): 0.96, (2, 0): 0.93}
+>>> print(paired(ours, base))
++0.0067 [-0.0077, +0.0210], 3 seeds
 """
 
 import math
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 FEWEST = 3  # values that an interval needs; two would give t = 12.7
-CONFIDENCE = 0.95
+LEVEL = 0.05  # of a table's wrong statements, and one minus the confidence of an interval
 STILL = 0.05  # a loss that changes by less than this part stagnates; one that rises by more diverges
 
 
@@ -21,45 +21,82 @@ STILL = 0.05  # a loss that changes by less than this part stagnates; one that r
 
 
 @dataclass(frozen=True)
-class Interval:
-    """Mean and 95 % interval of `count` values; without limits where there are too few."""
+class Sample:
+    """Values that are independent of each other, and what Student's t says of their mean."""
 
-    count: int
-    mean: float
-    low: float = math.nan
-    high: float = math.nan
+    values: tuple[float, ...]
+    unit: str = "seeds"
+
+    @property
+    def enough(self) -> bool:
+        return len(self.values) >= FEWEST
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values) if self.values else math.nan
+
+    @property
+    def standard_error(self) -> float:
+        return statistics.stdev(self.values) / math.sqrt(len(self.values))
+
+    def interval(self) -> tuple[float, float]:
+        """The 95 % t-interval of the mean, m -+ t(0.975, n - 1) s / sqrt(n)."""
+        half = t_quantile(len(self.values) - 1) * self.standard_error
+        return self.mean - half, self.mean + half
+
+    def p_zero(self) -> float:
+        """How easily a mean so far from 0 arises where the true one is 0 (two-sided p)."""
+        return min(1.0, 2 * self._tail(abs(self.mean)))
+
+    def p_beyond(self, margin: float) -> float:
+        """How easily such a mean arises where the true one is `margin` or more away from 0.
+
+        Of two one-sided tests the one at the nearer limit, doubled, so that it is below 0.05 exactly where the whole
+        95 % interval lies inside +- margin.
+        """
+        return min(1.0, 2 * self._tail(margin - abs(self.mean)))
+
+    def _tail(self, distance):
+        """Probability of a mean by `distance` or more above the true one, by Student's t."""
+        from scipy.special import stdtr
+
+        if not self.standard_error:  # values that are all the same
+            return float(distance <= 0)
+        return float(stdtr(len(self.values) - 1, -distance / self.standard_error))
 
     def __str__(self):
-        if math.isnan(self.low):
-            return f"{self.mean:+.4f}, {self.count} pair{'s' * (self.count != 1)}"
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}], {self.count} pairs"
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Mean of the values and its 95 % t-interval, m -+ t(0.975, n - 1) s / sqrt(n)."""
-    values = list(values)
-    if not values:
-        return Interval(0, math.nan)
-    mean = statistics.fmean(values)
-    if len(values) < FEWEST:
-        return Interval(len(values), mean)
-    half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(len(values), mean, mean - half, mean + half)
-
-
-def paired(ours: Mapping, base: Mapping) -> list[float]:
-    """Differences ours - base over the (seed, fold) that both have."""
-    return [ours[key] - base[key] for key in sorted(ours.keys() & base.keys())]
+        count = f"{len(self.values)} {self.unit if len(self.values) != 1 else self.unit[:-1]}"
+        limits = " [{:+.4f}, {:+.4f}]".format(*self.interval()) if self.enough else ""
+        return f"{self.mean:+.4f}{limits}, {count}"
 
 
 def t_quantile(freedom: int) -> float:
     """The 0.975 quantile of Student's t distribution."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
+    return float(stdtrit(freedom, 1 - LEVEL / 2))
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
+def independent(values: Mapping[tuple[int, int], float]) -> Sample:
+    """Sample from {(seed, fold): value}: a fold's seeds are averaged first, for they share its sections.
+
+    Where there is one fold only, the seeds are the sample.
+
+    >>> independent({(0, 0): 1.0, (1, 0): 3.0, (0, 1): 6.0})
+    Sample(values=(2.0, 6.0), unit='folds')
+    """
+    folds = sorted({fold for _, fold in values})
+    if len(folds) < 2:
+        return Sample(tuple(values[key] for key in sorted(values)))
+    return Sample(tuple(statistics.fmean(v for (_, f), v in values.items() if f == fold) for fold in folds), "folds")
+
+
+def paired(ours: Mapping, base: Mapping) -> Sample:
+    """Differences ours - base over the (seed, fold) that both have."""
+    return independent({key: ours[key] - base[key] for key in ours.keys() & base.keys()})
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation (n - 1); nan for the deviation of a single value."""
     values = list(values)
     if not values:
@@ -80,37 +117,54 @@ def tolerance(deviation: float, freedom: int, count: int, *, stated: float, roun
     """How far the mean of `count` runs may lie from a published single run.
 
     Both scatter with the seed, so their difference has the standard deviation s sqrt(1 + 1 / n): the 95 % prediction
-    interval t s sqrt(1 + 1 / n) is the tolerance, and at least half a unit of the last digit that was published.
-    Where s has fewer than 3 degrees of freedom the tolerance is the one stated beforehand in the row.
+    interval t s sqrt(1 + 1 / n) is the tolerance, and at least half a unit of the last digit that was published. The
+    one stated beforehand is the ceiling, so that noise makes nothing easier to reproduce; it stands alone where s has
+    fewer than 3 degrees of freedom.
     """
     if freedom < FEWEST:
         return stated
-    return max(rounding, t_quantile(freedom) * deviation * math.sqrt(1 + 1 / count))
+    return min(stated, max(rounding, t_quantile(freedom) * deviation * math.sqrt(1 + 1 / count)))
 
 
 # -- verdicts ---------------------------------------------------------------------------------------------------
 
 
-def no_difference(found: Interval, margin: float) -> str:
-    """Verdict on "it makes no difference": confirmed, refuted, undecided, or too few runs.
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """p values adjusted for their number (Holm 1979), so that all of a table's are true in 95 of 100 tables.
 
-    Refuted if the interval excludes 0; confirmed if it holds 0 and its half width is below `margin`, the smallest
-    difference that would matter; else undecided: the runs cannot tell.
+    >>> holm([0.04, None, 0.01])
+    [0.04, None, 0.02]
     """
-    if math.isnan(found.low):
-        return "too few runs"
-    if found.low > 0 or found.high < 0:
-        return "refuted"
-    return "confirmed" if (found.high - found.low) / 2 < margin else "undecided"
+    order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
+    adjusted, highest = [None] * len(ps), 0.0
+    for rank, (p, i) in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p))
+        adjusted[i] = highest
+    return adjusted
 
 
-def holds(found: Interval) -> str:
-    """Verdict on a statement that is true where its number is positive: confirmed, not confirmed, within noise."""
-    if math.isnan(found.low):
-        return "too few runs"
-    if found.low > 0:
-        return "confirmed"
-    return "not confirmed" if found.high < 0 else "within noise"
+def no_difference(table: Sequence[tuple[Sample, float]]) -> list[str]:
+    """Verdicts on "it makes no difference" for the (differences, margin) of one table.
+
+    Confirmed if the whole interval lies within +- margin, the smallest difference that would matter; refuted if it
+    excludes 0; else undecided, the runs cannot tell. Both kinds are corrected for how many the table holds.
+    """
+    within = holm([found.p_beyond(margin) if found.enough else None for found, margin in table])
+    beside = holm([found.p_zero() if found.enough else None for found, _ in table])
+    words = []
+    for same, other in zip(within, beside, strict=True):
+        certain = "confirmed" if same is not None and same < LEVEL else "refuted"
+        words.append("too few runs" if same is None else certain if min(same, other) < LEVEL else "undecided")
+    return words
+
+
+def holds(table: Sequence[Sample]) -> list[str]:
+    """Verdicts on the statements of one table, each true where its number is positive, corrected likewise."""
+    words = []
+    for found, p in zip(table, holm([found.p_zero() if found.enough else None for found in table]), strict=True):
+        certain = "confirmed" if found.mean > 0 else "not confirmed"
+        words.append("too few runs" if p is None else certain if p < LEVEL else "within noise")
+    return words
 
 
 # -- what a history does ----------------------------------------------------------------------------------------
@@ -139,10 +193,16 @@ def fall(series: Sequence[float]) -> float:
 
 
 def rise(series: Sequence[float]) -> float:
-    """By what part the last quarter lies above the lowest level, a running mean over a tenth of the epochs."""
-    width = max(1, len(series) // 10)
-    means = [statistics.fmean(series[i : i + width]) for i in range(len(series) - width + 1)]
-    return late(series) / min(means) - 1
+    """By what part of its level a loss rises over the second half of the epochs, along the least-squares line.
+
+    The slope of mere noise is 0 on average; a last value above the lowest one is not, for noise makes that lowest.
+
+    >>> rise([9.0, 2.0, 3.0, 3.0, 3.0, 3.0])
+    0.0
+    """
+    half = series[len(series) // 2 :]
+    slope = statistics.linear_regression(range(len(half)), half).slope
+    return slope * (len(half) - 1) / statistics.fmean(half)
 
 
 def overshoot(series: Sequence[float]) -> float:
@@ -181,13 +241,10 @@ class Conclusion:
     levels: tuple[str, ...]
     measure: Callable[[Mapping[str, Mapping[str, Sequence[float]]]], float]
 
-    def judge(self, histories: Mapping[str, Mapping]) -> tuple[str, Interval]:
-        """Verdict and interval, from {level: {(seed, fold): history}}."""
+    def sample(self, histories: Mapping[str, Mapping]) -> Sample:
+        """Its numbers, from {level: {(seed, fold): history}}."""
         keys = set.intersection(*(set(histories.get(level, ())) for level in self.levels))
-        found = interval(
-            [self.measure({level: histories[level][key] for level in self.levels}) for key in sorted(keys)]
-        )
-        return holds(found), found
+        return independent({k: self.measure({level: histories[level][k] for level in self.levels}) for k in keys})
 
 
 def _stagnates(h):
@@ -240,7 +297,7 @@ CONCLUSIONS = {
         ),
         Conclusion(
             "with raw data the validation loss then rises",
-            "validation loss of the last quarter more than 5 % above its lowest level",
+            "over the second half the validation loss rises by more than 5 %",
             ("raw",),
             _diverges("raw"),
         ),
@@ -286,7 +343,7 @@ CONCLUSIONS = {
         ),
         Conclusion(
             "with Adam the validation loss shows signs of divergence",
-            "validation loss of the last quarter more than 5 % above its lowest level",
+            "over the second half the validation loss rises by more than 5 %",
             ("Adam",),
             _diverges("Adam"),
         ),

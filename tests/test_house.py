@@ -15,7 +15,7 @@ ORDER = [
     *("dilatedUnet", "train.run", "train.finish", "train.recorder", "train.trainee", "train.feed"),
     *("train.record", "train.progress"),
     *("predict.prediction", "predict.blocks", "predict.engines", "predict.tiling"),
-    *("studies.reproduce", "studies.rows", "studies.records", "studies.comparison", "studies.verdicts"),
+    *("studies.reproduce", "studies.records", "studies.rows", "studies.comparison", "studies.verdicts"),
     *("score.evaluation", "score.report", "score.origin", "score.scores", "score.topology", "score.segments"),
     *("data", "figures", "augment", "clr_callback"),
     *("network.unet", "network.field", "network.layers", "network.losses", "network.optimizers"),

@@ -1,0 +1,262 @@
+"""What there is of the runs of a plan: in their folders, and in the committed file of results.
+
+A committed file holds one line per run, without weights. A run that is half-way is kept too, with what it has reached,
+as `"finished": false` and its epoch: it is shown and never judged.
+"""
+
+import contextlib
+import csv
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from files.atomic import DataError, locked, read_json, write_text
+from studies import rows
+
+POINTS = 100  # of a history that is committed: a README's curve shows no more
+PATIENCE_S = 60  # for a file of records that another process has just locked
+VERSIONS = ("python", "backend", "keras", "tensorflow", "jax", "torch")
+KEPT = ("command", "commit", "precision", "receptive_field_px", "parameters")
+TEXT = (str, type(None))
+KINDS = {  # of a committed result
+    **dict.fromkeys(("settings", "metrics", "history", "versions"), dict),
+    **dict.fromkeys(("device", "precision", "data", "commit", "degenerate"), TEXT),
+    **{"minutes": (int, float), "receptive_field_px": (int, type(None)), "parameters": (int, type(None))},
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """State of a run (finished, half, absent, other, broken), in words, and what it has reached."""
+
+    state: str
+    words: str
+    result: dict | None = None
+
+
+def find(plan, job) -> Found:
+    """What there is of a run, in its folder or else among the committed records."""
+    found, kept = look_up(plan, job), plan.committed.get(job.name)
+    if found.state == "finished" or not kept or difference(plan, job, kept["settings"]):
+        return found
+    if kept.get("finished", True):
+        return Found("finished", "committed", kept)
+    return found if found.state != "absent" else Found("absent", f"no run here; {progress_words(kept)}", kept)
+
+
+def look_up(plan, job) -> Found:
+    """What there is of a run in its folder."""
+    path = plan.runs and plan.folder(job) / "run.json"
+    if not path or not path.exists():
+        return Found("absent", "no run")
+    try:
+        record = read_json(path, "run record")
+        differing = difference(plan, job, record["settings"] | {"epochs": record["epochs"]})
+        if differing:
+            return Found("other", f"{path.parent} holds a run with other settings ({differing}): move it away")
+        result = result_of(record, read_history(path.parent / "history.csv"))
+        if record["finished"]:
+            return Found("finished", "finished", check_result(result))
+        return Found("half", f"half-finished in {path.parent}, {progress_words(result)}", result)
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, csv.Error) as error:
+        return Found("broken", f"{path} is not a run record ({type(error).__name__}: {error}): move it away")
+
+
+def progress_words(result) -> str:
+    return f"epoch {result['epoch']} of {result['settings']['epochs']}"
+
+
+def difference(plan, job, settings) -> str:
+    """The first setting in which a record is not this job; "" if it is. A flag younger than the record: its default."""
+    defaults = rows.settings_of(plan.parse, ())
+    for key, wanted in plan.settings(job).items():
+        was = settings.get(key, defaults.get(key))
+        if was != wanted:
+            return f"--{key} was {was}, is {wanted}"
+    return ""
+
+
+# -- one result ---------------------------------------------------------------------------------------------------
+
+
+def result_of(record, history) -> dict:
+    """What is kept of a run: no weights, no curves of scores, a thinned history."""
+    at = best_epoch(history)
+    metrics = {key: column[at] for key, column in history.items()} or numbers(record.get("final"))
+    for part, prefix in (("held_out", "held_out"), ("training_sections", "seen")):
+        metrics |= {f"{prefix}_{key}": value for key, value in numbers(record.get(part)).items()}
+    scored = record.get("held_out") or record.get("training_sections") or {}
+    settings = {key: value for key, value in record["settings"].items() if key not in rows.IGNORED}
+    half = {} if record["finished"] else {"finished": False, "epoch": len(history.get("epoch", ()))}
+    return {
+        **{key: record.get(key) for key in KEPT},
+        "settings": settings | {"epochs": record["epochs"]},
+        "device": record.get("hardware", {}).get("device"),
+        "versions": {key: value for key, value in record.get("versions", {}).items() if key in VERSIONS},
+        "data": record.get("data", {}).get("image_sha256"),
+        "minutes": round(record["training_seconds"] / 60, 2) if record["finished"] else 0,
+        "degenerate": scored.get("degenerate"),
+        "metrics": metrics,
+        "history": thinned(history, at),
+    } | half
+
+
+def check_result(result) -> dict:
+    """The result, or ValueError: what every reader of one relies on."""
+    for key, kind in KINDS.items():
+        if not isinstance(result.get(key), kind):
+            raise ValueError(f"{key} must be {'an object' if kind is dict else 'a number or text'}")
+    if not result.get("finished", True) and not isinstance(result.get("epoch"), int):
+        raise ValueError("a run that is not finished must have its epoch")
+    if result["metrics"] != numbers(result["metrics"], short=float):
+        raise ValueError("metrics must be finite numbers")
+    columns = result["history"].values()
+    if len({len(column) for column in columns}) > 1 or any(not isinstance(v, float | int) for c in columns for v in c):
+        raise ValueError("history must hold columns of numbers, all of one length")
+    return result
+
+
+def short(value) -> float:
+    """Six digits."""
+    return float(f"{float(value):.6g}")
+
+
+def numbers(scores, short=short) -> dict:
+    """The plain numbers of a dict."""
+    found = ((k, v) for k, v in (scores or {}).items() if isinstance(v, int | float) and not isinstance(v, bool))
+    return {key: short(value) for key, value in found if math.isfinite(value)}
+
+
+def read_history(path) -> dict[str, list]:
+    """Columns of history.csv; those that an epoch has no value of are left out."""
+    if not path.exists():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    columns = {key: [row[key] for row in table] for key in (table[0] if table else ())}
+    return {key: [short(value) for value in column] for key, column in columns.items() if all(column)}
+
+
+def best_epoch(history) -> int:
+    """Of the weights that were kept: lowest validation loss, or the last epoch where there is no validation."""
+    losses = history.get("val_loss")
+    return losses.index(min(losses)) if losses else -1
+
+
+def thinned(history, best) -> dict:
+    """At most `POINTS` epochs, the kept one and the last among them."""
+    count = len(history.get("epoch", ()))
+    every = math.ceil(count / POINTS) or 1
+    kept = sorted({*range(0, count, every), count - 1, best % count}) if count else []
+    return {key: [column[i] for i in kept] for key, column in history.items() if key not in ("update", "learning_rate")}
+
+
+# -- the committed file -------------------------------------------------------------------------------------------
+
+
+def record_file(folder, table) -> Path:
+    return Path(folder) / f"{table.name}{'-quick' * table.quick}.json"
+
+
+def committed(folder, table) -> dict[str, dict]:
+    """Committed results by the name of the run."""
+    return {
+        f"{row}-{key}{'-quick' * table.quick}": run for row, runs in read(folder, table) for key, run in runs.items()
+    }
+
+
+def read(folder, table):
+    """(row, {protocol, fold and seed: result}) of a committed file, every result checked."""
+    path = record_file(folder, table)
+    if not path.exists():
+        return []
+    kept, where = read_json(path, "--records").get("rows"), "rows"
+    try:
+        for row, runs in kept.items():
+            for key, result in runs.items():
+                where = f"{row}, {key}"
+                check_result(result)
+        return list(kept.items())
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"--records: {path} is not a file of records ({where}: {error}).") from error
+
+
+def collect(plan, folder):
+    """Put what there is of the runs into the committed file, beside what is there; a finished run is not replaced by
+    one that is half-way, nor one by another that has come less far.
+    """
+    path = record_file(folder, plan.table)
+    with patiently_locked(path):
+        kept = {row: dict(runs) for row, runs in read(folder, plan.table)}
+        for job in plan.jobs:
+            new, old = look_up(plan, job).result, kept.get(job.row.name, {}).get(job.key)
+            if new and new["history"] and (old is None or epochs_done(new) >= epochs_done(old)):
+                kept.setdefault(job.row.name, {})[job.key] = new
+        write_text(path, as_lines(plan.table, kept))
+
+
+def epochs_done(result):
+    return result["epoch"] if not result.get("finished", True) else math.inf
+
+
+@contextlib.contextmanager
+def patiently_locked(path):
+    """The lock of a file that nobody holds for long."""
+    deadline = time.monotonic() + PATIENCE_S
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(path))
+                break
+            except DataError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        yield
+
+
+def as_lines(table, kept) -> str:
+    """JSON with a line per run, so that a change of one is a change of one line."""
+    blocks = []
+    for row, runs in sorted(kept.items()):
+        lines = [f"  {json.dumps(key)}: {json.dumps(runs[key], separators=(',', ':'))}" for key in sorted(runs)]
+        blocks.append(f" {json.dumps(row)}: {{\n" + ",\n".join(lines) + "\n }")
+    head = f'{{"table": {json.dumps(table.name)}, "quick": {json.dumps(table.quick)}, "rows": {{\n'
+    return head + ",\n".join(blocks) + "\n}}\n"
+
+
+class Results:
+    """The runs of a plan that are finished or half-way, and the words on those that are missing."""
+
+    def __init__(self, plan):
+        self.finished, self.halfway, self.missing, absent = [], [], [], {}
+        for job in plan.jobs:
+            found = find(plan, job)
+            if found.state == "finished":
+                self.finished.append((job, found.result))
+                continue
+            if found.result and found.result["history"]:
+                self.halfway.append((job, found.result))
+            if found.state == "absent" and not found.result:
+                absent.setdefault(job.row.name, []).append(job.key)
+            else:
+                self.missing.append(f"{job.name}: {found.words}")
+        self.missing += [f"{row}: no run of {', '.join(keys)}" for row, keys in absent.items()]
+
+    def of(self, row, held_out):
+        """{(seed, fold): result} of a row, held-out or published runs."""
+        return {
+            (job.seed, job.fold): result
+            for job, result in self.finished
+            if job.row.name == row and (job.protocol != "published") == held_out
+        }
+
+    def metric(self, row, name, held_out):
+        """{(seed, fold): value}, where the run has it."""
+        found = self.of(row, held_out)
+        return {key: result["metrics"][name] for key, result in found.items() if name in result["metrics"]}
+
+    def values(self, row, name, held_out):
+        return list(self.metric(row, name, held_out).values())

@@ -1,0 +1,437 @@
+"""The published tables as rows: a row is a name, a command line, and what is to come of it.
+
+Where the base of the training study differs from the poster's U-Net: the centre is the six convolutions of the 2017
+network (undilated, not summed) in place of two, up-sampling is nearest-neighbour with a convolution, every
+convolution is followed by batch norm, an epoch is 50 updates of 3 windows, and "augmented" is `--augment all`.
+"""
+
+import itertools
+import json
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field, replace
+from functools import cache
+from io import StringIO
+from pathlib import Path
+
+from files.atomic import DataError
+from studies import comparison
+
+# Of a run's settings: where it is kept and what it runs on, which do not make it another experiment.
+IGNORED = (
+    *("verb", "run", "argv", "run_dir", "weight_path", "resume", "force", "tensorboard", "gpu", "precision", "recipe"),
+    *("distribute", "lr_find", "augment_preview", "steps_per_execution"),
+)
+MOST = 100  # seeds, or folds: beyond it is a slip of the keyboard
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One line of a table: a command line, and what is to come of it.
+
+    Attributes
+    ----------
+    name : str
+        Of the row and, with protocol, fold and seed, of its runs' folders. Rows of one name are one row.
+    argv : tuple of str
+        Words that the suite's own parser accepts, without protocol, seed and folders.
+    minutes : float
+        Expected cost of ONE run: on 2 CPU cores if quick, else on one H200-class GPU.
+    published : dict
+        Published value per metric.
+    tolerance : dict
+        Per metric of `published`: stated beforehand, for as long as there are too few seeds to derive it from. A
+        metric without one is shown and not judged.
+    target : dict
+        Per metric, the mean over the held-out runs that must be reached.
+    protocols : tuple of str
+        published, holdout, kfold.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    minutes: float
+    published: Mapping[str, float] = field(default_factory=dict)
+    tolerance: Mapping[str, float] = field(default_factory=dict)
+    target: Mapping[str, float] = field(default_factory=dict)
+    protocols: tuple[str, ...] = ("holdout",)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """ "It makes no difference": row `ours` against row `base`; smaller than `margin` would not matter."""
+
+    words: str
+    ours: str
+    base: str
+    metric: str
+    margin: float
+    held_out: bool = True
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Levels of one factor: label -> name of the row; `x`, where a score is drawn against a number."""
+
+    name: str
+    title: str
+    levels: Mapping[str, str]
+    base: str
+    chosen: str = ""
+    x: str = ""
+    metric: str = "held_out_v_rand"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows, and what is to be said of them; `shown` are the metrics of its held-out runs, if not the usual ones."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    quick: bool
+    comparisons: tuple[Comparison, ...] = ()
+    factors: tuple[Factor, ...] = ()
+    note: str = ""
+    shown: tuple[str, ...] = ()
+
+
+def flags(settings: Mapping[str, object]) -> tuple[str, ...]:
+    """Settings as the words of a command line; None for a flag without a value.
+
+    >>> flags({"lr": "1e-5", "dilate": 0})
+    ('--lr', '1e-5', '--dilate', '0')
+    """
+    pairs = ((f"--{key}",) if value is None else (f"--{key}", str(value)) for key, value in settings.items())
+    return tuple(itertools.chain.from_iterable(pairs))
+
+
+# The four rows of the README of 2017, their commands word for word but for the name of the weights.
+PUBLISHED_2017 = {
+    "unet": ((0, 1, 1), (0.056, 0.106, 0.985, 0.979)),
+    "dilated": ((1, 2, 1), (0.057, 0.111, 0.985, 0.978)),
+    "unet-a": ((0, 1, 0), (0.073, 0.0864, 0.981, 0.980)),
+    "dilated-a": ((1, 2, 0), (0.0579, 0.114, 0.985, 0.978)),
+}
+ONE_FACTOR = {"dilate-alone": (1, 1, 1), "dilate_rate-alone": (0, 2, 1)}
+STATED = {"loss": 0.03, "val_loss": 0.03, "dice": 0.01, "val_dice": 0.01}
+STATED_QUICK = {"loss": 0.15, "val_loss": 0.15, "dice": 0.05, "val_dice": 0.05}  # "always interior" misses these
+QUICK_2017 = {"epochs": 30, "window": 192, "step_size": 150}  # 300 updates: one whole cycle
+MARGINS = {"held_out_v_rand": 0.005, "held_out_dice": 0.002, "val_loss": 0.01}
+
+
+def table_rows(quick: bool) -> Table:
+    """The table of 2017, and its two factors one at a time."""
+    rows = [row_2017(name, network, quick, values) for name, (network, values) in PUBLISHED_2017.items()]
+    rows += [row_2017(name, network, quick) for name, network in ONE_FACTOR.items()]
+    pairs = {
+        "dilated against standard": ("dilated", "unet"),
+        "dilated against standard, no addition": ("dilated-a", "unet-a"),
+        "the centre's dilation alone": ("dilate-alone", "unet"),
+        "the encoder's dilation alone": ("dilate_rate-alone", "unet"),
+    }
+    comparisons = tuple(
+        Comparison(words, *pair, metric, margin, held_out=metric.startswith("held_out"))
+        for words, pair in pairs.items()
+        for metric, margin in MARGINS.items()
+    )
+    return Table("table", "The dilated U-net study of 2017", tuple(rows), quick, comparisons)
+
+
+def row_2017(name, network, quick, values=()):
+    dilate, dilate_rate, addition = network
+    recipe = {"lr": "0.00001", "max_lr": "0.01", "epochs": 500, "dilate_rate": dilate_rate, "dilate": dilate}
+    argv = flags(recipe | {"addition": addition} | (QUICK_2017 if quick else {}))
+    published = dict(zip(comparison.SHOWN, values, strict=False))
+    stated = STATED_QUICK if quick else STATED
+    tolerances = {metric: stated[metric] for metric in published}
+    return Row(name, argv, 4 if quick else 2.5, published, tolerances, protocols=("published", "holdout"))
+
+
+# What trains well on held-out sections; `best`, the learning curve and the receptive field start from it.
+STRONG = {
+    **{"dilate": 0, "dilate_rate": 1, "addition": 1, "dropout": 0.1, "inner_sections": 0, "augment": "all"},
+    **{"optimizer": "adam", "clr_mode": "cosine", "lr": "1e-5", "max_lr": "1.5e-3"},
+    **{"batch_size": 4, "epochs": 40, "steps_per_epoch": 100, "ema": 0.99},
+}
+STRONG_QUICK = {"filters": "16,32,64", "window": 192, "epochs": 5, "ema": 0.98}
+BEST = {"epochs": 80, "ema": 0.999, "tta": 8}
+BEST_QUICK = {"window": 256, "epochs": 5, "ema": 0.98}  # as start.py
+
+
+def best_rows(quick: bool) -> Table:
+    """The strongest recipe, its last weights, rotations averaged, every fold reported."""
+    networks = {"best-standard": {}, "best-dilated": {"dilate": 1, "dilate_rate": 2}}
+    target = {"held_out_v_rand": 0.97 if quick else 0.985}
+    rows = (
+        Row(
+            name,
+            flags(STRONG | BEST | (BEST_QUICK if quick else {}) | network),
+            minutes=11 if quick else 6,
+            target=target,
+            protocols=("kfold",),
+        )
+        for name, network in networks.items()
+    )
+    comparisons = tuple(
+        Comparison("dilated against standard", "best-dilated", "best-standard", metric, margin)
+        for metric, margin in MARGINS.items()
+        if metric.startswith("held_out")
+    )
+    return Table("best", "The strongest recipe on held-out sections", tuple(rows), quick, comparisons)
+
+
+STUDY = {
+    **{"filters": "64,128,256,512", "dilate": 0, "dilate_rate": 1, "addition": 0, "dropout": 0},
+    **{"window": 512, "epochs": 40, "steps_per_epoch": 50, "augment": "all", "loss": "bce"},
+    **{"optimizer": "adam", "clr_mode": "none", "lr": "1e-4"},
+}
+STUDY_QUICK = {"filters": "16,32,64,128", "window": 192, "steps_per_epoch": 10}
+SECTIONS, SECTIONS_X = (1, 2, 5, 10, 24), "labelled training sections"
+RECEPTIVE = {"off": "dilation-off", "encoder": "dilation-encoder", "centre": "dilation-centre"}
+FACTORS = {
+    factor.name: factor
+    for factor in (
+        Factor("depth", "Depth", {"3": "depth-3", "4": "base"}, "4", "4"),
+        Factor("augmentation", "Augmentation", {"raw": "raw", "augmented": "base"}, "augmented", "augmented"),
+        Factor("lr", "Learning rate (Adam)", {"1e-5": "lr-1e-5", "1e-4": "base", "1e-3": "lr-1e-3"}, "1e-4", "1e-4"),
+        Factor("optimizer", "Optimizer", {"SGD": "sgd", "Adam": "base", "Adamax": "adamax"}, "Adam", "Adamax"),
+        Factor("sections", "Labelled sections", {str(n): f"sections-{n}" for n in SECTIONS}, "24", x=SECTIONS_X),
+        Factor("receptive", "Receptive field", RECEPTIVE, "off", x="receptive field, px"),
+    )
+}
+POSTER = ("depth", "augmentation", "lr", "optimizer")
+
+
+def study_rows(quick: bool, factor: str | None = None) -> Table:
+    """The levels of one factor, or of the poster's four; the level that is the base is one row for all."""
+    factors = tuple(FACTORS[name] for name in ([factor] if factor else POSTER))
+    changes = study_changes(quick)
+    names = dict.fromkeys(row for f in factors for row in f.levels.values())
+    rows = tuple(Row(name, flags(changes[name]), minutes=2 if quick else 4) for name in names)
+    pairs = [("the encoder's dilation", "dilation-encoder"), ("the centre's dilation", "dilation-centre")]
+    comparisons = [
+        Comparison(what, ours, "dilation-off", metric, MARGINS[metric])
+        for what, ours in pairs
+        for metric in ("held_out_v_rand", "held_out_dice")
+        if ours in names
+    ]
+    return Table("study", "The training study", rows, quick, tuple(comparisons), factors)
+
+
+def study_changes(quick):
+    """Settings of every row of the study, each a base with one setting changed."""
+    base = STUDY | (STUDY_QUICK if quick else {})
+    strong = STRONG | (STRONG_QUICK if quick else {})
+    # Who has one labelled section has none to choose weights by.
+    curve = strong | {"protocol": "holdout"}
+    rows = {
+        "base": base,
+        "depth-3": base | {"filters": base["filters"].rpartition(",")[0]},
+        "raw": base | {"augment": "none"},
+        "lr-1e-5": base | {"lr": "1e-5"},
+        "lr-1e-3": base | {"lr": "1e-3"},
+        "sgd": base | {"optimizer": "sgd"},
+        "adamax": base | {"optimizer": "adamax"},
+        "dilation-off": strong,
+        "dilation-encoder": strong | {"dilate_rate": 2},
+        "dilation-centre": strong | {"dilate": 1},
+    }
+    return rows | {f"sections-{n}": curve | {"train_sections": spread_over(n, 24)} for n in SECTIONS}
+
+
+def spread_over(count: int, available: int) -> str:
+    """`count` sections evenly over 0..available - 1, as a user would choose what to label.
+
+    >>> spread_over(5, 24)
+    '2,7,12,17,22'
+    """
+    if count == available:
+        return f"0-{available - 1}"
+    return ",".join(str(round((i + 0.5) * available / count)) for i in range(count))
+
+
+MEMBRANES_2015 = {"held_out_warping_error": 0.000353, "held_out_rand_error": 0.0382, "held_out_pixel_error": 0.0611}
+CELLS_2015 = {"held_out_mean_iou": 0.7756}
+ADAM = {"batch_norm": None, "optimizer": "adam", "clr_mode": "cosine", "lr": "1e-5", "max_lr": "2e-3", "ema": 0.98}
+CELLS = ADAM | {"image_path": "dic-hela", "instances": None, "gap": 2, "padding": "same", "batch_size": 2}
+LENGTH_2015 = {"epochs": 100, "steps_per_epoch": 100}
+LENGTH_2015_QUICK = {"filters": 16, "epochs": 5, "steps_per_epoch": 100}
+
+
+def unet2015_rows(quick: bool) -> Table:
+    """Membranes and touching cells with the network of 2015: as published, with batch norm and Adam, without w0."""
+    length = LENGTH_2015_QUICK if quick else LENGTH_2015
+    base = {"arch": "unet2015", "tta": 7} | length
+    cells = base | CELLS | {"window": 256 if quick else 512}
+    published = base | ({"window": 444} if quick else {})
+    # batch norm wants several windows, and small ones, which unpadded convolutions would eat up
+    membranes = base | ADAM | {"padding": "same", "batch_size": 4, "window": 256}
+    rows = (
+        Row("isbi-published", flags(published), 4 if quick else 12),
+        Row("isbi", flags(membranes), 4 if quick else 12, MEMBRANES_2015),
+        Row("cells", flags(cells), 4 if quick else 12, CELLS_2015, target=CELLS_2015),
+        Row("cells-flat", flags(cells | {"w0": 0}), 4 if quick else 12),
+    )
+    note = (
+        "The paper's values are on test data whose labels are not public (the challenge's test stack; the Cell "
+        "Tracking Challenge's test sequences), ours on held-out sections of the training stack and held-out frames of "
+        "sequence 01: beside each other, not against each other. isbi-published is the paper's recipe: unpadded, one "
+        "large tile a batch, SGD, no batch norm; the others are padded and have batch norm and Adam. cells-flat is "
+        "cells without the border weights (w0 = 0)."
+    )
+    recipes = {"as published": "isbi-published", "batch norm, Adam": "isbi"}
+    borders = {"w0 = 10": "cells", "w0 = 0": "cells-flat"}
+    factors = (
+        Factor("recipe", "Recipe", recipes, "batch norm, Adam"),
+        Factor("weights", "Border weights", borders, "w0 = 0", metric="held_out_mean_iou"),
+    )
+    weights = Comparison("the border weights", "cells", "cells-flat", "held_out_mean_iou", 0.01)
+    shown = ("loss", "val_loss", "held_out_dice", "held_out_v_rand", *MEMBRANES_2015, *CELLS_2015, "held_out_seg")
+    return Table("unet2015", "The U-Net of 2015", rows, quick, (weights,), factors, note, shown)
+
+
+TABLES: dict[str, Callable[[bool], Table]] = {
+    "table": table_rows,
+    "best": best_rows,
+    "study": study_rows,
+    "unet2015": unet2015_rows,
+}
+
+
+def select(name: str, factor: str | None, quick: bool, only: Sequence[str] | None = None) -> Table:
+    """The table that was asked for, with the rows that were asked for."""
+    if factor and name != "study":
+        raise DataError(f"{factor} is a factor of study: `reproduce study {factor}`. Received: {name}")
+    table = study_rows(quick, factor) if name == "study" else TABLES[name](quick)
+    names = [row.name for row in table.rows]
+    unknown = [row for row in only or () if row not in names]
+    if unknown:
+        raise DataError(f"--only must name rows of {name}: {', '.join(names)}. Received: {', '.join(unknown)}")
+    return replace(table, rows=tuple(row for row in table.rows if not only or row.name in only))
+
+
+# -- the runs of a row --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run: a row under a protocol, with a seed and a fold."""
+
+    row: Row
+    protocol: str
+    fold: int
+    folds: int
+    seed: int
+    quick: bool
+
+    @property
+    def key(self):
+        protocol = f"kfold{self.folds}" if self.protocol == "kfold" else self.protocol
+        return f"{protocol}-f{self.fold}-s{self.seed}"
+
+    @property
+    def name(self):
+        return f"{self.row.name}-{self.key}" + "-quick" * self.quick
+
+    def argv(self):
+        """The words that make the experiment."""
+        fold = ("--folds", str(self.folds), "--fold", str(self.fold)) if self.protocol == "kfold" else ()
+        fewer = ("--val_windows", "9") if self.quick and self.protocol == "published" else ()
+        return [*self.row.argv, "--protocol", self.protocol, *fold, *fewer, "--seed", str(self.seed)]
+
+    def command(self, folder):
+        """... and where it is kept."""
+        return [*self.argv(), "--run_dir", str(folder), "--weight_path", str(folder / "best"), "--resume"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a table, and how to find them."""
+
+    table: Table
+    jobs: Sequence[Job]
+    parse: Callable
+    runs: Path
+    committed: Mapping[str, dict]
+
+    def folder(self, job):
+        return self.runs / self.table.name / job.name
+
+    def settings(self, job):
+        """Resolved settings of a job, from the suite's own parser, as JSON has them."""
+        return settings_of(self.parse, tuple(job.argv()))
+
+    def row_settings(self, row):
+        return settings_of(self.parse, (*row.argv, "--protocol", row.protocols[0]))
+
+
+@cache
+def settings_of(parse, argv):
+    """What makes a command line another experiment: its settings without folders and machine."""
+    said = StringIO()
+    try:
+        with redirect_stderr(said):
+            args = parse(list(argv))
+    except SystemExit:
+        reason = said.getvalue().strip().rpartition("\n")[2]
+        raise DataError(f"a row is not taken by the command line (yet): {shlex.join(argv)}: {reason}") from None
+    return json.loads(json.dumps({key: value for key, value in vars(args).items() if key not in IGNORED}))
+
+
+def jobs_of(table: Table, seeds: int, folds: int | None, protocol: str | None) -> list[Job]:
+    """Seeds outermost: whenever the work stops, there is as much of the whole table as possible."""
+    for flag, least, value in (("--seeds", 1, seeds), ("--folds", 2, 5 if folds is None else folds)):
+        if not least <= value <= MOST:
+            raise DataError(f"{flag} must be {least} to {MOST}. Received: {value}")
+    return [
+        Job(row, asked, fold, folds or 5, seed, table.quick)
+        for seed in range(seeds)
+        for asked in ("published", "holdout", "kfold")
+        for row in table.rows
+        if asked in protocols_of(row, folds) and protocol in (None, asked)
+        for fold in range((folds or 5) if asked == "kfold" else 1)
+    ]
+
+
+def protocols_of(row, folds):
+    """--folds turns holdout into k-fold, but not where a row names its training sections."""
+    if folds is not None and "--train_sections" not in row.argv:
+        return tuple("kfold" if protocol == "holdout" else protocol for protocol in row.protocols)
+    return row.protocols
+
+
+# -- what a run costs ---------------------------------------------------------------------------------------------
+
+# Seconds per 512 x 512 px window of a training of the standard network, measured on 2 cores.
+SECONDS_PER_WINDOW = {"bfloat16 (AMD EPYC)": 0.70, "float32 (Intel Xeon)": 1.6}
+VALIDATION_PART = 1 / 3  # of what a window costs in training
+STANDARD_WORK = 3 * 44**2
+
+
+def cost_words(row: Row, settings: Mapping, quick: bool) -> str:
+    """Expected time of one run of a row; on two cores it is measured for the quick rows and computed for the others."""
+    if quick:
+        return f"{row.minutes:g} minutes on 2 CPU cores"
+    windows = equivalent_windows(settings)
+    cores = [f"{windows * seconds / 3600:.1f} hours in {kind}" for kind, seconds in SECONDS_PER_WINDOW.items()]
+    return f"{row.minutes:g} minutes on one H200-class GPU, or on 2 CPU cores {' or '.join(cores)}"
+
+
+def equivalent_windows(settings: Mapping) -> float:
+    """A run's work, in training windows of 512 x 512 px of the standard network, from its resolved settings.
+
+    The work of a network goes with its filters squared, at every level a quarter of the pixels.
+    """
+    validation = settings["val_windows"]
+    if settings["protocol"] != "published":  # as many windows as cover the inner sections
+        inner = 3 if settings["inner_sections"] is None else settings["inner_sections"]
+        validation = inner * math.ceil(512 / settings["window"]) ** 2
+    an_epoch = settings["steps_per_epoch"] * settings["batch_size"] + VALIDATION_PART * validation
+    filters = settings["filters"]
+    if settings["arch"] == "unet2015":
+        filters = [filters[0] * 2**level for level in range(settings["depth"] + 1)]
+    work = sum(count**2 / 4**level for level, count in enumerate(filters))
+    return settings["epochs"] * an_epoch * (settings["window"] / 512) ** 2 * work / STANDARD_WORK
