@@ -1,6 +1,6 @@
 """The published tables: run their rows, each a command line, compare, render.
 
-    python dilatedUnet.py reproduce table --quick                   the 2017 table on a CPU, reduced, 8 minutes a row
+    python dilatedUnet.py reproduce table --quick                   the 2017 table on a CPU, reduced, 6 minutes a run
     python dilatedUnet.py reproduce table --seeds 3 --folds 5       in full, with 5-fold cross-validation beside it
     python dilatedUnet.py reproduce table --budget 6                for six hours; the same command goes on from there
     python dilatedUnet.py reproduce best                            the strongest recipe, 5-fold
@@ -86,7 +86,7 @@ def run(args, parse) -> int:
     args.collect |= args.missing  # what was missing is added to the records
     plan = plan_of(args, parse)
     if args.figures and not args.force:
-        refuse_existing(*comparison.pictures(plan.table, Path(args.figures)), words="exists: --force replaces it.")
+        refuse_existing(*comparison.pictures(plan.table, Path(args.figures)), words="--force replaces it")
     if args.list:
         print("\n".join(listing(plan, args.missing)))
         return 0

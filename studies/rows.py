@@ -147,7 +147,7 @@ def row_2017(name, network, quick, values=()):
     published = dict(zip(comparison.SHOWN, values, strict=False))
     stated = STATED_QUICK if quick else STATED
     tolerances = {metric: stated[metric] for metric in published}
-    return Row(name, argv, 4 if quick else 2.5, published, tolerances, protocols=("published", "holdout"))
+    return Row(name, argv, 6 if quick else 2.5, published, tolerances, protocols=("published", "holdout"))
 
 
 # What trains well on held-out sections; `best`, the learning curve and the receptive field start from it.

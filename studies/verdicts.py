@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 FEWEST = 3  # values that an interval needs; two would give t = 12.7
@@ -31,11 +32,11 @@ class Sample:
     def enough(self) -> bool:
         return len(self.values) >= FEWEST
 
-    @property
+    @cached_property
     def mean(self) -> float:
         return statistics.fmean(self.values) if self.values else math.nan
 
-    @property
+    @cached_property
     def standard_error(self) -> float:
         return statistics.stdev(self.values) / math.sqrt(len(self.values))
 
