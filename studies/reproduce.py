@@ -32,6 +32,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from files.atomic import DataError, locked, refuse_existing, write_text
+from files.shell import Terminated
 from studies import comparison, records, rows
 
 SUITE = Path(__file__).resolve().parent.parent / "dilatedUnet.py"
@@ -43,6 +44,7 @@ INTRODUCTION = """# Results
 Every table, from the records in this folder. QUICK tables are of reduced recipes for two CPU cores. They were recorded
 before the head's initialisation changed (see CHANGELOG.md), those of the 2017 recipe also before its optimizer did.
 `benchmarks/` holds what was measured of speed, `start/` the run of `start.py`, `trials/` recipes that were tried.
+
 """
 
 
@@ -80,20 +82,17 @@ def run(args, parse) -> int:
         The suite's own parser: a list of words -> Namespace, or SystemExit.
     """
     check_flags(args)
-    if args.name == "all":
-        plans = list(plans_of_all(args, parse))
-        return finish(args, plans, INTRODUCTION, done=True)
     args.collect |= args.missing  # what was missing is added to the records
-    plan = plan_of(args, parse)
+    plans = list(plans_of_all(args, parse)) if args.name == "all" else [plan_of(args, parse)]
     if args.figures and not args.force:
-        refuse_existing(*comparison.pictures(plan.table, Path(args.figures)), words="--force replaces it")
+        refuse_existing(*(path for plan in plans for path in comparison.pictures(plan.table, Path(args.figures))))
     if args.list:
-        print("\n".join(listing(plan, args.missing)))
+        print("\n".join(listing(plans[0], args.missing)))
         return 0
-    done = args.render or train(plan, args)
-    if args.collect:
-        records.collect(plan, args.records)
-    return finish(args, [plan], "", done)
+    done = args.render or train(plans[0], args)
+    if args.collect and args.name != "all":
+        records.collect(plans[0], args.records)
+    return finish(args, plans, done)
 
 
 def check_flags(args):
@@ -154,23 +153,31 @@ def plans_of_all(args, parse) -> Iterator[rows.Plan]:
                 yield plan_of(argparse.Namespace(**vars(args) | chosen), parse)
 
 
-def finish(args, plans, introduction, done):
+def finish(args, plans, done):
     """Write and print the tables; the exit code."""
-    text, problems = [f"{MARK} {command_words(args)}` -->", *introduction.splitlines()], []
+    text, problems, everything = [f"{MARK} {command_words(args)}` -->"], [], args.name == "all"
+    text += INTRODUCTION.splitlines() if everything else []
     for plan in plans:
         results = records.Results(plan)
         if args.figures:
             for path in comparison.draw(plan, results, Path(args.figures)):
                 say(f"figure: {path}")
         lines, found = comparison.report(plan, results)
-        text, problems = text + [""] * bool(introduction) + lines, problems + found
+        text, problems = text + lines + (shown(plan) if everything else []), problems + found
     whole = "\n".join(text).rstrip() + "\n"
     if args.output:
         write_text(args.output, whole)
-    for problem in problems if args.name != "all" else ():
+    for problem in () if everything else problems:
         say(f"not reproduced: {problem}")
     print(whole, end="")
     return 130 if not done else 1 if problems else 0
+
+
+def shown(plan) -> list[str]:
+    """Links to the committed pictures of a table."""
+    there = {path: path.exists() for path in comparison.pictures(plan.table, SUITE.parent / "images")}
+    titles = [factor.title for factor in plan.table.factors]
+    return [f"![{title}](../images/{path.name})\n" for title, path in zip(titles, there, strict=True) if there[path]]
 
 
 def command_words(args) -> str:
@@ -182,9 +189,7 @@ def command_words(args) -> str:
 
 
 def say(sentence):
-    """A closed or full stderr stops no training."""
-    with suppress(OSError, ValueError, AttributeError):
-        print(sentence, file=sys.stderr, flush=True)
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def listing(plan, missing=False) -> Iterator[str]:
@@ -218,7 +223,7 @@ def train(plan, args) -> bool:
         code = run_alone(plan, job, watch)
         if args.collect:
             records.collect(plan, args.records)
-        if code == 130:
+        if code in (130, Terminated.code):
             why = f"the budget of {args.budget:g} hours is used up" if watch.late else "interrupted"
             say(f"{why} in {job.name}: the same command goes on from here")
             return False
@@ -316,19 +321,20 @@ def in_own_process(argv, watch=lambda: False) -> int:
     """The suite in a process of its own; on Ctrl-C it is given the time to leave by itself."""
     process = subprocess.Popen([sys.executable, SUITE, *argv], env=environment())
     try:
-        while True:
+        while not watch():
             with suppress(subprocess.TimeoutExpired):
                 return process.wait(timeout=1)
-            if watch():
-                process.send_signal(signal.SIGINT)
-                break
-    except KeyboardInterrupt:
-        pass  # a terminal has sent it the same Ctrl-C
-    try:
+        process.send_signal(signal.SIGINT)
+        return process.wait(timeout=60) or 130
+    except Terminated:  # which a batch system need not have sent to the run as well
+        return 130
+    except KeyboardInterrupt:  # a terminal has sent it the same Ctrl-C
         with suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=60) or 130
         return 130
-    finally:  # it ignores Ctrl-C, as what a shell runs in the background does; its checkpoint is whole all the same
+    except subprocess.TimeoutExpired:  # it ignores Ctrl-C, as what a shell runs in the background does
+        return 130
+    finally:
         if process.poll() is None:
             process.terminate()
             process.wait()

@@ -150,15 +150,10 @@ def row_2017(name, network, quick, values=()):
     return Row(name, argv, 6 if quick else 2.5, published, tolerances, protocols=("published", "holdout"))
 
 
-# What trains well on held-out sections; `best`, the learning curve and the receptive field start from it.
-STRONG = {
-    **{"dilate": 0, "dilate_rate": 1, "addition": 1, "dropout": 0.1, "inner_sections": 0, "augment": "all"},
-    **{"optimizer": "adam", "clr_mode": "cosine", "lr": "1e-5", "max_lr": "1.5e-3"},
-    **{"batch_size": 4, "epochs": 40, "steps_per_epoch": 100, "ema": 0.99},
-}
-STRONG_QUICK = {"filters": "16,32,64", "window": 192, "epochs": 5, "ema": 0.98}
-BEST = {"epochs": 80, "ema": 0.999, "tta": 8}
-BEST_QUICK = {"window": 256, "epochs": 5, "ema": 0.98}  # as start.py
+# `best` is the recipe for one's own sections; the learning curve and the receptive field are half as long, or in quick
+# a third as wide.
+LEARNING = {"recipe": "strong", "epochs": 40, "ema": 0.99, "tta": "none"}
+LEARNING_QUICK = {"recipe": "quick", "filters": "16,32,64", "window": 192}
 
 
 def best_rows(quick: bool) -> Table:
@@ -168,7 +163,7 @@ def best_rows(quick: bool) -> Table:
     rows = (
         Row(
             name,
-            flags(STRONG | BEST | (BEST_QUICK if quick else {}) | network),
+            flags({"recipe": "quick" if quick else "strong", "tta": 8} | network),
             minutes=11 if quick else 6,
             target=target,
             protocols=("kfold",),
@@ -224,7 +219,7 @@ def study_rows(quick: bool, factor: str | None = None) -> Table:
 def study_changes(quick):
     """Settings of every row of the study, each a base with one setting changed."""
     base = STUDY | (STUDY_QUICK if quick else {})
-    strong = STRONG | (STRONG_QUICK if quick else {})
+    strong = LEARNING_QUICK if quick else LEARNING
     # Who has one labelled section has none to choose weights by.
     curve = strong | {"protocol": "holdout"}
     rows = {
