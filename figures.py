@@ -1,32 +1,27 @@
-"""Pictures of runs and stacks: arrays and histories -> PNG and GIF, never a model.
+"""Pictures of runs and stacks: arrays and histories -> PNG and GIF, never a model; the one place that draws.
 
     python figures.py animate --image_path train-volume.tif --mask_path train-labels.tif --output train.gif
     python figures.py curves runs/start --output curves.png
     python figures.py learning_rate runs/start --output learning_rate.png
 
-Every function takes the place to write to last of what it needs, writes beside it, moves the finished file
-there, and returns the path. The `draw_...` functions make the matplotlib figure without saving it. Colours
-are those of Okabe and Ito (2008), told apart by all common kinds of colour vision; lines differ in style or
-marker as well, so that a grey print still reads. matplotlib is imported when the first figure is drawn, and
-its global state (pyplot, rcParams) is left alone.
+Every function takes the place to write to after what it draws, replaces the file there as a whole, and returns the
+path. Colours are those of Okabe and Ito (doi:10.1038/nmeth.1618), told apart by all common kinds of colour vision;
+lines differ in style or marker as well, so that a grey print still reads. matplotlib is imported when the first
+figure is drawn, and its global state (pyplot, rcParams) is left alone.
 """
 
 import argparse
 import csv
 import json
-import logging
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from files import atomic
 
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#6E6E6E"
@@ -40,35 +35,24 @@ STYLES = (
     (BLACK, (0, (3, 1, 1, 1, 1, 1)), "P"),
     (SKY, (0, (1, 1)), "X"),
 )
-"""Colour, line style and marker of the first, second, ... line of a figure."""
+"""Colour, line style and marker of the first, second, ... line of a figure; past the seventh they repeat."""
 
 WIDTH_IN, DPI = 9.0, 160
 """A figure is 1440 px wide, shown at 900 px or less: 10 pt letters are then 14 px high."""
 
-GIF_BYTES = 2_500_000
-"""Largest animation, in bytes: what a README loads without a wait."""
+GIF_PX, GIF_GRAYS, GIF_FRAME_MS = 256, 32, 200
+"""Of an animation: height, grays (noise is what costs, and fewer grays are less noise), time of a section."""
 
 
-# Training
+# --- training
 
 
-def curves(history: Mapping[str, Sequence[float]], path: str | Path) -> Path:
+def curves(history, path):
     """Loss and Dice of training and validation against the epoch, the learning rate below.
 
-    Parameters
-    ----------
-    history : mapping of str to sequence of float
-        Columns of the history, one value per epoch: any of 'loss', 'val_loss', 'dice', 'val_dice', and 'lr'
-        or 'learning_rate'; 'epoch' (from 1, as in history.csv) if it does not simply count. Values that are
-        missing may be None or NaN.
-    path : path-like
-        PNG to write.
+    `history` holds one value per epoch, None or NaN where there is none, of any of 'loss', 'val_loss', 'dice',
+    'val_dice', and 'lr' or 'learning_rate'; 'epoch' (from 1, as in history.csv) if it does not simply count.
     """
-    return _save(draw_curves(history), path)
-
-
-def draw_curves(history: Mapping[str, Sequence[float]]) -> "Figure":
-    """Figure of `curves`."""
     columns = {name: _floats(values) for name, values in history.items() if name in _CURVE_NAMES}
     columns = {name: values for name, values in columns.items() if np.isfinite(values).any()}
     rows = [names for names in _CURVE_ROWS if any(name in columns for name, _ in names)]
@@ -82,7 +66,7 @@ def draw_curves(history: Mapping[str, Sequence[float]]) -> "Figure":
     _mark_best(all_axes[0], columns)
     all_axes[-1].set_xlabel("epoch")
     _whole_numbers(all_axes[-1])
-    return figure
+    return _save(figure, path)
 
 
 _RATE_ROW = (("learning_rate", "learning rate"), ("lr", "learning rate"))
@@ -95,36 +79,12 @@ _CURVE_NAMES = {"epoch"} | {name for names in _CURVE_ROWS for name, _ in names}
 _ROW_TITLES = {"loss": "loss", "dice": "Dice", "learning_rate": "learning rate"}
 
 
-def learning_rate(
-    rates: Sequence[float],
-    path: str | Path,
-    *,
-    label: str = "",
-    recorded: tuple[Sequence[float], Sequence[float]] | None = None,
-) -> Path:
-    """The learning rate of every update.
+def learning_rate(rates, path, *, label="", recorded=None):
+    """The learning rate of updates 1..N, titled with the schedule in words.
 
-    Parameters
-    ----------
-    rates : sequence of float of length N
-        Rate used by updates 1..N.
-    path : path-like
-        PNG to write.
-    label : str, optional
-        What the schedule is, in words; the figure's title.
-    recorded : (updates, rates), optional
-        What a history says was used, as dots on the line.
+    `recorded`, (updates, rates), is what a history says was used: dots on the line.
     """
-    return _save(draw_learning_rate(rates, label=label, recorded=recorded), path)
-
-
-def draw_learning_rate(
-    rates: Sequence[float], *, label: str = "", recorded: tuple[Sequence[float], Sequence[float]] | None = None
-) -> "Figure":
-    """Figure of `learning_rate`."""
     rates = _floats(rates)
-    if not rates.size:
-        raise ValueError("rates must hold at least one update. Received: 0")
     figure = _figure(height_in=3.0)
     axes = _axes(figure, "update", "learning rate", label)
     axes.plot(np.arange(1, rates.size + 1), rates, color=BLUE, linewidth=1.8, label="schedule")
@@ -137,30 +97,12 @@ def draw_learning_rate(
         _legend(axes)
     axes.set_ylim(bottom=0)
     _plain_numbers(axes.yaxis)
-    return figure
+    return _save(figure, path)
 
 
-def lr_find(rates: Sequence[float], losses: Sequence[float], suggestion: tuple[float, float], path: str | Path) -> Path:
-    """Learning-rate range test: the loss against the rate, with the suggested range marked.
-
-    Parameters
-    ----------
-    rates, losses : sequence of float of length N
-        Rate (positive) and loss of each update; a loss that is not finite is left out.
-    suggestion : tuple of float
-        Base and maximal rate that the test suggests.
-    path : path-like
-        PNG to write.
-    """
-    return _save(draw_lr_find(rates, losses, suggestion), path)
-
-
-def draw_lr_find(rates: Sequence[float], losses: Sequence[float], suggestion: tuple[float, float]) -> "Figure":
-    """Figure of `lr_find`."""
+def lr_find(rates, losses, suggestion, path):
+    """Learning-rate range test: the loss of each update against its rate, the suggested range of rates marked."""
     rates, losses = _floats(rates), _floats(losses)
-    if rates.shape != losses.shape or not np.isfinite(losses).any():
-        counts = f"{rates.size} rates, {losses.size} losses, {np.isfinite(losses).sum()} of them finite"
-        raise ValueError(f"rates and losses must be equally many, one finite at least. Received: {counts}")
     low, high = suggestion
     figure = _figure(height_in=3.6)
     axes = _axes(figure, "learning rate", "training loss", "")
@@ -171,35 +113,19 @@ def draw_lr_find(rates: Sequence[float], losses: Sequence[float], suggestion: tu
     axes.plot(rates, losses, color=BLACK, linewidth=1.6, label="loss")
     axes.set_ylim(*_until_it_diverges(losses))
     _legend(axes)
-    return figure
+    return _save(figure, path)
 
 
-def factor(
-    panels: Mapping[str, Mapping[str, tuple]], path: str | Path, *, xlabel: str = "epoch", title: str = ""
-) -> Path:
+def factor(panels, path, *, xlabel="epoch", title=""):
     """Levels of one factor of a study: mean and spread over runs, one panel per quantity, in pairs from four on.
 
-    Parameters
-    ----------
-    panels : mapping of str to mapping of str to (x, mean, deviation)
-        Per panel, by its title, and per level, by its name: three sequences of float of one length. A level has
-        the same colour, line and marker in every panel; one without a name is left out of the legend.
-    path : path-like
-        PNG to write.
-    xlabel : str
-        What x is.
-    title : str
-        Of the figure: the factor, and whether its runs were reduced ones.
+    `panels` holds per panel, by its title, and per level, by its name, (x, mean, deviation): sequences of one length.
+    A level has the same colour, line and marker in every panel; one without a name is left out of the legend.
     """
-    return _save(draw_factor(panels, xlabel=xlabel, title=title), path)
-
-
-def draw_factor(panels: Mapping[str, Mapping[str, tuple]], *, xlabel: str = "epoch", title: str = "") -> "Figure":
-    """Figure of `factor`."""
     levels = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     if not levels:
         raise ValueError(f"panels must hold at least one level. Received: {list(panels)}")
-    styles = dict(zip(levels, _styles(len(levels)), strict=True))
+    styles = dict(zip(levels, cycle(STYLES), strict=False))
     columns = len(panels) if len(panels) < 4 else 2
     rows = -(-len(panels) // columns)
     figure = _figure(height_in=3.8 if rows == 1 else 3.0 * rows)
@@ -214,65 +140,59 @@ def draw_factor(panels: Mapping[str, Mapping[str, tuple]], *, xlabel: str = "epo
         _whole_numbers(axes)
         if any(lines):
             _legend(axes)
-    return figure
+    return _save(figure, path)
 
 
-def score_curves(thresholds: Sequence[float], curves: Mapping[str, Sequence[float]], path: str | Path) -> Path:
-    """Scores against the threshold, the best of each marked and named.
-
-    Parameters
-    ----------
-    thresholds : sequence of float of length T
-        Thresholds on the interior probability.
-    curves : mapping of str to sequence of float of length T
-        One line per score, by its name; a score without a finite value is left out.
-    path : path-like
-        PNG to write.
-    """
-    return _save(draw_score_curves(thresholds, curves), path)
+# --- scores
 
 
-def draw_score_curves(thresholds: Sequence[float], curves: Mapping[str, Sequence[float]]) -> "Figure":
-    """Figure of `score_curves`."""
-    thresholds = _floats(thresholds)
-    figure = _figure(height_in=3.8)
-    axes = _axes(figure, "threshold on the interior probability", "score", "")
-    for (name, values), (colour, line, marker) in zip(curves.items(), _styles(len(curves)), strict=True):
-        scores = _floats(values)
-        if not np.isfinite(scores).any():
-            continue
-        best = int(np.nanargmax(scores))
-        label = f"{name}: best {scores[best]:.4f} at {thresholds[best]:.2g}"
+def score_curves(thresholds, curves, path, *, higher_is_better=True):
+    """Scores, or errors, by their names against the threshold on the interior probability, the best of each marked."""
+    figure = _figure(height_in=4.5)
+    label = f"{'score, higher' if higher_is_better else 'error, lower'} is better"
+    axes = _axes(figure, "threshold on the interior probability", label, "")
+    for (name, values), (colour, line, marker) in zip(curves.items(), cycle(STYLES), strict=False):
+        best = int(np.argmax(values) if higher_is_better else np.argmin(values))
+        words = f"{name}: best {values[best]:.4g} at {thresholds[best]:.2g}"
         style = {"color": colour, "marker": marker, "linewidth": 1.6}
-        axes.plot(thresholds, scores, linestyle=line, markersize=4, label=label, **style)
-        axes.plot(thresholds[best], scores[best], markersize=12, fillstyle="none", markeredgewidth=1.6, **style)
+        axes.plot(thresholds, values, linestyle=line, markersize=4, label=words, **style)
+        axes.plot(thresholds[best], values[best], markersize=12, fillstyle="none", markeredgewidth=1.6, **style)
     _legend(axes)
-    return figure
+    return _save(figure, path)
 
 
-# Images
+def sheet(pictures, path, *, legend=None):
+    """Pictures of one section beside each other, by their titles: uint8 of shape (h, w) or (h, w, 3).
 
-
-def preview(images: np.ndarray, masks: np.ndarray, path: str | Path) -> Path:
-    """What the network will see: windows with the outline of their masks.
-
-    Parameters
-    ----------
-    images, masks : ndarray of shape (N, h, w)
-        Windows in any range, drawn on one common gray scale so that changes of brightness and contrast show,
-        and their masks, 1 = interior.
-    path : path-like
-        PNG to write.
+    `legend` says what the marks in them mean: (colour, hatch) by words.
     """
-    return _save_pictures(draw_preview(images, masks), path, dpi=100)
+    from matplotlib.patches import Patch
+
+    height, width = next(iter(pictures.values())).shape[:2]
+    figure = _figure(height_in=WIDTH_IN / len(pictures) * height / width + 0.8)
+    grid = figure.subplots(1, len(pictures), squeeze=False)[0]
+    for axes, (title, picture) in zip(grid, pictures.items(), strict=True):
+        _gray(axes, picture, (0, 255))
+        _frame(axes)
+        axes.set_title(title, fontsize=10)
+    marks = [
+        Patch(facecolor="white", edgecolor=colour, hatch=hatch, label=words)
+        for words, (colour, hatch) in (legend or {}).items()
+    ]
+    if marks:
+        figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)
+    return _save_pictures(figure, path, dpi=DPI)
 
 
-def draw_preview(images: np.ndarray, masks: np.ndarray) -> "Figure":
-    """Figure of `preview`."""
+# --- images
+
+
+def preview(images, masks, path):
+    """What the network will see: windows of shape (N, h, w) with the outline of their masks, 1 = interior.
+
+    One common gray scale, so that changes of brightness and contrast show.
+    """
     images, masks = np.asarray(images), np.asarray(masks)
-    if images.ndim != 3 or images.shape != masks.shape or not len(images):
-        shapes = f"{images.shape} and {masks.shape}"
-        raise ValueError(f"images and masks must be of one shape (N, h, w). Received: {shapes}")
     columns = min(len(images), 4)
     rows = -(-len(images) // columns)
     figure = _figure(height_in=WIDTH_IN / columns * rows * images.shape[1] / images.shape[2])
@@ -283,174 +203,83 @@ def draw_preview(images: np.ndarray, masks: np.ndarray) -> "Figure":
     for axes, image, mask in zip(grid.flat, images, masks, strict=False):
         _gray(axes, image, scale)
         _outline(axes, mask)
-    return figure
+    return _save_pictures(figure, path, dpi=100)
 
 
-def panel(
-    raw: np.ndarray,
-    truth: np.ndarray | None,
-    prediction: np.ndarray,
-    path: str | Path,
-    *,
-    titles: Sequence[str] | None = None,
-) -> Path:
+def panel(raw, truth, prediction, path, *, titles=None):
     """Section, labels and prediction side by side, one row per section: the picture of README's first screen.
 
-    Parameters
-    ----------
-    raw : ndarray of shape (H, W) or (N, H, W)
-        Sections, in any range.
-    truth : ndarray of the same shape, or None
-        Labels, 1 = interior; left out if None.
-    prediction : ndarray of the same shape
-        Interior probability 0..1, or a mask.
-    path : path-like
-        PNG to write.
-    titles : sequence of str, optional
-        Captions of the columns.
+    Arrays of one shape, (H, W) or (N, H, W): `raw` in any range; `truth`, which may be None, and `prediction` as
+    masks, interior probability 0..1, or numbers of cells.
     """
-    return _save_pictures(draw_panel(raw, truth, prediction, titles=titles), path, dpi=DPI)
-
-
-def draw_panel(
-    raw: np.ndarray, truth: np.ndarray | None, prediction: np.ndarray, *, titles: Sequence[str] | None = None
-) -> "Figure":
-    """Figure of `panel`."""
-    names = ["section", "labels", "predicted interior probability"]
-    stacks = [raw, truth, prediction]
-    shown = [(name, _rows(stack)) for name, stack in zip(names, stacks, strict=True) if stack is not None]
-    titles = [name for name, _ in shown] if titles is None else list(titles)
-    shapes = [stack.shape for _, stack in shown]
-    if len(set(shapes)) > 1 or len(titles) != len(shown):
-        received = f"{shapes} and {titles}"
-        raise ValueError(f"panel must get arrays of one shape and a title for each. Received: {received}")
-    count, height, width = shapes[0]
+    given = {"section": raw, "labels": truth, "predicted interior probability": prediction}
+    shown = {name: _rows(stack) for name, stack in given.items() if stack is not None}
+    titles = list(shown if titles is None else titles)
+    count, height, width = shown["section"].shape
     figure = _figure(height_in=WIDTH_IN / len(shown) * count * height / width + 0.3)
     grid = figure.subplots(count, len(shown), squeeze=False)
     for row, axes_row in enumerate(grid):
-        for axes, (name, stack) in zip(axes_row, shown, strict=True):
+        for axes, (name, stack) in zip(axes_row, shown.items(), strict=True):
             if name == "section":
                 _gray(axes, stack[row])
-            elif _numbers_instances(stack[row]):
+            elif stack.dtype.kind in "iu" and len(np.unique(stack[row])) > 2:
                 _instances(axes, stack[row])
             else:
                 _gray(axes, stack[row], (0.0, _full_scale(stack[row])))
             _frame(axes)
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=11, pad=5)
-    return figure
+    return _save_pictures(figure, path, dpi=DPI)
 
 
-def weight_map(
-    weights: np.ndarray,
-    path: str | Path,
-    *,
-    image: np.ndarray | None = None,
-    labels: np.ndarray | None = None,
-) -> Path:
-    """Weight of every pixel in the loss, beside the image and the instances it comes from.
-
-    Parameters
-    ----------
-    weights : ndarray of shape (H, W)
-        Non-negative.
-    path : path-like
-        PNG to write.
-    image : ndarray of shape (H, W), optional
-        The raw section.
-    labels : ndarray of shape (H, W), optional
-        Instances, 0 = background; drawn as outlines on the image, or alone in colours that repeat.
-    """
-    return _save_pictures(draw_weight_map(weights, image=image, labels=labels), path, dpi=DPI)
-
-
-def draw_weight_map(
-    weights: np.ndarray, *, image: np.ndarray | None = None, labels: np.ndarray | None = None
-) -> "Figure":
-    """Figure of `weight_map`."""
-    weights = np.asarray(weights, dtype=float)
-    given = [picture for picture in (image, labels) if picture is not None]
-    if weights.ndim != 2 or any(np.shape(picture) != weights.shape for picture in given):
-        shapes = [np.shape(picture) for picture in (weights, *given)]
-        raise ValueError(f"weights, image and labels must be of one shape (H, W). Received: {shapes}")
-    figure = _figure(height_in=WIDTH_IN / (len(given) + 1.15) * weights.shape[0] / weights.shape[1] + 0.4)
-    grid = figure.subplots(1, len(given) + 1, squeeze=False)[0]
-    for axes in grid:
+def weight_map(weights, path, *, image, labels):
+    """Weight of every pixel in the loss, beside the image and the instances it comes from, all of shape (H, W)."""
+    figure = _figure(height_in=WIDTH_IN / 3.15 * weights.shape[0] / weights.shape[1] + 0.4)
+    grid = figure.subplots(1, 3)
+    for axes, title in zip(grid, ("image", "instances", "weight in the loss"), strict=True):
         _frame(axes)
-    if image is not None:
-        _gray(grid[0], image)
-        grid[0].set_title("image", fontsize=11)
-    if labels is not None:
-        _instances(grid[-2], np.asarray(labels))
-        grid[-2].set_title("instances", fontsize=11)
-    shown = grid[-1].imshow(weights, cmap="viridis", interpolation="nearest")
-    grid[-1].set_title("weight in the loss", fontsize=11)
-    figure.colorbar(shown, ax=grid[-1], fraction=0.046, pad=0.03)
-    return figure
+        axes.set_title(title, fontsize=11)
+    _gray(grid[0], image)
+    _instances(grid[1], labels)
+    shown = grid[2].imshow(weights, cmap="viridis", interpolation="nearest")
+    figure.colorbar(shown, ax=grid[2], fraction=0.046, pad=0.03)
+    return _save_pictures(figure, path, dpi=DPI)
 
 
-def animation(
-    sections: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray],
-    path: str | Path,
-    *,
-    height: int = 256,
-    frame_ms: int = 200,
-) -> Path:
-    """GIF that runs through a stack, sections on the left, masks or predictions on the right.
+def animation(sections, masks, path):
+    """GIF that runs through a stack: sections in any range on the left, masks or predictions on the right."""
+    from PIL import Image
 
-    Parameters
-    ----------
-    sections, masks : sequence of ndarray of shape (H, W)
-        Equally many; sections in any range, masks 0..1 or 0..255.
-    path : path-like
-        GIF to write.
-    height : int, default=256
-        Of a frame, in pixels.
-    frame_ms : int, default=200
-        How long a section is shown, in milliseconds.
-    """
-    if len(sections) != len(masks) or not len(sections):
-        counts = f"{len(sections)} and {len(masks)}"
-        raise ValueError(f"sections and masks must be equally many, one at least. Received: {counts}")
-    low, high = _gray_range(sections)
-    frames = [_frame_pixels(*pair, low, high, height) for pair in zip(sections, masks, strict=True)]
-    return _replace(path, lambda file: file.write(_small_gif(frames, frame_ms)))
+    scale = _gray_range(sections)
+    frames = [Image.fromarray(_frame_pixels(*pair, *scale)) for pair in zip(sections, masks, strict=True)]
+    with atomic.replacing(path, force=True) as partial:
+        options = {"duration": GIF_FRAME_MS, "loop": 0, "optimize": True}
+        frames[0].save(partial, "GIF", save_all=True, append_images=frames[1:], **options)
+    return Path(path)
 
 
-# Inside
+# --- inside
 
 
-def _replace(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
-    """Write beside the place, then move there: whoever looks sees the old file or the new one."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
-
-
-def _save(figure: "Figure", path: str | Path) -> Path:
+def _save(figure, path):
     """Render lines to PNG; without the Software entry, so that the same data give the same bytes."""
-    return _replace(path, lambda file: figure.savefig(file, dpi=DPI, format="png", metadata={"Software": None}))
+    with atomic.replacing(path, force=True) as partial:
+        figure.savefig(partial, dpi=DPI, format="png", metadata={"Software": None})
+    return Path(path)
 
 
-def _save_pictures(figure: "Figure", path: str | Path, dpi: int) -> Path:
+def _save_pictures(figure, path, dpi):
     """Render pictures to PNG with a palette of 256 colours: noise in full colour costs twice the bytes."""
     from PIL import Image
 
     rendered = BytesIO()
     figure.savefig(rendered, dpi=dpi, format="png", bbox_inches="tight", pad_inches=0.04)
-    with Image.open(rendered) as image:
-        reduced = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    return _replace(path, lambda file: reduced.save(file, "PNG", optimize=True))
+    with Image.open(rendered) as image, atomic.replacing(path, force=True) as partial:
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(partial, "PNG", optimize=True)
+    return Path(path)
 
 
-def _figure(height_in: float) -> "Figure":
+def _figure(height_in):
     """A white figure of README width that lays itself out."""
     from matplotlib.figure import Figure
 
@@ -459,7 +288,7 @@ def _figure(height_in: float) -> "Figure":
     return figure
 
 
-def _axes(figure: "Figure", xlabel: str, ylabel: str, title: str) -> "Axes":
+def _axes(figure, xlabel, ylabel, title):
     """The only axes of a figure of lines."""
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -468,38 +297,28 @@ def _axes(figure: "Figure", xlabel: str, ylabel: str, title: str) -> "Axes":
     return axes
 
 
-def _tidy(axes: "Axes") -> None:
+def _tidy(axes):
     """Light grid, no box."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#D9D9D9", linewidth=0.7)
     axes.set_axisbelow(True)
 
 
-def _legend(axes: "Axes") -> None:
+def _legend(axes):
     """Legend where there is room, on white."""
     axes.legend(frameon=True, framealpha=0.9, edgecolor="none", handlelength=3.0)
 
 
-def _styles(count: int) -> list[tuple]:
-    """As many styles as lines; past the seventh they repeat."""
-    return [STYLES[i % len(STYLES)] for i in range(count)]
-
-
-def _floats(values: Sequence[float | None]) -> np.ndarray:
+def _floats(values):
     """Values as float64, with NaN for None and for the empty fields of a CSV."""
     return np.array([np.nan if value is None or value == "" else float(value) for value in values], dtype=float)
 
 
-def _draw_row(axes: "Axes", names: Sequence[tuple[str, str]], columns: Mapping[str, np.ndarray]) -> None:
+def _draw_row(axes, names, columns):
     """One quantity of the history: training and validation, or the learning rate."""
     present = [(name, label) for name, label in names if name in columns]
-    for (name, label), (colour, line, marker) in zip(present, _styles(len(present)), strict=True):
-        values = columns[name]
-        every = max(1, values.size // 12)
-        axes.plot(
-            _epochs(columns, values.size), values, color=colour, linestyle=line, linewidth=1.6,
-            marker=marker, markersize=4.5, markevery=every, label=label,
-        )  # fmt: skip
+    for (name, label), style in zip(present, STYLES, strict=False):
+        _line(axes, _epochs(columns, columns[name].size), columns[name], label, style)
     axes.set_ylabel(_ROW_TITLES[names[0][0]])
     _tidy(axes)
     if names is _RATE_ROW:
@@ -510,22 +329,27 @@ def _draw_row(axes: "Axes", names: Sequence[tuple[str, str]], columns: Mapping[s
         _log_if_wide(axes, [columns[name] for name, _ in present])
 
 
-def _mean_and_spread(axes: "Axes", label: str, x, mean, deviation, style: tuple) -> None:
-    """A line with its shade, mean - deviation to mean + deviation; an empty label stays out of the legend."""
+def _line(axes, x, y, label, style):
+    """A line with at most a dozen markers."""
     colour, line, marker = style
-    axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
     axes.plot(
-        x, mean, color=colour, linestyle=line, linewidth=1.6, label=label or "_",
-        marker=marker, markersize=4.5, markevery=max(1, x.size // 12),
+        x, y, color=colour, linestyle=line, linewidth=1.6, label=label,
+        marker=marker, markersize=4.5, markevery=max(1, len(x) // 12),
     )  # fmt: skip
 
 
-def _epochs(columns: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+def _mean_and_spread(axes, label, x, mean, deviation, style):
+    """A line with its shade, mean - deviation to mean + deviation; an empty label stays out of the legend."""
+    axes.fill_between(x, mean - deviation, mean + deviation, color=style[0], alpha=0.18, linewidth=0)
+    _line(axes, x, mean, label or "_", style)
+
+
+def _epochs(columns, count):
     """Epochs counted from 1, as the progress bar counts them."""
     return columns["epoch"] if "epoch" in columns else np.arange(1, count + 1)
 
 
-def _mark_best(axes: "Axes", columns: Mapping[str, np.ndarray]) -> None:
+def _mark_best(axes, columns):
     """Ring the lowest validation loss: those are the weights that are kept."""
     losses = columns.get("val_loss", np.array([]))
     if not np.isfinite(losses).any():
@@ -539,7 +363,7 @@ def _mark_best(axes: "Axes", columns: Mapping[str, np.ndarray]) -> None:
     _legend(axes)
 
 
-def _log_if_wide(axes: "Axes", lines: Sequence[np.ndarray]) -> None:
+def _log_if_wide(axes, lines):
     """Losses that span more than a factor of ten are read on a logarithmic axis."""
     values = np.concatenate(lines)
     values = values[np.isfinite(values)]
@@ -552,7 +376,7 @@ def _log_if_wide(axes: "Axes", lines: Sequence[np.ndarray]) -> None:
         _plain_numbers(axes.yaxis)
 
 
-def _until_it_diverges(losses: np.ndarray) -> tuple[float, float]:
+def _until_it_diverges(losses):
     """Limits that show the way down to the minimum, and no more of the divergence after it."""
     finite = np.where(np.isfinite(losses), losses, np.inf)
     lowest = int(np.argmin(finite))
@@ -562,14 +386,14 @@ def _until_it_diverges(losses: np.ndarray) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _plain_numbers(axis) -> None:
+def _plain_numbers(axis):
     """Write a tick as 0.01, not as a power or with an offset in the corner."""
     from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
-def _whole_numbers(axes: "Axes") -> None:
+def _whole_numbers(axes):
     """No half epochs, not even around a single one."""
     from matplotlib.ticker import MaxNLocator
 
@@ -579,133 +403,75 @@ def _whole_numbers(axes: "Axes") -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
-def _rows(stack: np.ndarray) -> np.ndarray:
+def _rows(stack):
     """One section as a stack of one."""
     stack = np.asarray(stack)
     return stack[None] if stack.ndim == 2 else stack
 
 
-def _frame(axes: "Axes") -> None:
+def _frame(axes):
     """No ticks, a hairline around: a white mask still has a border on a white page."""
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(color=GREY, linewidth=0.6)
 
 
-def _gray_range(sections) -> tuple[float, float]:
+def _gray_range(sections):
     """Black and white points: percentiles, so that a few hot pixels do not darken the rest."""
     low, high = np.percentile(np.concatenate([np.ravel(section)[::7] for section in sections]), (0.5, 99.5))
     return (float(low), float(high)) if high > low else (float(low) - 0.5, float(low) + 0.5)
 
 
-def _gray(axes: "Axes", image: np.ndarray, scale: tuple[float, float] | None = None) -> None:
+def _gray(axes, image, scale=None):
     """Show a picture in gray between the values for black and white, its own percentiles unless given."""
     low, high = _gray_range([image]) if scale is None else scale
     axes.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="antialiased")
 
 
-def _full_scale(mask: np.ndarray) -> float:
+def _full_scale(mask):
     """The value shown white: 1 in probabilities (rounding allowed) and 0/1 masks, 255 in 8-bit masks."""
     return 255.0 if np.max(mask) > 1.5 else 1.0
 
 
-def _outline(axes: "Axes", mask: np.ndarray) -> None:
+def _outline(axes, mask):
     """Draw the border between interior and membrane, if there is one."""
     inside = np.asarray(mask) > 0
     if inside.any() and not inside.all():  # some versions of matplotlib warn of a contour that is nowhere
         axes.contour(inside, levels=[0.5], colors=[ORANGE], linewidths=0.9)
 
 
-def _numbers_instances(stack: np.ndarray) -> bool:
-    """Whether an array numbers instances: whole numbers, and more than the two values of a mask."""
-    return stack.dtype.kind in "iu" and len(np.unique(stack)) > 2
-
-
-def _instances(axes: "Axes", labels: np.ndarray) -> None:
+def _instances(axes, labels):
     """Instances in five colours that repeat, on white."""
-    from matplotlib.colors import ListedColormap
+    from matplotlib.colors import to_rgb
+    from skimage.color import label2rgb
 
-    colours = ListedColormap(["white", BLUE, ORANGE, GREEN, PURPLE, SKY])
-    numbers, dense = np.unique(labels, return_inverse=True)
-    labels = dense.reshape(labels.shape) + (numbers[0] > 0)
-    axes.imshow(np.where(labels > 0, 1 + (labels - 1) % 5, 0), cmap=colours, vmin=0, vmax=5, interpolation="nearest")
-
-
-def _frame_pixels(section: np.ndarray, mask: np.ndarray, low: float, high: float, height: int) -> np.ndarray:
-    """One frame of the animation: section, white gap, mask; uint8."""
-    gray = np.clip((np.asarray(section, dtype=np.float32) - low) / (high - low), 0, 1)
-    white = np.asarray(mask, dtype=np.float32) / _full_scale(mask)
-    left, right = (_resized(picture, height) for picture in (gray, white))
-    return np.hstack([left, np.full((height, 4), 255, np.uint8), right])
+    colours = [to_rgb(colour) for colour in (BLUE, ORANGE, GREEN, PURPLE, SKY)]
+    axes.imshow(label2rgb(labels, colors=colours, bg_label=0, bg_color=(1, 1, 1)), interpolation="nearest")
 
 
-def _resized(picture: np.ndarray, height: int) -> np.ndarray:
-    """A picture 0..1 as uint8 of the given height."""
+def _frame_pixels(section, mask, low, high):
+    """One frame of the animation: section, white gap, mask; uint8 of `GIF_GRAYS` values."""
     from PIL import Image
 
-    width = max(1, round(picture.shape[1] * height / picture.shape[0]))
-    image = Image.fromarray(np.uint8(np.round(np.clip(picture, 0, 1) * 255)))
-    method = Image.Resampling.BOX if height < picture.shape[0] else Image.Resampling.NEAREST
-    return np.asarray(image.resize((width, height), method))
+    height, width = np.shape(section)
+    size = (max(1, round(width * GIF_PX / height)), GIF_PX)
+    method = Image.Resampling.BOX if height > GIF_PX else Image.Resampling.NEAREST
+    gray = (np.asarray(section, np.float32) - low) / (high - low), np.asarray(mask, np.float32) / _full_scale(mask)
+    shown = (Image.fromarray(np.uint8(np.round(np.clip(picture, 0, 1) * 255))) for picture in gray)
+    left, right = (np.asarray(picture.resize(size, method)) for picture in shown)
+    levels = np.round(np.hstack([left, np.full((GIF_PX, 4), 255), right]) * ((GIF_GRAYS - 1) / 255))
+    return np.uint8(np.round(levels * (255 / (GIF_GRAYS - 1))))
 
 
-def _small_gif(frames: Sequence[np.ndarray], frame_ms: int) -> bytes:
-    """Encode with as many grays as `GIF_BYTES` allow: noise is what costs, and fewer grays are less noise."""
-    for grays in (64, 32, 16, 8):
-        encoded = _gif(frames, frame_ms, grays)
-        if len(encoded) <= GIF_BYTES:
-            break
-    return encoded
+# --- the command line
 
 
-def _gif(frames: Sequence[np.ndarray], frame_ms: int, grays: int) -> bytes:
-    """Encode frames, endlessly repeated, with one palette of equidistant grays."""
-    from PIL import Image
-
-    levels = np.linspace(0, 255, grays).round().astype(np.uint8)
-    palette = np.repeat(levels, 3).tobytes()
-    images = []
-    for frame in frames:
-        indices = np.round(frame * ((grays - 1) / 255)).astype(np.uint8)
-        image = Image.frombytes("P", indices.shape[::-1], indices.tobytes())
-        image.putpalette(palette)
-        images.append(image)
-    file = BytesIO()
-    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=frame_ms, loop=0, optimize=False)
-    return file.getvalue()
-
-
-# The command line
-
-
-CHALLENGE_FILES = {
-    ("--image_path", False): "train-volume.tif",
-    ("--mask_path", False): "train-labels.tif",
-    ("--image_path", True): "test-volume.tif",
-    ("--mask_path", True): "test-labels.tif",
-}
-"""File that a flag means in a folder with the challenge's files, without and with --test."""
-
-RUN_CURVES = {
-    "loss": "training loss",
-    "val_loss": "validation loss",
-    "dice": "training Dice",
-    "val_dice": "validation Dice",
-}
-"""Panels that compare several runs."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in one sentence, without the usage."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv=None):
     """Draw one picture; the exit code is 2 where the input is bad."""
     args = build_parser().parse_args(argv)
     try:
+        if Path(args.output).suffix.lower() != args.suffix:
+            raise ValueError(f"--output must be a {args.suffix} file. Received: {args.output}")
         path = args.draw(args)
     except (OSError, ValueError) as error:
         print(f"figures.py: {error}", file=sys.stderr)
@@ -714,95 +480,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The flags of the three verbs."""
-    parser = Parser(prog="figures.py", description="Draw runs and stacks; an existing picture is replaced.")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    verb = verbs.add_parser("animate", help="sections beside their masks or predictions, as a GIF")
+def build_parser():
+    """The flags of the three verbs; none of them shows a usage where it refuses."""
+    silent = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS)
+    parser = silent(prog="figures.py", description="Draw runs and stacks; an existing picture is replaced.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=silent)
     stack = "TIFF stack, or a folder with the challenge's files"
+    verb = _verb(verbs, "animate", _animate, ".gif", "sections beside their masks or predictions, as a GIF")
     verb.add_argument("--image_path", required=True, metavar="PATH", help=stack)
     verb.add_argument("--mask_path", required=True, metavar="PATH", help=f"masks or probabilities: {stack}")
     verb.add_argument("--test", action="store_true", help="in a folder, take the test stack, not the training stack")
-    verb.add_argument("--output", required=True, type=_output(".gif"), metavar="FILE.gif")
-    verb.add_argument(
-        "--side", type=_at_least(16), default=256, metavar="PX", help="height of the GIF, px (default: 256)"
-    )
-    verb.add_argument("--every", type=_at_least(1), default=1, metavar="N", help="show each N-th section (default: 1)")
-    verb.set_defaults(draw=_animate)
-    verb = verbs.add_parser("curves", help="loss and Dice against the epoch; several runs are compared")
-    verb.add_argument("runs", nargs="+", metavar="RUN_OR_HISTORY", help="run folder, or its history.csv")
-    verb.add_argument("--output", required=True, type=_output(".png"), metavar="FILE.png")
-    verb.set_defaults(draw=_curves)
-    verb = verbs.add_parser("learning_rate", help="the learning rate of every update of a run")
+    verb.add_argument("--every", type=int, default=1, metavar="N", help="show each N-th section (default: 1)")
+    verb = _verb(verbs, "curves", _curves, ".png", "loss and Dice against the epoch")
+    verb.add_argument("run", metavar="RUN_OR_HISTORY", help="run folder, or its history.csv")
+    verb = _verb(verbs, "learning_rate", _learning_rate, ".png", "the learning rate of every update of a run")
     verb.add_argument("run", metavar="RUN_OR_RECORD", help="run folder, or its run.json")
-    verb.add_argument("--output", required=True, type=_output(".png"), metavar="FILE.png")
-    verb.set_defaults(draw=_learning_rate)
     return parser
 
 
-def _output(suffix: str) -> Callable[[str], Path]:
-    """An argparse type: a file of that kind in a folder that is there."""
-
-    def parse(text):
-        path = Path(text)
-        if path.suffix.lower() != suffix or path.is_dir() or not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"must be a {suffix} file in an existing folder. Received: {text}")
-        return path
-
-    return parse
+def _verb(verbs, name, draw, suffix, words):
+    verb = verbs.add_parser(name, help=words)
+    verb.add_argument("--output", required=True, metavar=f"FILE{suffix}", help="an existing file is replaced")
+    verb.set_defaults(draw=draw, suffix=suffix)
+    return verb
 
 
-def _at_least(low: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from `low` on."""
-
-    def parse(text):
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"must be a whole number, at least {low}. Received: {text}")
-        return int(text)
-
-    return parse
-
-
-def _animate(args: argparse.Namespace) -> Path:
+def _animate(args):
     """The `animate` verb."""
-    sections = _read_stack(args.image_path, "--image_path", args.test)
-    masks = _read_stack(args.mask_path, "--mask_path", args.test)
+    if args.every < 1:
+        raise ValueError(f"--every must be at least 1. Received: {args.every}")
+    sections = _read_stack(args.image_path, "image", args.test)
+    masks = _read_stack(args.mask_path, "mask", args.test)
     if masks.shape != sections.shape:
         raise ValueError(f"--mask_path must be of the shape of --image_path, {sections.shape}. Received: {masks.shape}")
     if masks.min() < 0 or masks.max() > 255:
         raise ValueError(f"--mask_path must hold 0..1 or 0..255. Received: {masks.min():g}..{masks.max():g}")
-    return animation(sections[:: args.every], masks[:: args.every], args.output, height=args.side)
+    return animation(sections[:: args.every], masks[:: args.every], args.output)
 
 
-def _read_stack(text: str, flag: str, test: bool) -> np.ndarray:
-    """Sections of shape (S, H, W) of a TIFF file, or of the challenge's file in a folder."""
-    import tifffile
+def _read_stack(text, what, test):
+    """Sections of shape (S, H, W) of a stack, or of the challenge's file in a folder."""
+    from files import fetching, stacks
 
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs about broken files is raised here
-    path = Path(text) / CHALLENGE_FILES[flag, test] if Path(text).is_dir() else Path(text)
-    if not path.is_file():
-        raise ValueError(
-            f"{flag}: {path} does not exist; `python dilatedUnet.py fetch isbi2012` prints the folder of that data set."
-        )
-    try:
-        stack = _rows(tifffile.imread(path))
-    except Exception as error:  # tifffile raises struct, index, key and codec errors on a damaged file
-        raise ValueError(f"{flag}: {path} is no TIFF file, or is damaged: {error}") from error
-    if stack.ndim != 3 or not stack.size or stack.dtype.kind not in "buif" or not np.isfinite(stack).all():
-        found = f"{stack.dtype} of shape {stack.shape}"
-        raise ValueError(f"{flag}: {path} must hold gray sections of finite numbers. Received: {found}")
-    return stack.view(np.uint8) if stack.dtype == bool else stack
+    role = {"image": "test", "mask": "test_mask"}[what] if test else what
+    inside = Path(text) / fetching.ISBI_ROLES[role]
+    path = inside if inside.is_file() else Path(text)
+    if not path.exists():
+        raise ValueError(f"--{what}_path: {path} does not exist; `dilatedUnet.py fetch isbi2012` prints its folder.")
+    sections = stacks.load(stacks.open_stack(path, what)).sections
+    return sections.view(np.uint8) if sections.dtype == bool else sections
 
 
-def _curves(args: argparse.Namespace) -> Path:
-    """The `curves` verb: one run as `curves` draws it, several as the levels of a factor."""
-    histories = [_read_history(_file_of_run(run, "history.csv")) for run in args.runs]
-    if len(histories) == 1:
-        return curves(histories[0], args.output)
-    return factor(_compared(dict(zip(_run_names(args.runs), histories, strict=True))), args.output)
+def _curves(args):
+    """The `curves` verb."""
+    return curves(_read_history(_file_of_run(args.run, "history.csv")), args.output)
 
 
-def _file_of_run(text: str, name: str) -> Path:
+def _file_of_run(text, name):
     """The file of that name in a run folder, or the file that was typed."""
     path = Path(text) / name if Path(text).is_dir() else Path(text)
     if not path.is_file():
@@ -810,7 +544,7 @@ def _file_of_run(text: str, name: str) -> Path:
     return path
 
 
-def _read_history(path: Path) -> dict[str, np.ndarray]:
+def _read_history(path):
     """Columns of a history.csv, empty fields as NaN."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -821,39 +555,13 @@ def _read_history(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} {rule}") from error
 
 
-def _run_names(runs: Sequence[str]) -> list[str]:
-    """As much of each run's path, from its end, as tells the runs apart: a legend has no room for more."""
-    paths = [Path(run).resolve() for run in runs]
-    paths = [path.parent if path.name == "history.csv" else path for path in paths]
-    for count in range(1, max(len(path.parts) for path in paths) + 1):
-        names = [str(Path(*path.parts[-count:])) for path in paths]
-        if len(set(names)) == len(names):
-            break
-    return names
-
-
-def _compared(histories: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, tuple]]:
-    """Panels for `factor`: each quantity that a run has, without a spread."""
-    panels = {}
-    for column, title in RUN_CURVES.items():
-        lines = {
-            name: (_epochs(history, history[column].size), history[column], np.zeros_like(history[column]))
-            for name, history in histories.items()
-            if np.isfinite(history.get(column, np.nan)).any()
-        }
-        if lines:
-            panels[title] = lines
-    if not panels:
-        raise ValueError(f"the histories must hold a loss or Dice of an epoch. Received: {', '.join(histories)}")
-    return panels
-
-
-def _learning_rate(args: argparse.Namespace) -> Path:
+def _learning_rate(args):
     """The `learning_rate` verb: the schedule of the settings, and on it what the history recorded."""
     path = _file_of_run(args.run, "run.json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        rates, label = scheduled_rates(record), _schedule_words(record["settings"])
+        rates, settings = scheduled_rates(record), record["settings"]
+        label = f"{settings['clr_mode']}, {settings['lr']:g} to {settings['max_lr']:g}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         rule = "must be a run record, with epochs and the settings of the learning rate"
         raise ValueError(f"{path} {rule}: {error!r}") from error
@@ -863,46 +571,25 @@ def _learning_rate(args: argparse.Namespace) -> Path:
     return learning_rate(rates, args.output, label=label, recorded=recorded)
 
 
-def scheduled_rates(record: Mapping[str, Any]) -> np.ndarray:
-    """Learning rate of each update of a run, from its record.
+def scheduled_rates(record):
+    """Learning rate of each update of a run, from its run.json: those done if it has ended, else those planned."""
+    import clr_callback
 
-    The formulas of `clr_callback`, which needs Keras and is what trains; a test holds the two against each other.
-
-    Parameters
-    ----------
-    record : mapping
-        A run.json: "epochs", "settings", and in a finished run "final", whose "update" was the last.
-
-    Returns
-    -------
-    ndarray of shape (updates,)
-    """
     settings = record["settings"]
     planned = record["epochs"] * settings["steps_per_epoch"]
-    update = np.arange(record.get("final", {}).get("update", planned))
+    updates = record.get("final", {}).get("update", planned)
+    if not 0 < updates <= 10**7:
+        raise ValueError(f"the updates must be 1 to 10 million. Received: {updates}")
     low, high, half_cycle = settings["lr"], settings["max_lr"], settings["step_size"]
-    if settings["clr_mode"] == "cosine":
-        warm_up = min(100, planned // 20)
-        done = np.clip((update - warm_up) / max(1, planned - 1 - warm_up), 0, 1)
-        falling = low + (high - low) * 0.5 * (1 + np.cos(np.pi * done))
-        return np.where(update < warm_up, high * (update + 1) / (warm_up + 1), falling)
-    height = {
-        "none": 0.0,
-        "triangular": 1.0,
-        "triangular2": 0.5 ** (update // (2 * half_cycle)),
-        "exp_range": settings["clr_gamma"] ** update,
+    warm_up = min(100, planned // 20)
+    rate = {
+        "none": lambda update: low,
+        "cosine": lambda update: clr_callback.cosine(update, low, high, planned, warm_up),
+        "triangular": lambda update: clr_callback.triangular(update, low, high, half_cycle),
+        "triangular2": lambda update: clr_callback.triangular2(update, low, high, half_cycle),
+        "exp_range": lambda update: clr_callback.exp_range(update, low, high, half_cycle, settings["clr_gamma"]),
     }[settings["clr_mode"]]
-    return low + (high - low) * height * (1 - np.abs(update % (2 * half_cycle) / half_cycle - 1))
-
-
-def _schedule_words(settings: Mapping[str, Any]) -> str:
-    """The schedule in a few words."""
-    low, high, mode = settings["lr"], settings["max_lr"], settings["clr_mode"]
-    if mode == "none":
-        return f"constant, {low:g}"
-    if mode == "cosine":
-        return f"cosine, from {high:g} down to {low:g}"
-    return f"{mode}, {low:g} to {high:g}, half a cycle is {settings['step_size']} updates"
+    return np.array([rate(update) for update in range(updates)])
 
 
 if __name__ == "__main__":

@@ -77,4 +77,4 @@ def sha256(images):
 
 
 def _name(images):
-    return images if isinstance(images, Path) else images.source
+    return images if isinstance(images, Path) else f"{images.source} ({images.description})"
