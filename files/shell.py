@@ -61,6 +61,8 @@ def ends(main):
         code = main()
     except SystemExit as stop:  # argparse's way out
         code = stop.code
+    except KeyboardInterrupt as stop:
+        code = getattr(stop, "code", 130)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     sys.stdout.flush()

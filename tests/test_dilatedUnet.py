@@ -210,11 +210,11 @@ def differing(a, b):
 
 
 @pytest.mark.parametrize("name", dilatedUnet.RECIPES)
-def test_a_recipe_is_what_its_flags_are_and_is_shown_where_one_looks(call, name):
+def test_a_recipe_is_what_its_flags_are_and_is_shown_where_one_looks(call, small, name):
     words = " ".join(f"--{key} {value}" for key, value in dilatedUnet.RECIPES[name].items())
     assert parse(["--recipe", name]).recipe == name
     assert not differing(words, f"--recipe {name}")
-    for shown in (call("train", "--help").out, call("check", "--image_path", "synthetic").out):
+    for shown in (call("train", "--help").out, call("check", "--image_path", small / "images.tif").out):
         assert f"--recipe {name}: " in shown
         assert " ".join(words.split()[:4]) in shown
 
