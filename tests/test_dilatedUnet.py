@@ -12,6 +12,7 @@ import tifffile
 
 import dilatedUnet
 from dilatedUnet import parse
+from files.shell import Terminated
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = (
@@ -252,6 +253,10 @@ def test_a_flag_by_hand_wins_over_the_recipe(flags, changed):
     [
         (OSError(28, "No space left on device"), 2, "No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (Terminated(), 143, "SIGTERM"),
+        (MemoryError("Unable to allocate 6 GiB"), 2, "out of memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), 2, "out of memory"),
+        (RecursionError("maximum recursion depth exceeded"), 2, "nested too deep"),
     ],
 )
 def test_what_goes_wrong_becomes_an_exit_code_and_one_sentence(call, monkeypatch, error, code, words):
@@ -281,15 +286,6 @@ def test_a_refusal_is_exit_code_2_for_the_shell_too(suite, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("dilatedUnet.py: --image_path: nowhere.tif does not exist")
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_a_device_is_chosen_before_keras_is_imported(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    dilatedUnet.prepare_machine(parse(["--gpu", "3"]))
-    assert dilatedUnet.os.environ["CUDA_VISIBLE_DEVICES"] == "3"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    dilatedUnet.prepare_machine(parse([]))
-    assert dilatedUnet.os.environ["CUDA_VISIBLE_DEVICES"] == "-1"
 
 
 # -- check, fetch, evaluate
