@@ -277,9 +277,14 @@ def histories(factor, results) -> dict[str, dict]:
     """{level: {(seed, fold): history}} of the held-out runs."""
     found = {level: results.of(row, held_out=True) for level, row in factor.levels.items()}
     return {
-        level: {key: r["history"] for key, r in runs.items() if {"loss", "val_loss"} <= r["history"].keys()}
+        level: {key: r["history"] for key, r in runs.items() if is_judged(r["history"])}
         for level, runs in found.items()
     }
+
+
+def is_judged(history):
+    """Whether a history has both losses, and quarters."""
+    return all(len(history.get(column, ())) >= 4 and min(history[column]) > 0 for column in ("loss", "val_loss"))
 
 
 def factor_words(table, factor, results) -> list[str]:

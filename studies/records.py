@@ -10,6 +10,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from files.atomic import DataError, locked, read_json, write_text
@@ -108,12 +109,13 @@ def check_result(result) -> dict:
     for key, kind in KINDS.items():
         if not isinstance(result.get(key), kind):
             raise ValueError(f"{key} must be {'an object' if kind is dict else 'a number or text'}")
-    if not result.get("finished", True) and not isinstance(result.get("epoch"), int):
+    half = not result.get("finished", True)
+    if half and not (isinstance(result.get("epoch"), int) and isinstance(result["settings"].get("epochs"), int)):
         raise ValueError("a run that is not finished must have its epoch")
     if result["metrics"] != numbers(result["metrics"], short=float):
         raise ValueError("metrics must be finite numbers")
     columns = result["history"].values()
-    if len({len(column) for column in columns}) > 1 or any(not isinstance(v, float | int) for c in columns for v in c):
+    if len({len(column) for column in columns}) > 1 or not all(map(is_number, chain.from_iterable(columns))):
         raise ValueError("history must hold columns of numbers, all of one length")
     return result
 
@@ -123,10 +125,13 @@ def short(value) -> float:
     return float(f"{float(value):.6g}")
 
 
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def numbers(scores, short=short) -> dict:
     """The plain numbers of a dict."""
-    found = ((k, v) for k, v in (scores or {}).items() if isinstance(v, int | float) and not isinstance(v, bool))
-    return {key: short(value) for key, value in found if math.isfinite(value)}
+    return {key: short(value) for key, value in (scores or {}).items() if is_number(value)}
 
 
 def read_history(path) -> dict[str, list]:

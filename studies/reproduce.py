@@ -41,8 +41,8 @@ EVERYTHING = (("table", None), ("best", None), ("study", None), ("study", "secti
 EVERYTHING += (("unet2015", None),)
 INTRODUCTION = """# Results
 
-Every table, from the records in this folder. QUICK tables are of reduced recipes for two CPU cores. They were recorded
-before the head's initialisation changed (see CHANGELOG.md), those of the 2017 recipe also before its optimizer did.
+Every table, from the records in this folder. QUICK tables are of reduced recipes for two CPU cores; they were recorded
+before the initialisation of the networks' last layer changed (see CHANGELOG.md).
 `benchmarks/` holds what was measured of speed, `start/` the run of `start.py`, `trials/` recipes that were tried.
 
 """

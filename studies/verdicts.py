@@ -248,111 +248,58 @@ class Conclusion:
         return independent({k: self.measure({level: histories[level][k] for level in self.levels}) for k in keys})
 
 
-def _stagnates(h):
-    return min(fall(h["3"]["loss"]) - STILL, STILL - fall(h["3"]["val_loss"]))
+def _stagnates(words, level):
+    rule = "from the second to the last quarter training falls by more than 5 %, validation by less"
+    measure = lambda h: min(fall(h[level]["loss"]) - STILL, STILL - fall(h[level]["val_loss"]))  # noqa: E731
+    return Conclusion(words, rule, (level,), measure)
 
 
-def _both_fall(level):
-    return lambda h: min(fall(h[level]["loss"]), fall(h[level]["val_loss"])) - STILL
+def _both_fall(words, level):
+    rule = "from the second to the last quarter both fall by more than 5 %"
+    return Conclusion(words, rule, (level,), lambda h: min(fall(h[level][c]) for c in ("loss", "val_loss")) - STILL)
 
 
-def _lower_at_first(h):
-    return quarter(h["augmented"]["loss"], 0) - quarter(h["raw"]["loss"], 0)
+def _rises(words, level):
+    rule = "over the second half the validation loss rises by more than 5 %"
+    return Conclusion(words, rule, (level,), lambda h: rise(h[level]["val_loss"]) - STILL)
 
 
-def _diverges(level):
-    return lambda h: rise(h[level]["val_loss"]) - STILL
+def _lowest(words, best, others, column):
+    what = f"{'training' if column == 'loss' else 'validation'} loss of the last quarter"
+    rule = f"{what}, {' or '.join(others)}{', whichever is lower,' * (len(others) > 1)} minus {best}"
+    measure = lambda h: min(late(h[level][column]) for level in others) - late(h[best][column])  # noqa: E731
+    return Conclusion(words, rule, (best, *others), measure)
 
 
-def _lowest(best, column):
-    return lambda h: min(late(h[level][column]) for level in h if level != best) - late(h[best][column])
+def _more(words, rule, more, less, of, column="val_loss"):
+    rule = f"{rule}, {more} minus {less}"
+    return Conclusion(words, rule, (more, less), lambda h: of(h[more][column]) - of(h[less][column]))
 
 
+FIRST = "training loss of the first quarter"
+SHOOTS = "largest rise of the validation loss above the minimum before it"
+STEP = "mean step of the validation loss from epoch to epoch in the second half"
+KEPT = "training loss of the last quarter less than 5 % below the first epoch"
 CONCLUSIONS = {
     "depth": (
-        Conclusion(
-            "with depth 3 the training loss falls while the validation loss stagnates",
-            "from the second to the last quarter training falls by more than 5 %, validation by less",
-            ("3",),
-            _stagnates,
-        ),
-        Conclusion(
-            "with depth 4 both fall",
-            "from the second to the last quarter both fall by more than 5 %",
-            ("4",),
-            _both_fall("4"),
-        ),
-        Conclusion(
-            "depth 4 ends with the lower validation loss",
-            "validation loss of the last quarter, depth 3 minus depth 4",
-            ("3", "4"),
-            _lowest("4", "val_loss"),
-        ),
+        _stagnates("with depth 3 the training loss falls while the validation loss stagnates", "3"),
+        _both_fall("with depth 4 both fall", "4"),
+        _lowest("depth 4 ends with the lower validation loss", "4", ("3",), "val_loss"),
     ),
     "augmentation": (
-        Conclusion(
-            "raw data give lower errors at first",
-            "training loss of the first quarter, augmented minus raw",
-            ("raw", "augmented"),
-            _lower_at_first,
-        ),
-        Conclusion(
-            "with raw data the validation loss then rises",
-            "over the second half the validation loss rises by more than 5 %",
-            ("raw",),
-            _diverges("raw"),
-        ),
-        Conclusion(
-            "with augmented data both losses keep falling",
-            "from the second to the last quarter both fall by more than 5 %",
-            ("augmented",),
-            _both_fall("augmented"),
-        ),
+        _more("raw data give lower errors at first", FIRST, "augmented", "raw", lambda x: quarter(x, 0), "loss"),
+        _rises("with raw data the validation loss then rises", "raw"),
+        _both_fall("with augmented data both losses keep falling", "augmented"),
     ),
     "lr": (
-        Conclusion(
-            "a rate of 1e-5 does not reach a low loss",
-            "training loss of the last quarter, 1e-5 minus 1e-4",
-            ("1e-5", "1e-4"),
-            _lowest("1e-4", "loss"),
-        ),
-        Conclusion(
-            "with 1e-3 the validation loss shoots up",
-            "largest rise of the validation loss above the minimum before it, 1e-3 minus 1e-4",
-            ("1e-3", "1e-4"),
-            lambda h: overshoot(h["1e-3"]["val_loss"]) - overshoot(h["1e-4"]["val_loss"]),
-        ),
-        Conclusion(
-            "1e-4 is the best of the three",
-            "validation loss of the last quarter, the better of the two others minus 1e-4",
-            ("1e-5", "1e-4", "1e-3"),
-            _lowest("1e-4", "val_loss"),
-        ),
+        _lowest("a rate of 1e-5 does not reach a low loss", "1e-4", ("1e-5",), "loss"),
+        _more("with 1e-3 the validation loss shoots up", SHOOTS, "1e-3", "1e-4", overshoot),
+        _lowest("1e-4 is the best of the three", "1e-4", ("1e-5", "1e-3"), "val_loss"),
     ),
     "optimizer": (
-        Conclusion(
-            "SGD does not reduce the loss",
-            "training loss of the last quarter less than 5 % below the first epoch",
-            ("SGD",),
-            lambda h: STILL - reduction(h["SGD"]["loss"]),
-        ),
-        Conclusion(
-            "Adam reaches the lowest loss",
-            "training loss of the last quarter, the better of the two others minus Adam",
-            ("SGD", "Adam", "Adamax"),
-            _lowest("Adam", "loss"),
-        ),
-        Conclusion(
-            "with Adam the validation loss shows signs of divergence",
-            "over the second half the validation loss rises by more than 5 %",
-            ("Adam",),
-            _diverges("Adam"),
-        ),
-        Conclusion(
-            "Adamax is smooth",
-            "mean step of the validation loss from epoch to epoch in the second half, Adam minus Adamax",
-            ("Adam", "Adamax"),
-            lambda h: roughness(h["Adam"]["val_loss"]) - roughness(h["Adamax"]["val_loss"]),
-        ),
+        Conclusion("SGD does not reduce the loss", KEPT, ("SGD",), lambda h: STILL - reduction(h["SGD"]["loss"])),
+        _lowest("Adam reaches the lowest loss", "Adam", ("SGD", "Adamax"), "loss"),
+        _rises("with Adam the validation loss shows signs of divergence", "Adam"),
+        _more("Adamax is smooth", STEP, "Adam", "Adamax", roughness),
     ),
 }
