@@ -5,7 +5,7 @@
     ((24, 25, 26, 27, 28, 29), (23,))
 
 A stack is an array of shape (S, H, W): serial sections, rows, columns. In a mask 1 is the interior of a cell
-and 0 is membrane. This file is the door; behind it lie `stacks` and `omezarr` (files), `labels` (what masks mean),
+and 0 is membrane. This file is the door; behind it lie `stacks`, `tiff` and `omezarr`, `labels` (what masks mean),
 `fetching` (the data sets) and `synthetic` (the painted stack). Bad input ends in a `DataError` of one sentence.
 """
 
@@ -22,21 +22,19 @@ import numpy as np
 from files import labels, omezarr
 from files.atomic import DataError, replacing
 from files.fetching import DATA_SETS, ISBI_ROLES, data_dir, dataset_path, fetch, is_cached
-from files.stacks import (
+from files.sections import (
     Stack,
     StackReader,
     flag,
     format_sections,
-    load,
     memory_words,
     natural_key,
-    open_stack,
     require_memory,
-    sha256_pixels,
     shape_words,
     strips,
     voxel_words,
 )
+from files.stacks import load, open_stack, sha256_pixels
 from files.writing import write_mask, write_prediction
 
 # --- Finding and reading ------------------------------------------------------------------------------------

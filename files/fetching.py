@@ -14,7 +14,8 @@ from pathlib import Path
 
 from files import atomic
 from files.atomic import DataError
-from files.stacks import flag, load, open_stack, sha256_pixels
+from files.sections import flag
+from files.stacks import load, open_stack, sha256_pixels
 
 DATA_SETS = ("isbi2012", "synthetic", "dic-hela", "phc-u373")
 ISBI_ROLES = {

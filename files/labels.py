@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 
 from files.atomic import DataError
-from files.stacks import format_sections, shape_words, some, strips
+from files.sections import format_sections, shape_words, some, strips
 
 
 def meaning(reader, invert):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from files import stacks
-from files.stacks import DataError
+from files import sections
+from files.atomic import DataError
 
-RECORD = stacks.RECORD  # the attribute of the output that says what it is made of
+RECORD = sections.RECORD  # the attribute of the output that says what it is made of
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def is_zarr(path):
     return any((Path(path) / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray"))
 
 
-class ZarrReader(stacks.StackReader):
+class ZarrReader(sections.StackReader):
     """Sections of an OME-Zarr image, one in memory at a time, or parts of them.
 
     Attributes
@@ -113,11 +113,11 @@ def open_zarr(path, what="image"):
     try:
         attributes = (group := zarr.open_group(str(path), mode="r")).attrs.asdict()
     except Exception as error:  # zarr raises whatever it likes on metadata of the wrong types
-        raise stacks.refusal(what, path, f"is no OME-Zarr image: {error}") from error
+        raise sections.refusal(what, path, f"is no OME-Zarr image: {error}") from error
     ome = attributes.get("ome", attributes)
     if not isinstance(ome, dict) or not ome.get("multiscales"):
         hint = "of a bioformats2raw folder give the image inside, such as its folder 0"
-        raise stacks.refusal(what, path, f"is no OME-Zarr image: it holds no multiscales ({hint})")
+        raise sections.refusal(what, path, f"is no OME-Zarr image: it holds no multiscales ({hint})")
     try:
         multiscale = ome["multiscales"][0]
         names = [axis["name"] for axis in multiscale["axes"]]
@@ -125,9 +125,9 @@ def open_zarr(path, what="image"):
         sizes = dict(zip(names, map(int, array.shape), strict=True))
         words = "".join(names), tuple(array.shape), np.dtype(array.dtype), math.prod(array.chunks)
     except Exception as error:
-        raise stacks.refusal(what, path, f"is no image of OME-NGFF 0.4 or 0.5: {error!r}") from error
+        raise sections.refusal(what, path, f"is no image of OME-NGFF 0.4 or 0.5: {error!r}") from error
     _check_axes(path, what, names, sizes, words[2])
-    stacks.require_memory(words[3] * words[2].itemsize, f"{path}: a chunk of {array.chunks} px")
+    sections.require_memory(words[3] * words[2].itemsize, f"{path}: a chunk of {array.chunks} px")
     return ZarrReader(path, array, multiscale, _made_of(attributes))
 
 
@@ -138,18 +138,18 @@ def _check_axes(path, what, names, sizes, dtype):
     if not ordered or longer or min(sizes.values()) < 1 or dtype.kind not in "buif":
         found = f"axes {''.join(names)}, shape {tuple(sizes.values())}, type {dtype}"
         rule = "one gray stack with axes zyx is needed, t and c before them at most of length 1"
-        raise stacks.refusal(what, path, f"has {found}; {rule}")
+        raise sections.refusal(what, path, f"has {found}; {rule}")
 
 
 def _voxel_nm(multiscale):
     """Voxel size (z, y, x) in nm, z None where only the pixel's is known; None where nothing is."""
     try:
-        sizes = {axis["name"]: stacks.NANOMETRES.get(axis.get("unit"), math.nan) for axis in multiscale["axes"]}
+        sizes = {axis["name"]: sections.NANOMETRES.get(axis.get("unit"), math.nan) for axis in multiscale["axes"]}
         steps = multiscale["datasets"][0].get("coordinateTransformations", [])
         for step in (*steps, *multiscale.get("coordinateTransformations", [])):
             if step["type"] == "scale":
                 sizes = {name: nm * factor for (name, nm), factor in zip(sizes.items(), step["scale"], strict=True)}
-        return stacks.voxel(*(sizes.get(name) for name in "zyx"))
+        return sections.voxel(*(sizes.get(name) for name in "zyx"))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return None  # a voxel size that cannot be made out is unknown: no reason to refuse the pixels
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from files.atomic import DataError, replacing
-from files.stacks import size_words, some
+from files.sections import size_words, some
 
 CLASSIC_TIFF_BYTES = 2**32 - 2**25  # beyond this, offsets need BigTIFF
 

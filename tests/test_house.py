@@ -20,8 +20,8 @@ ORDER = [
     *("data", "figures", "augment", "clr_callback"),
     *("network.unet", "network.field", "network.layers", "network.losses", "network.optimizers"),
     *("network.startup", "network.device", "network.distribution"),
-    *("files.fetching", "files.labels", "files.omezarr", "files.writing", "files.stacks", "files.synthetic"),
-    *("files.atomic", "files.shell", "files.flags"),
+    *("files.fetching", "files.labels", "files.omezarr", "files.writing", "files.stacks", "files.tiff"),
+    *("files.sections", "files.synthetic", "files.atomic", "files.shell", "files.flags"),
 ]
 CIRCLES = {("score.report", "score.evaluation")}  # still to be cut
 ROOMS = ("train", "predict", "score", "studies", "network", "files")

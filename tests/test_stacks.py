@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import iter_sections, read_stack
-from files import stacks, writing
-from files.stacks import DataError, Stack, natural_key, sha256_pixels
+from files import sections, writing
+from files.atomic import DataError
+from files.sections import Stack, natural_key
+from files.stacks import sha256_pixels
 from files.writing import write_mask, write_prediction
 
 VOXEL = (50.0, 4.0, 4.0)
@@ -368,8 +370,8 @@ def test_voxel_size_is_read_in_nm(tmp_path, options, expected):
 
 
 def test_voxel_words():
-    assert stacks.voxel_words(None) == "voxel size unknown"
-    assert stacks.voxel_words((None, 189.999, 189.999)) == "pixel 190 x 190 nm, section thickness unknown"
+    assert sections.voxel_words(None) == "voxel size unknown"
+    assert sections.voxel_words((None, 189.999, 189.999)) == "pixel 190 x 190 nm, section thickness unknown"
 
 
 # --- Writing ------------------------------------------------------------------------------------------------

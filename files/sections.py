@@ -1,0 +1,248 @@
+"""A stack of sections: in memory, or read one by one or in parts; and the words that speak of one."""
+
+import contextlib
+import math
+import os
+import re
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from files.atomic import DataError
+
+FLAGS = {"image": "--image_path", "mask": "--mask_path", "test": "--image_path", "test_mask": "--mask_path"}
+MOST_SECTIONS = 2**20  # a header that speaks of more is damaged
+RECORD = "dilated_unet"  # key of what a prediction says that it is made of
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Serial sections in memory.
+
+    Attributes
+    ----------
+    sections : ndarray of shape (S, H, W), in the file's own type
+    voxel_nm : (z, y, x) in nanometres, z None where only the pixel size is known; None where nothing is
+    names : one name per section
+    source : the file, folder or data set they came from
+    description : axes and encoding, in words
+    made_of : what a prediction of this suite is made of, else empty
+    """
+
+    sections: np.ndarray
+    voxel_nm: tuple[float | None, float, float] | None = None
+    names: list[str] = field(default_factory=list)
+    source: str = ""
+    description: str = ""
+    made_of: dict = field(default_factory=dict)
+
+    shape = property(lambda self: self.sections.shape)
+    dtype = property(lambda self: self.sections.dtype)
+
+
+class StackReader:
+    """Sections of a file or folder, one in memory at a time, or parts of them.
+
+    `len(reader)`, `reader[i]` and iteration give arrays of shape (H, W); `shape` is (S, H, W). A section with
+    NaN or infinite values is refused when it is read. Files close with the reader.
+
+    Parameters
+    ----------
+    read : callable
+        (index, rows, columns), of which the last two are slices, -> pixels.
+    """
+
+    def __init__(
+        self, read, shape, dtype, *, source, names=(), voxel_nm=None, description="", close=None, made_of=None
+    ):
+        self._read = read
+        self.shape = tuple(int(n) for n in shape)
+        self.dtype = np.dtype(dtype).newbyteorder("=")
+        self.source = str(source)
+        if min(self.shape) < 1 or len(self) > MOST_SECTIONS:
+            raise DataError(f"{source} holds no stack of sections: its header says {' x '.join(map(str, self.shape))}.")
+        self.names = list(names) or _numbered(Path(source).stem, len(self))
+        self.voxel_nm = voxel_nm
+        self.description = description
+        self.made_of = made_of or {}
+        self.close = weakref.finalize(self, close or (lambda: None))
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"section {index} of {len(self)}")
+        height, width = self.shape[1:]
+        return self.part(index % len(self), slice(0, height), slice(0, width))
+
+    def part(self, index, rows, columns):
+        """Read a part of a section, rows and columns as slices; as little more as the file's strips or tiles allow."""
+        return self._pixels(index, rows, columns, f"{self.source}: section {index} ({self.names[index]})")
+
+    def slab(self, sections, rows, columns):
+        """Read a part of some sections, all as slices: an array of shape (S, h, w)."""
+        return np.stack([self.part(index, rows, columns) for index in range(sections.start, sections.stop)])
+
+    def _pixels(self, index, rows, columns, place):
+        count = index.stop - index.start if isinstance(index, slice) else 1
+        size = count * (rows.stop - rows.start) * (columns.stop - columns.start)
+        require_memory(size * self.dtype.itemsize, place)
+        try:
+            pixels = np.asarray(self._read(index, rows, columns)).astype(self.dtype, copy=False)
+        except DataError:
+            raise
+        except MemoryError as error:
+            raise DataError(f"{place} takes more memory than there is: {error}.") from error
+        except Exception as error:  # decoders raise whatever they like on a damaged file
+            raise DataError(f"{place} is damaged or cut off: {error}.") from error
+        if self.dtype.kind == "f" and not np.isfinite(pixels).all():
+            raise DataError(f"{place} holds {np.count_nonzero(~np.isfinite(pixels))} NaN or infinite values.")
+        return pixels
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _numbered(stem, count):
+    return [stem] if count == 1 else [f"{stem}[{i}]" for i in range(count)]
+
+
+# --- Words and numbers --------------------------------------------------------------------------------------
+
+
+def flag(what):
+    """Return the flag that names a role: `--mask_path` for "mask"."""
+    return FLAGS.get(what, f"--{what}")
+
+
+def refusal(what, path, rule):
+    """Return the error that says which argument's file breaks which rule."""
+    return DataError(f"{flag(what)}: {path} {rule}.")
+
+
+def colour_rule(channels):
+    """Say what is wrong with colours, and what to do."""
+    return (
+        f"is a colour image ({channels} channels); sections must be gray: "
+        "save it as 8-bit or 16-bit grayscale (RGB in ImageJ: Image > Type > 8-bit)"
+    )
+
+
+def size_words(shape):
+    """Write the size of a section.
+
+    >>> size_words((30, 512, 500))
+    '512 x 500'
+    """
+    return " x ".join(str(n) for n in shape[-2:])
+
+
+def shape_words(stack):
+    """Write the number and the size of sections."""
+    count = stack.shape[0]
+    return f"{count} section{'s' * (count != 1)} of {size_words(stack.shape)} px"
+
+
+def some(items, most=8):
+    """Write the first few of many."""
+    shown = ", ".join(str(item) for item in items[:most])
+    return f"{shown}, ..." if len(items) > most else shown
+
+
+def natural_key(name):
+    """Return a sorting key that puts section 2 before section 10, and s1 beside S1.
+
+    >>> sorted(["s10", "s2", "S1"], key=natural_key)
+    ['S1', 's2', 's10']
+    """
+    parts = re.split(r"([0-9]+)", str(name))
+    return [int(part) if i % 2 else part.casefold() for i, part in enumerate(parts)], str(name)
+
+
+def format_sections(sections):
+    """Write section numbers as `parse_sections` reads them.
+
+    >>> format_sections([0, 3, 5, 6, 7])
+    '0,3,5-7'
+    """
+    runs = []
+    for i in sorted(int(i) for i in sections):
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+STRIP_PX = 2**23  # of a large section, looked at in one piece: float64 takes eight times what 8 bit does
+
+
+def strips(section):
+    """Return a section in strips of rows; one of usual size is one strip."""
+    section = np.atleast_2d(section)
+    step = max(1, STRIP_PX // section.shape[1])
+    return (section[i : i + step] for i in range(0, len(section), step))
+
+
+def memory_words(nbytes):
+    """Write an amount of memory.
+
+    >>> memory_words(7_864_320)
+    '7.9 MB'
+    """
+    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2g} MB"
+
+
+def memory_limit():
+    """Return the bytes that a process can have here: the machine's, or those of its container or ulimit."""
+    limits = [2**63]
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, ValueError):
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    with contextlib.suppress(ImportError):
+        import resource
+
+        limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])
+    return min(limit for limit in limits if limit > 0)  # no limit is written -1
+
+
+def require_memory(nbytes, words):
+    """Refuse what cannot fit into memory before it is taken."""
+    if nbytes > memory_limit():
+        limit = memory_words(memory_limit())
+        raise DataError(f"{words} would take {memory_words(nbytes)} of memory, more than the {limit} there is.")
+
+
+# --- Voxel size ---------------------------------------------------------------------------------------------
+
+SPELLINGS = {1e-3: "pm picometer", 0.1: "\u00e5 angstrom", 1.0: "nm nanometer", 1e6: "mm millimeter"}
+SPELLINGS |= {1e3: "um \u00b5m \u03bcm micron microns micrometer", 1e7: "cm centimeter", 2.54e7: "inch", 1e9: "m meter"}
+NANOMETRES = {word: nm for nm, words in SPELLINGS.items() for word in words.split()}
+
+
+def voxel_words(voxel_nm):
+    """Say a voxel size.
+
+    >>> voxel_words((50.0, 4.0, 4.0))
+    'pixel 4 x 4 nm, section 50 nm'
+    """
+    if voxel_nm is None:
+        return "voxel size unknown"
+    z, y, x = voxel_nm
+    return f"pixel {y:.4g} x {x:.4g} nm, section {f'{z:.4g} nm' if z else 'thickness unknown'}"
+
+
+def voxel(z, y, x):
+    """Return a voxel size (z, y, x) without what is no length: z None, or None for all of it."""
+    z, y, x = (float(f"{n:.6g}") if n and math.isfinite(n) and n > 0 else None for n in (z, y, x))
+    return (z, y, x) if y and x else None

@@ -1,0 +1,230 @@
+"""TIFF in: what program ever wrote it, the pixels that were meant, or a sentence that says what is wrong."""
+
+import itertools
+import logging
+import math
+import re
+
+import numpy as np
+
+from files.sections import NANOMETRES, StackReader, colour_rule, natural_key, refusal, size_words, some, voxel
+
+KINDS = {"frame", "imagej", "multipage", "ome", "shaped", "uniform"}  # of TIFF whose pages are all that there is
+
+
+def open_tiff(path, what, ids):
+    import tifffile
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs about broken files is raised here
+    try:
+        tif = tifffile.TiffFile(path)
+    except tifffile.TiffFileError as error:
+        raise refusal(what, path, "is not a TIFF file") from error
+    try:
+        return _tiff_reader(tif, path, what, ids)
+    except BaseException:
+        tif.close()
+        raise
+
+
+def _tiff_reader(tif, path, what, ids):
+    if not len(tif.pages) or not tif.series:
+        raise refusal(what, path, "is damaged or cut off: it holds no image")
+    shape, notes = _tiff_shape(tif, path, what)
+    series, page = tif.series[0], tif.pages[0]
+    _check_pages(tif, series, shape[0], path, what)
+    read, note = _as_shown(page, _tiff_pixels(tif, series, shape), path, what, ids)
+    words = ", ".join([f"axes {series.axes}", *_encoding(tif), *notes, *note])
+    about = {"source": path, "voxel_nm": _voxel_nm(tif), "description": words, "made_of": _made_of(tif)}
+    return StackReader(read, shape, series.dtype, close=tif.close, **about)
+
+
+def _tiff_shape(tif, path, what):
+    """Return (S, H, W) and a list of remarks; refuse what is not one gray stack."""
+    series = tif.series[0]
+    if len(tif.series) > 1:
+        sizes = some(sorted({size_words(s.shape) for s in tif.series}, key=natural_key))
+        raise refusal(what, path, f"holds {len(tif.series)} separate images ({sizes}); one stack is needed")
+    axes = list(zip(series.axes, series.shape, strict=True))  # no dict: an axis without a name is Q, as is the next
+    if "S" in series.axes:
+        rule, count = colour_rule(dict(axes)["S"]), dict(axes)["S"]
+        hint = f"; {count} sections need photometric='minisblack' when tifffile writes them"
+        raise refusal(what, path, rule + hint * (series.axes[0] == "S"))
+    others = [(axis, n) for axis, n in axes[:-2] if n > 1]
+    kind = series.dtype.kind if series.dtype is not None else ""
+    if len(others) > 1 or series.axes[-2:] != "YX" or kind not in tuple("buif"):
+        found = f"axes {series.axes}, shape {series.shape}, type {series.dtype}"
+        raise refusal(what, path, f"has {found}; one gray stack with axes ZYX is needed")
+    if ("C", True) in [(axis, n < 5) for axis, n in others]:
+        rule = f"has {others[0][1]} channels (axes {series.axes}); save one channel, or sections as Z"
+        raise refusal(what, path, rule)
+    notes = ["channels read as sections"] if "C" in dict(others) else []
+    return (math.prod(n for _, n in others), *series.shape[-2:]), notes
+
+
+def _check_pages(tif, series, count, path, what):
+    """Refuse a file whose header and pages do not agree: tifffile reads some of the sections without a word."""
+    if _is_cut_off(tif, series):
+        raise refusal(what, path, "is cut off: it ends before its last section does")
+    pages = list(tif.pages)
+    described = (tif.is_imagej or tif.is_ome or tif.is_shaped) and not series.is_multifile
+    if described and len(pages) not in (1, count):
+        raise refusal(what, path, f"holds {len(pages)} pages, and its header speaks of {count} sections")
+    if any(page is None for page in series.pages):
+        raise refusal(what, path, "lacks sections that its header speaks of")
+    if not all(_has_its_bytes(page, series) for page in pages):
+        raise refusal(what, path, "is damaged: its sections have another number of bytes than their size needs")
+    if not series.is_multifile and not tif.flags - KINDS and _is_tangled(tif, series, count):
+        raise refusal(what, path, "is damaged: its sections overlap, or it holds more than its header speaks of")
+
+
+def _is_cut_off(tif, series):
+    """Tell whether the file ends early; tifffile itself reads what is left as a shorter stack."""
+    size = tif.filehandle.size
+    tif.filehandle.seek(tif.pages.next_page_offset)
+    order = "little" if tif.byteorder == "<" else "big"
+    pointer = tif.filehandle.read(tif.tiff.offsetsize)
+    following = int.from_bytes(pointer, order) if len(pointer) == tif.tiff.offsetsize else size
+    parts = ((o, n) for page in tif.pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=False))
+    end = max((offset + count for offset, count in parts), default=size + 1)
+    if series.dataoffset is not None:
+        end = max(end, series.dataoffset + series.nbytes)
+    promised = (tif.imagej_metadata or {}).get("images", 1)
+    return following >= size or end > size or promised > math.prod(series.shape[:-2])
+
+
+def _is_tangled(tif, series, count):
+    """Tell whether strips or tiles overlap, or the file has room for one that no page speaks of."""
+    parts, heads, words, size = set(), set(), 0, series.nbytes // count
+    for page in tif.pages:
+        if getattr(page, "subifds", None):
+            return False  # smaller copies, which are not looked at
+        parts.update(zip(page.dataoffsets, page.databytecounts, strict=True))
+        heads.add((page.offset, 2))
+        words += 512 + 16 * len(page.dataoffsets) + sum(tag.valuebytecount for tag in page.keyframe.tags)
+    if series.dataoffset is not None:
+        parts = {(series.dataoffset + i * size, size) for i in range(count)}
+    parts = {part for part in parts if part[1]}  # nothing is stored of an empty tile
+    known, neighbours = sum(n for _, n in parts), itertools.pairwise(sorted(parts | heads))
+    overlap = any(start + n > following for (start, n), (following, _) in neighbours)
+    return overlap or tif.filehandle.size - words - known > known / count
+
+
+def _has_its_bytes(page, series):
+    """Tell whether the strips or tiles of an uncompressed page are as long as its size needs, or padded."""
+    key, found = page.keyframe, sum(page.databytecounts)
+    if len(page.dataoffsets) != len(page.databytecounts) or len(page.dataoffsets) < math.prod(key.chunked):
+        return series.dataoffset is not None and len(page.dataoffsets) > 0
+    if key.compression != 1:
+        return True
+    line = -(-key.chunks[-1] * key.bitspersample // 8)
+    padded = math.prod(key.chunked) * key.chunks[-2] * line
+    least = padded if key.is_tiled else key.imagelength * line
+    return least <= found <= padded
+
+
+def _tiff_pixels(tif, series, shape):
+    """Return a function that reads rows and columns of section i, and no more than the file's parts make it read."""
+    count, height, width = shape
+    if series.dataoffset is None and len(series.pages) == count:
+        return lambda i, *part: _page_part(series.pages[i], height, width, *part)
+    if series.dataoffset is None:
+        return lambda *part: series.asarray().reshape(shape)[part]
+    dtype = series.dtype.newbyteorder(tif.byteorder)
+
+    def read(i, rows, columns):
+        start = series.dataoffset + (i * height + rows.start) * width * dtype.itemsize
+        lines = rows.stop - rows.start
+        return tif.filehandle.read_array(dtype, lines * width, start).reshape(lines, width)[:, columns]
+
+    return read
+
+
+def _page_part(page, height, width, rows, columns):
+    """Decode the strips or tiles of a page that hold some rows and columns."""
+    key = page.keyframe
+    high, wide = key.chunks[-2:]
+    if (rows.stop - rows.start, columns.stop - columns.start) == (height, width) or len(key.chunked) != 2:
+        return page.asarray().reshape(height, width)[rows, columns]
+    down, across = (range(s.start // n, -(-s.stop // n)) for s, n in ((rows, high), (columns, wide)))
+    wanted = [row * key.chunked[1] + column for row in down for column in across]
+    where = [page.dataoffsets[i] for i in wanted], [page.databytecounts[i] for i in wanted]
+    pixels = np.zeros((len(down) * high, len(across) * wide), key.dtype)
+    for packed, i in page.parent.filehandle.read_segments(*where, indices=wanted):
+        found, (_, _, top, left, _), size = key.decode(packed, i, jpegtables=key.jpegtables, jpegheader=key.jpegheader)
+        here = pixels[top - down[0] * high :, left - across[0] * wide :]
+        here[: size[1], : size[2]] = key.nodata if found is None else found.reshape(size[1:3])
+    first = rows.start - down[0] * high, columns.start - across[0] * wide
+    return pixels[first[0] :, first[1] :][: rows.stop - rows.start, : columns.stop - columns.start]
+
+
+def _as_shown(page, read, path, what, ids):
+    """Return the function that reads gray values as they are shown, and a list of remarks."""
+    known = "PhotometricInterpretation" in page.tags  # without it tifffile says 0
+    if known and page.photometric not in (0, 1, 3, 4):
+        name = getattr(page.photometric, "name", page.photometric)
+        raise refusal(what, path, f"is of the colour kind {name}; sections must be gray")
+    if ids or not known:
+        return read, []
+    if page.photometric == 3:
+        colours = page.colormap
+        if colours is None or (colours != colours[0]).any():
+            raise refusal(what, path, "has a palette of colours; sections must be gray: Image > Type > 8-bit in ImageJ")
+        deep = page.dtype.itemsize > 1 or colours.max() < 256
+        grays = (colours[0] if deep else colours[0] >> 8).astype(page.dtype)
+        return (lambda *part: grays[read(*part)]), ["palette of grays"]
+    # 0 is shown white (ImageJ's inverting LUT); bool is left alone, for tifffile marks every bool array so
+    if page.photometric == 0 and page.dtype.kind == "u":
+        white = page.dtype.type(2**page.bitspersample - 1)
+        return (lambda *part: white - read(*part)), ["stored with 0 = white, turned"]
+    return read, []
+
+
+def _encoding(tif):
+    page = tif.pages[0]
+    kind = "OME" if tif.is_ome else "ImageJ" if tif.is_imagej else "plain"
+    packing = "uncompressed" if page.compression == 1 else getattr(page.compression, "name", str(page.compression))
+    words = [f"{kind} {'BigTIFF' if tif.is_bigtiff else 'TIFF'}", packing.lower()]
+    return words + ["tiled"] * page.is_tiled + ["big-endian"] * (tif.byteorder == ">")
+
+
+def _made_of(tif):
+    """Read what a prediction of this suite is made of, as `writing` says it; empty where the file is none."""
+    return dict(re.findall(r"made_of_(\w+)=([^\s<]+)", tif.pages[0].description))
+
+
+# --- Voxel size ---------------------------------------------------------------------------------------------
+
+
+def _voxel_nm(tif):
+    """Read the voxel size in nm from OME or ImageJ metadata, or else from the resolution tags."""
+    try:
+        if tif.is_ome:
+            return _voxel_of_ome(tif.ome_metadata)
+        rows, columns = (_pixel_pitch(tif.pages[0], tag) for tag in ("YResolution", "XResolution"))
+        about = tif.imagej_metadata or {}
+        unit = NANOMETRES.get(str(about.get("unit", "")).replace("\\u00B5", "\u00b5").lower())
+        if unit:
+            return voxel(about.get("spacing", 0) * unit, rows * unit, columns * unit)
+        unit = {2: NANOMETRES["inch"], 3: NANOMETRES["cm"]}.get(int(tif.pages[0].resolutionunit), math.nan)
+        # 72 or 300 dots per inch say how to print the picture, not how large a pixel is in the specimen
+        return voxel(None, rows * unit, columns * unit) if columns * unit < 20_000 else None
+    except (ArithmeticError, AttributeError, KeyError, StopIteration, TypeError, ValueError, SyntaxError):
+        return None  # a voxel size that cannot be made out is unknown: no reason to refuse the pixels
+
+
+def _pixel_pitch(page, tag):
+    over, under = page.tags[tag].value
+    return under / over
+
+
+def _voxel_of_ome(text):
+    from xml.etree import ElementTree
+
+    pixels = next(e for e in ElementTree.fromstring(text).iter() if e.tag.endswith("}Pixels"))
+
+    def size(axis):
+        value = pixels.get(f"PhysicalSize{axis}")
+        return value and float(value) * NANOMETRES[pixels.get(f"PhysicalSize{axis}Unit", "um").lower()]
+
+    return voxel(size("Z"), size("Y"), size("X"))
