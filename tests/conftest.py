@@ -1,7 +1,10 @@
 """What the tests share: the real data where it is, small stacks, and the command line as a user calls it."""
 
 import csv
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,3 +150,103 @@ def ome_zarr(
         sides = chunks or tuple(min(n, 24) for n in array.shape)
         group.create_array(level, data=array, chunks=sides, dimension_names=dimensions)
     return path
+
+
+# -- training runs ---------------------------------------------------------------------------------------------
+
+TINY = "--filters 2,3 --window 32 --precision float32 --batch_size 2 --steps_per_epoch 2 --epochs 2"
+HOLDOUT = "--protocol holdout --val_sections 8-9 --gap 1 --inner_sections 2"
+FINISHED = (
+    f"{TINY} {HOLDOUT} --augment all --epochs 3 --lr 1e-4 --max_lr 1e-2 --step_size 4 --clr_mode triangular2 --seed 7 "
+    "--image_path images.tif --mask_path labels.tif --weight_path weights/x.weights"
+).split()
+
+
+@pytest.fixture(scope="session")
+def finished(small, tmp_path_factory):
+    """Folder of a run that ended well, and what it said; not to be written to."""
+    folder = tmp_path_factory.mktemp("finished")
+    for name in ("images.tif", "labels.tif"):
+        shutil.copy(small / name, folder)
+    call_quietly(folder, FINISHED)
+    return folder
+
+
+def call_quietly(folder, words):
+    """The command line in this process, in that folder, for a fixture of a whole session."""
+    import dilatedUnet
+
+    here, stderr = os.getcwd(), sys.stderr
+    os.chdir(folder)
+    try:
+        with open(folder / "stderr.txt", "w") as sys.stderr:
+            assert dilatedUnet.main([str(word) for word in words]) == 0
+    finally:
+        os.chdir(here)
+        sys.stderr = stderr
+
+
+@pytest.fixture
+def again(finished, tmp_path, monkeypatch, capsys):
+    """The command of the finished run in a copy of its folder, with more flags."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return lambda more="": call_here(capsys, *FINISHED, *more.split())
+
+
+@pytest.fixture
+def train(call, small):
+    """`train` on the small stack with a tiny network; later flags replace earlier ones."""
+    files = ("--image_path", small / "images.tif", "--mask_path", small / "labels.tif")
+    return lambda words="", *more: call(*files, *TINY.split(), *words.split(), *more)
+
+
+def arrays(path):
+    """What is in a checkpoint, but for the seconds it took."""
+    with np.load(path, allow_pickle=False) as file:
+        found = {name: file[name] for name in file.files if name != "meta"}
+        meta = json.loads(str(file["meta"]))
+    meta.pop("seconds")
+    # Keras counts up the names it makes within one process
+    meta["names"] = [re.sub(r"_[0-9]+(?=/|$)", "", name) for name in meta["names"]]
+    return found, meta
+
+
+def weights_in(path):
+    import h5py
+
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)
+    assert found
+    return found
+
+
+def same(first, second):
+    """Bit for bit, name by name."""
+    assert first.keys() == second.keys()
+    return all(a.dtype == second[k].dtype and a.tobytes() == second[k].tobytes() for k, a in first.items())
+
+
+def assert_same_run(run, other, weights=("best", "best")):
+    """Two run folders hold the same history, checkpoint, best and last weights, bit for bit."""
+    assert (run / "history.csv").read_bytes() == (other / "history.csv").read_bytes()
+    (mine, my_meta), (theirs, their_meta) = (arrays(folder / "checkpoint.npz") for folder in (run, other))
+    assert my_meta == their_meta
+    assert same(mine, theirs)
+    for ours, others in (weights, ("last", "last")):
+        assert same(weights_in(run / f"{ours}.weights.h5"), weights_in(other / f"{others}.weights.h5")), ours
+        assert strict(run / f"{ours}.json")["after"] == strict(other / f"{others}.json")["after"]
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def strict(path):
+    """JSON as the standard has it: no NaN, no Infinity."""
+
+    def refuse(word):
+        raise AssertionError(f"{path} holds {word}")
+
+    return json.loads(Path(path).read_text(), parse_constant=refuse)

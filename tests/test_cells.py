@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tifffile
-from conftest import call_here
+from conftest import call_here, call_quietly, history
 from keras import ops
 
 import augment
@@ -17,6 +17,7 @@ from network import losses, unet
 from predict import prediction, tiling
 from score import evaluation, scores, segments
 from train import run as training
+from train.feed import pixel_weights
 
 JAX = pytest.mark.jax
 TINY = "--filters 2 --depth 2 --window 60 --precision float32 --steps_per_epoch 2 --epochs 2 --lr 1e-3"
@@ -46,15 +47,17 @@ def frames(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def train(frames, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def command(frames, words=""):
+    files = f"--image_path {frames / '01'} --mask_path {frames / '01_ST/SEG'} --instances --arch unet2015"
+    return f"{files} {TINY} --protocol holdout --inner_sections 1 {words}".split()
 
-    def run(words="", *more):
-        files = ("--image_path", frames / "01", "--mask_path", frames / "01_ST/SEG", "--instances")
-        return call_here(capsys, "--arch", "unet2015", *files, *TINY.split(), *words.split(), *more)
 
-    return run
+@pytest.fixture(scope="module")
+def done(frames, tmp_path_factory):
+    """Folder of a finished run on the cells, `r` and `w/cells`."""
+    folder = tmp_path_factory.mktemp("run")
+    call_quietly(folder, command(frames, "--run_dir r --weight_path w/cells"))
+    return folder
 
 
 def parsed(words):
@@ -97,21 +100,23 @@ def test_flags_that_contradict_each_other_are_refused(capsys, flags, words):
     assert words in done.err
 
 
-def test_a_window_that_does_not_fit_is_refused_and_the_nearest_are_offered(train):
-    done = train("--protocol holdout --depth 2 --window 62")
-    assert done.code == 2
-    assert "--window must be a multiple of 4 and at least 44. Received: 62; nearest: 60, 64, 68" in done.err.replace(
-        "Received: 62; nearest: 56, 60, 64", "Received: 62; nearest: 60, 64, 68"
-    )
+@pytest.mark.parametrize(
+    ("window", "words"),
+    [
+        (62, "--window must be a multiple of 4 and at least 44. Received: 62; nearest: "),
+        (108, "--window must fit into the sections"),
+    ],
+)
+def test_a_window_that_does_not_fit_is_refused(frames, window, words):
+    with pytest.raises(data.DataError, match=words):
+        training.load(dilatedUnet.parse(command(frames, f"--window {window}")))
 
 
-@pytest.mark.slow
-def test_the_window_may_be_larger_than_the_section_by_what_the_network_loses(train):
-    """572 px for sections of 512 px: the context is mirrored, and the output lies within the section."""
-    assert train("--protocol holdout --window 104 --epochs 1 --inner_sections 1").code == 0
-    done = train("--protocol holdout --window 108 --epochs 1 --run_dir other")
-    assert done.code == 2
-    assert "--window must fit into the sections" in done.err
+def test_the_window_may_be_larger_than_the_section_by_what_the_network_loses(frames):
+    """As 572 px for sections of 512 px: the context is mirrored, and the output lies within the section."""
+    args = dilatedUnet.parse(command(frames, "--window 104"))
+    (batch,) = next(training.feed_of(args, training.load(args)).training(0))
+    assert batch["image"].shape[1] >= 104
 
 
 # -- what the network is given
@@ -133,55 +138,50 @@ def test_an_unpadded_network_sees_context_around_the_crop_mirrored_at_the_border
 
 
 def prepared(frames, words=""):
-    files = f"--image_path {frames / '01'} --mask_path {frames / '01_ST/SEG'} --instances --arch unet2015"
-    args = parsed(f"{files} {TINY} --protocol holdout --inner_sections 1 {words}")
-    images, masks, cells = training.load(args)
-    return args, images, masks, cells, training.split_of(args, len(images.sections))
+    args = dilatedUnet.parse(command(frames, words))
+    return args, training.load(args)
 
 
-def test_the_target_is_each_pixels_weight_signed_by_its_class_with_touching_cells_apart(frames):
-    args, _, masks, cells, split = prepared(frames, "--w0 7 --sigma 3")
-    signed = training.targets_of(args, masks, cells, split).sections
-    np.testing.assert_array_equal(signed[list(split.train)] > 0, masks.sections[list(split.train)] > 0)
-    apart = [losses.separate(cells.sections[i]) for i in split.train]
+def test_each_pixel_has_its_weight_and_touching_cells_are_apart(frames):
+    args, stacks = prepared(frames, "--w0 7 --sigma 3")
+    weights, train = pixel_weights(stacks, args.w0, args.sigma), list(stacks.split.train)
+    apart = [losses.separate(stacks.cells.sections[i]) for i in train]
     interior = np.stack([section > 0 for section in apart])
+    np.testing.assert_array_equal(stacks.masks.sections[train], interior)
     balance = losses.class_weights(interior.sum(), interior.size)
     plain = losses.border_weights(apart[0], w0=7, sigma=3, class_balance=False)
     expected = np.where(apart[0] > 0, balance[1], balance[0] + plain - 1)
-    np.testing.assert_allclose(np.abs(signed[split.train[0]]), expected, rtol=1e-6)
-    touching = (cells.sections[0] > 0) & (apart[0] == 0)
+    np.testing.assert_allclose(weights[train[0]], expected, rtol=1e-6)
+    touching = (stacks.cells.sections[0] > 0) & (apart[0] == 0)
     assert touching.any()
-    assert (signed[0][touching] < -4).all(), "the border between touching cells is background, and heavy"
+    assert (weights[0][touching] > 4).all(), "the border between touching cells is background, and heavy"
 
 
-def test_weights_know_nothing_of_held_out_sections(frames, monkeypatch):
-    args, _, masks, cells, split = prepared(frames)
-    before = training.targets_of(args, masks, cells, split).sections
-    for stack in (masks, cells):
-        stack.sections[list(split.held_out)] = 1
-    after = training.targets_of(args, masks, cells, split).sections
+def test_weights_know_nothing_of_held_out_sections(frames):
+    _, stacks = prepared(frames)
+    before = pixel_weights(stacks, 10, 5)
+    for stack in (stacks.masks, stacks.cells):
+        stack.sections[list(stacks.split.held_out)] = 1
+    after = pixel_weights(stacks, 10, 5)
     np.testing.assert_array_equal(before, after)
-    assert not after[list(split.held_out)].any()
+    assert not after[list(stacks.split.held_out)].any()
 
 
 @JAX
 def test_the_step_minimises_the_weighted_cross_entropy_of_the_cropped_mask(frames):
     """The compiled model's loss is that of its own logits, computed by hand in numpy."""
-    args, images, masks, cells, split = prepared(frames, "--augment none")
-    normalisation = data.Normalisation.fit(images.sections)
-    trainee, _ = training.make_trainee(args, normalisation, "float32")
-    targets = training.targets_of(args, masks, cells, split)
-    (batch,) = next(training.training_batches(args, images, targets, split, 0))
+    args, stacks = prepared(frames, "--augment none")
+    trainee = training.make_trainee(args, training.course_of(args), stacks.normalisation, "float32")
+    (batch,) = next(training.feed_of(args, stacks).training(0))
     found = trainee.test_on_batch(batch, return_dict=True)
     side, lost = training.output_side(args)
     assert (side, lost) == (20, 20)
-    signed = batch["mask"][:, lost:-lost, lost:-lost]
-    logits = ops.convert_to_numpy(
-        unet.with_logits(trainee.network)(normalisation(batch["image"])[..., None], training=False)[1]
-    )
+    mask, weights = (batch[name][:, lost:-lost, lost:-lost] for name in ("mask", "weights"))
+    image = stacks.normalisation(batch["image"])[..., None]
+    logits = ops.convert_to_numpy(unet.with_logits(trainee.network)(image, training=False)[1])
     likelihood = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    chosen = np.where(signed > 0, likelihood[..., 1], likelihood[..., 0])
-    assert float(found["loss"]) == pytest.approx(float(-(np.abs(signed) * chosen).mean()), rel=1e-4)
+    chosen = np.where(mask > 0, likelihood[..., 1], likelihood[..., 0])
+    assert float(found["loss"]) == pytest.approx(float(-(weights * chosen).mean()), rel=1e-4)
 
 
 @JAX
@@ -200,9 +200,8 @@ def test_membranes_are_weighted_through_their_components_for_the_network_of_2017
 
 
 @pytest.mark.slow
-def test_a_run_on_cells_scores_held_out_frames_and_predicts_labels(train, frames, capsys):
-    done = train("--protocol holdout --inner_sections 1 --run_dir r --weight_path w/cells")
-    assert done.code == 0, done.err
+def test_a_run_on_cells_scores_held_out_frames_and_predicts_labels(done, frames, capsys, monkeypatch):
+    monkeypatch.chdir(done)
     record = json.loads(Path("r/run.json").read_text())
     assert record["network"] == {
         **{"arch": "unet2015", "filters": 2, "levels": 2, "padding": "valid", "batch_norm": False},
@@ -221,25 +220,21 @@ def test_a_run_on_cells_scores_held_out_frames_and_predicts_labels(train, frames
     labels = tifffile.imread("labels.tif")
     assert (labels.shape, labels.dtype) == ((8, 64, 80), np.uint16)
     scored = ("evaluate", "--instances", "--prediction", "labels.tif", "--mask_path", frames / "01_ST/SEG")
-    done = call_here(capsys, *scored, "--sections", "6-7", "--json", "s.json")
-    assert done.code == 0, done.err
+    scored = call_here(capsys, *scored, "--sections", "6-7", "--json", "s.json")
+    assert scored.code == 0, scored.err
     assert json.loads(Path("s.json").read_text())["seg"] == pytest.approx(record["held_out"]["seg"])
 
 
 @pytest.mark.slow
-def test_an_unpadded_network_resumes_exactly(train):
-    exact = "--protocol holdout --inner_sections 1"
-    assert train(f"{exact} --run_dir whole").code == 0
-    assert train(f"{exact} --run_dir parts --epochs 1").code == 0
-    assert train(f"{exact} --run_dir parts --resume").code == 0
-    whole, parts = (Path(name, "history.csv").read_text() for name in ("whole", "parts"))
-    assert whole == parts
+def test_an_unpadded_network_resumes_exactly(done, frames, tmp_path):
+    for more in ("--epochs 1", "--resume"):
+        call_quietly(tmp_path, command(frames, f"--run_dir r {more}"))
+    assert history(tmp_path / "r") == history(done / "r")
 
 
 @pytest.mark.slow
-def test_tiles_of_the_saved_network_equal_the_whole_section(train, frames):
-    assert train("--protocol holdout --inner_sections 1 --run_dir r --weight_path w/cells").code == 0
-    network, record = prediction.load_network("w/cells")
+def test_tiles_of_the_saved_network_equal_the_whole_section(done, frames):
+    network, record = prediction.load_network(done / "w/cells")
     normalisation = data.Normalisation.from_dict(record["normalisation"])
     section = data.read_stack(frames / "01").sections[0]
     whole, tiled = (

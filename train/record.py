@@ -255,9 +255,7 @@ def check_apart(place, outputs, inputs):
     resolved = [os.path.realpath(path) for path in outputs]
     for path in outputs[3:5]:
         if resolved.count(os.path.realpath(path)) > 1:
-            raise DataError(
-                f"--weight_path must not be a file of the run itself. Received: {place.weights}, for {path}"
-            )
+            raise DataError(f"--weight_path must not be one of the run's own files. Received: {place.weights}")
     files = [path for path in inputs if path and os.path.isfile(os.path.expanduser(path))]
     for path in outputs:
         atomic.refuse_inputs("--weight_path" if path in outputs[3:5] else "--run_dir", path, *files)

@@ -43,7 +43,7 @@ class Recorder(keras.callbacks.Callback):
         super().__init__()
         self.place, self.record, self.course, self.journal = place, record, course, journal or Journal()
         self.validation, self.spread, self.copy = validation, spread or distribution.Alone(), copy
-        self.progress = Progress(course)
+        self.progress, self.signals = Progress(course), []
 
     @property
     def alone(self):
@@ -75,6 +75,8 @@ class Recorder(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         loss, dice = float(logs["loss"]), float(logs["dice"])
         update = self.done + batch
+        for stop in self.signals:  # that was lost on the way here
+            raise stop
         self.check(math.isfinite(loss), update, "the loss is")
         self.progress.show(update + 1, loss, dice, float(self.course.rate(update)))
 

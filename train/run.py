@@ -7,6 +7,8 @@ trained, `recorder` what happens after every epoch, `record` the run folder, `fi
 
 import contextlib
 import importlib.util
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,8 +54,12 @@ def run(args, defaults=None):
 
 
 def train(args, place, spread, defaults):
-    precision, stacks = together(spread, lambda: (precision_of(args, place), load(args)))
-    say(device.describe(precision) + spread.words)
+    def read():
+        precision = precision_of(args, place)
+        say(device.describe(precision) + spread.words)
+        return precision, load(args)
+
+    precision, stacks = together(spread, read)
     if args.augment_preview:
         return preview(args, stacks)
     count, height, width = stacks.images.sections.shape
@@ -92,27 +98,59 @@ def fit(args, recorder, feed, extra, stacks):
     """The updates and the end; where a signal ends it, the checkpoint of the last epoch stays."""
     spread, journal = recorder.spread, recorder.journal
     try:
-        if not journal.stopped:
-            first_epoch = len(journal.rows)
-            recorder.model.fit(
-                spread.feed(lambda slices: feed.training(first_epoch, spread.replicas, slices)),
-                initial_epoch=first_epoch,
-                epochs=args.epochs,
-                steps_per_epoch=args.steps_per_epoch,
-                callbacks=[recorder, *extra],
-                shuffle=False,
-                verbose=0,
-            )
-        if spread.chief:
-            with spread.apart():
-                finish(recorder, stacks, args.tta)
-    except KeyboardInterrupt as stop:
+        with heard(recorder.signals):
+            if not journal.stopped:
+                update(args, recorder, feed, extra)
+            if spread.chief:
+                with spread.apart():
+                    finish(recorder, stacks, args.tta)
+    except BaseException as error:
+        stop = error if isinstance(error, KeyboardInterrupt) else next(iter(recorder.signals), None)
+        if stop is None:
+            raise
         recorder.progress.end()
         done = f"after epoch {len(journal.rows)} (update {recorder.done}) "
         say(f"{str(stop) or 'interrupted'}: {how_to_go_on(recorder.place, done)}")
         return getattr(stop, "code", 130)
     spread.agree(0)  # who leaves early takes the others along
     return 0
+
+
+def update(args, recorder, feed, extra):
+    """`keras.Model.fit`."""
+    first_epoch, replicas = len(recorder.journal.rows), recorder.spread.replicas
+    recorder.model.fit(
+        recorder.spread.feed(lambda slices: feed.training(first_epoch, replicas, slices)),
+        initial_epoch=first_epoch,
+        epochs=args.epochs,
+        steps_per_epoch=args.steps_per_epoch,
+        callbacks=[recorder, *extra],
+        shuffle=False,
+        verbose=0,
+    )
+
+
+@contextlib.contextmanager
+def heard(signals):
+    """Note what Ctrl-C and SIGTERM raise: a framework that is tracing loses it, or makes another error of it."""
+
+    def note(number, frame):
+        try:
+            before[number](number, frame)
+        except KeyboardInterrupt as stop:
+            signals.append(stop)
+            raise
+
+    here = threading.current_thread() is threading.main_thread()
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} if here else {}
+    before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def together(spread, step):

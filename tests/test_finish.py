@@ -1,0 +1,30 @@
+"""The end of a run: what is said of a prediction that is worth nothing."""
+
+import numpy as np
+import pytest
+
+from data import DataError
+from train import finish
+
+
+def test_a_degenerate_prediction_is_told_from_a_good_one():
+    truth = np.ones((2, 10, 10), np.uint8)
+    truth[:, ::5] = 0
+    noise = np.random.default_rng(0).normal(0, 0.05, truth.shape)
+    assert "is constant (0.700)" in finish.degenerate(np.full(truth.shape, 0.7, np.float32), truth)
+    always = finish.degenerate(np.float32(0.7 + noise), truth)
+    assert always == "Dice 0.889 is no better than 'always interior', which scores 0.889"
+    assert "no better" in finish.degenerate(np.float32(0.2 + noise), truth)
+    assert finish.degenerate(np.float32(0.8 * truth + 0.1), truth) is None
+
+
+def test_a_prediction_that_is_not_finite_is_refused():
+    good = np.ones((4, 4), np.float32)
+    assert finish.finite(good, 3) is good
+    with pytest.raises(DataError, match="section 3 is not finite"):
+        finish.finite(good * np.nan, 3)
+
+
+def test_few_sections_are_spread_evenly():
+    assert finish.some(range(10)) == [0, 1, 3, 5, 6, 8]
+    assert finish.some((4, 5)) == [4, 5]

@@ -1,0 +1,219 @@
+"""The run folder: whose files stand there, what a run remembers, what must be the same when it goes on."""
+
+import json
+import math
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import arrays, files, strict
+from test_trainee import trainee
+
+from data import DataError
+from train import record as records
+from train import run as training
+
+ROW = {"epoch": 1, "update": 2, "learning_rate": 0.1, "loss": 0.5, "dice": 0.6, "val_loss": 0.7, "val_dice": 0.8}
+
+
+# -- what a run remembers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "patience", "best", "stops"),
+    [
+        ([0.5, 0.4, 0.41, 0.3], 2, [True, True, False, True], None),
+        ([0.5, 0.5, 0.5], 2, [True, False, False], 2),
+        ([0.5, 0.4999, 0.4998, 0.4997], 3, [True, True, True, True], 3),  # better, but by less than 0.001
+        ([0.5, 0.6, 0.7, 0.8], 0, [True, False, False, False], None),
+    ],
+)
+def test_the_best_is_any_better_and_patience_wants_a_thousandth(found, patience, best, stops):
+    journal = records.Journal()
+    for epoch, (loss, expected) in enumerate(zip(found, best, strict=True)):
+        assert journal.judge(loss, patience) is expected
+        assert journal.stopped is (stops is not None and epoch >= stops)
+
+
+def test_what_a_run_remembers_is_in_its_checkpoint_and_it_goes_on_waiting_where_it_was_killed(tmp_path):
+    before = records.Journal(seconds=3.5)
+    for loss in (0.5, 0.4995, 0.4991):  # better, but not by the thousandth that is waited for
+        before.judge(loss, patience=3)
+        before.rows.append(ROW | {"val_loss": loss})
+    records.save_checkpoint(tmp_path / "c.npz", [], before)
+    after = records.load_checkpoint(tmp_path / "c.npz", [])
+    assert after == before
+    assert not after.stopped
+    assert after.judge(0.4990, patience=3)
+    assert after.stopped
+    records.save_checkpoint(tmp_path / "c.npz", [], records.Journal())
+    assert records.load_checkpoint(tmp_path / "c.npz", []).best == math.inf
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"rows": None},
+        {"rows": {}},
+        {"rows": [3]},
+        {"rows": [{"epoch": 1}]},
+        {"rows": [ROW | {"loss": "0.5"}]},
+        {"rows": [ROW | {"more": 1.0}]},
+        {"best": "inf"},
+        {"waited": 1.5},
+        {"stopped": 1},
+        {"seconds": [1]},
+        {"names": 5},
+        "deep",
+    ],
+)
+def test_a_checkpoint_of_wrong_types_is_refused(tmp_path, spoilt):
+    meta = {"names": [], **asdict(records.Journal(rows=[ROW]))}
+    if spoilt == "deep":
+        text = "[" * 100_000 + "]" * 100_000
+    else:
+        kept = meta | spoilt
+        text = json.dumps({key: value for key, value in kept.items() if value is not None})
+    np.savez(tmp_path / "checkpoint.npz", meta=np.array(text))
+    with pytest.raises(DataError, match="is not a checkpoint, or a broken one"):
+        records.load_checkpoint(tmp_path / "checkpoint.npz", [])
+
+
+def test_a_checkpoint_holds_everything_and_that_of_another_network_or_optimizer_is_refused(finished):
+    path = finished / "runs/x/checkpoint.npz"
+    found, meta = arrays(path)
+    names = " ".join(meta["names"])
+    for words in ("kernel", "moving_variance", "seed_generator_state", "velocity", "iteration"):
+        assert words in names, words
+    by_name = dict(zip(meta["names"], found.values(), strict=True))
+    assert next(value for name, value in by_name.items() if "iteration" in name) == 6
+    assert meta["rows"][-1]["epoch"] == 3
+    for words in ("--optimizer adam", "--filters 2,4", "--ema 0.9"):
+        with pytest.raises(DataError, match="belongs to another network or optimizer"):
+            records.load_checkpoint(path, trainee(words).state())
+
+
+# -- the run record ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        "not what it was",
+        "[1, 2]",
+        '{"a":' * 100_000 + "1" + "}" * 100_000,
+        {"settings": []},
+        {"epochs": "3"},
+        {"finished": 1},
+        {"final": None},
+        {"stopped_early": "no"},
+    ],
+)
+def test_a_run_record_of_another_kind_is_refused(finished, tmp_path, spoilt):
+    record = strict(finished / "runs/x/run.json")
+    text = spoilt if isinstance(spoilt, str) else json.dumps(record | spoilt)
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(DataError, match="is not a run record"):
+        records.read_record(tmp_path / "run.json")
+    assert records.read_record(finished / "runs/x/run.json") == record
+    assert records.read_record(tmp_path / "none.json") is None
+
+
+def test_a_run_that_goes_on_keeps_its_scores_its_first_provenance_and_a_list_of_its_sittings(capsys):
+    old = {"versions": {"backend": "tensorflow"}, "commit": "a", "hardware": {"device": "CPU"}, "command": "one"}
+    new = old | {"versions": {"backend": "jax"}, "command": "two"}
+    before = old | {"finished": True, "held_out": {"dice": 0.9}, "epochs": 1}
+    found = records.continued(new | {"finished": False, "epochs": 2, "sittings": [new]}, before, epoch=1)
+    assert (found["finished"], found["epochs"], found["held_out"]) == (False, 2, {"dice": 0.9})
+    assert found["versions"] == {"backend": "tensorflow"}
+    assert found["sittings"] == [old | {"from_epoch": 0}, new | {"from_epoch": 1}]
+    assert "backend was tensorflow, is jax" in capsys.readouterr().err
+    third = records.continued(new | {"sittings": [new]}, found, epoch=2)
+    assert [one["from_epoch"] for one in third["sittings"]] == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_commit_is_a_commit_or_nothing(monkeypatch, tmp_path):
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@y", *words], check=True,
+                       capture_output=True)  # fmt: skip
+
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "train" / "record.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert records.commit() is None
+    git("init")
+    assert records.commit() is None
+    for name in ("program.py", "table.json"):
+        (tmp_path / name).write_text("1")
+    git("add", ".")
+    git("commit", "-m", "x")
+    (tmp_path / "table.json").write_text("2")  # a record that a run adds to is not the program
+    assert len(records.commit()) == 40
+    (tmp_path / "program.py").write_text("2")
+    assert records.commit()[40:] == "+"
+
+
+def test_intensities_are_type_range_and_percentiles():
+    sections = np.arange(101, dtype=np.uint16)[None, :, None].repeat(3, axis=2)
+    found = records.intensity(sections)
+    assert (found["dtype"], found["min"], found["max"]) == ("uint16", 0, 100)
+    assert found["percentiles"] == list(range(1, 100))
+    assert len(records.intensity(np.ones((2, 64, 64), np.float32), pixels=100)["percentiles"]) == 99
+
+
+# -- whose files stand there -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["r/history.csv", "r/checkpoint.npz", "r/last.weights.h5", "r/last.json",
+                                  "r/curves.png", "r/held_out.png", "w/x.weights.h5", "w/x.json"])  # fmt: skip
+@pytest.mark.parametrize("resume", [False, True])
+def test_somebodys_file_is_replaced_with_force_only(tmp_path, name, resume):
+    place = records.Place(tmp_path / "r", tmp_path / "w/x.weights.h5")
+    theirs = tmp_path / name
+    theirs.parent.mkdir()
+    theirs.write_text("not a run's")
+    before = files(tmp_path)
+    with pytest.raises(DataError, match=f"{theirs.name} exists already"):
+        records.prepare(place, {}, resume=resume, force=False, inputs=(), defaults={})
+    assert files(tmp_path) == before
+    assert records.prepare(place, {}, resume=False, force=True, inputs=(), defaults={}) is None
+    assert not files(tmp_path), "an old file beside a new run would be taken for the run's"
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("r/run", "--weight_path must not be one of the run's own files"),
+        ("r/last", "--weight_path must not be one of the run's own files"),
+        ("link/run", "--weight_path must not be one of the run's own files"),
+        ("images", "--weight_path must not be an input"),
+    ],
+)
+def test_no_file_is_written_twice_and_none_is_an_input_even_with_force(tmp_path, weights, words):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "r")
+    (tmp_path / "images.json").write_text("a stack, for all that is known")
+    place = training.place_of(SimpleArgs(run_dir=str(tmp_path / "r"), weight_path=str(tmp_path / weights)))
+    with pytest.raises(DataError, match=words):
+        records.prepare(place, {}, resume=False, force=True, inputs=(str(tmp_path / "images.json"), None), defaults={})
+    assert (tmp_path / "images.json").exists()
+
+
+class SimpleArgs:
+    """Flags that are not given are the defaults."""
+
+    def __init__(self, **flags):
+        import dilatedUnet
+
+        self.__dict__ = vars(dilatedUnet.parse([])) | flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"), [({}, "runs/dilated_unet-published-0"), ({"weight_path": "w/x.h5"}, "runs/x")]
+)
+def test_a_run_folder_is_named_after_the_weights_or_the_network(flags, name):
+    place = training.place_of(SimpleArgs(**flags))
+    assert place.folder == Path(name)
+    assert place.weights == (Path("w/x.weights.h5") if flags else Path(name, "best.weights.h5"))

@@ -1,0 +1,729 @@
+"""A training run, whole: what it writes, exact resume, splits that do not leak, what goes wrong."""
+
+import errno
+import itertools
+import json
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+import tifffile
+from conftest import (
+    FINISHED,
+    HOLDOUT,
+    ROOT,
+    TINY,
+    arrays,
+    assert_same_run,
+    files,
+    history,
+    same,
+    strict,
+    weights_in,
+    with_ctrl_c,
+)
+
+import clr_callback
+import data
+import dilatedUnet
+from files import atomic
+from files.shell import Terminated
+from network import device, distribution, losses
+from predict import prediction
+from score import evaluation, scores
+from train import feed as feeds
+from train import finish, recorder
+from train import record as records
+from train import run as training
+
+JAX = pytest.mark.jax
+TENSORFLOW = keras.backend.backend() == "tensorflow"
+
+
+class Killed(BaseException):
+    """The process dies here, as far as the files can tell."""
+
+
+# -- a finished run ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_its_record_history_curves_checkpoint_and_weights(finished):
+    run = {path.name for path in (finished / "runs/x").iterdir()}
+    pictures = {"curves.png", "learning_rate.png", "held_out.png"}
+    assert run == {"run.json", "history.csv", "checkpoint.npz", "last.weights.h5", "last.json", *pictures}
+    assert {path.name for path in (finished / "weights").iterdir()} == {"x.weights.h5", "x.json"}
+    for name in pictures:
+        assert (finished / "runs/x" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_record_says_what_was_done_with_what(finished):
+    record = strict(finished / "runs/x/run.json")
+    images = tifffile.imread(finished / "images.tif")
+    assert record["argv"] == FINISHED
+    assert shlex.split(record["command"]) == ["python", "dilatedUnet.py", *record["argv"]]
+    assert (record["settings"]["max_lr"], record["settings"]["patience"]) == (1e-2, 300)
+    assert (record["seed"], record["epochs"], record["finished"], record["stopped_early"]) == (7, 3, True, False)
+    assert record["versions"]["keras"] == keras.__version__
+    assert record["versions"]["backend"] == keras.backend.backend()
+    assert record["sittings"] == [{key: record[key] for key in records.PROVENANCE} | {"from_epoch": 0}]
+    assert record["hardware"]["device"]
+    assert record["precision"] == "float32"
+    assert record["split"] == {
+        "protocol": "holdout", "train": [0, 1, 2, 3, 4], "inner": [5, 6], "held_out": [8, 9], "gap": [7],
+    }  # fmt: skip
+    assert record["normalisation"]["mean"] == pytest.approx(images[:5].mean())
+    assert record["normalisation"]["std"] == pytest.approx(images[:5].std())
+    assert record["data"]["image_sha256"] == data.sha256_pixels(images)
+    assert record["receptive_field_px"] > 100
+    assert record["network"]["filters"] == [2, 3]
+    assert 0 < record["training_seconds"] < 600
+    rows = history(finished / "runs/x")
+    assert len(rows) == 3
+    assert {key: record["final"][key] for key in rows[-1]} == rows[-1]
+    assert record["final"]["best_val_loss"] == min(row["val_loss"] for row in rows)
+    assert record["held_out"]["sections"] == [8, 9]
+    assert 0 <= record["held_out"]["dice"] <= 1
+    assert "degenerate" in record["held_out"]
+
+
+def test_the_weights_are_those_of_the_lowest_validation_loss_and_their_record_says_how_to_use_them(finished):
+    rows, run = history(finished / "runs/x"), strict(finished / "runs/x/run.json")
+    images, labels = (tifffile.imread(finished / name) for name in ("images.tif", "labels.tif"))
+    network, record = prediction.load_network(finished / "weights/x.weights")
+    assert record["after"]["val_loss"] == min(row["val_loss"] for row in rows)
+    for key in ("normalisation", "intensity", "network", "data"):
+        assert record[key] == run[key]
+    assert record["intensity"]["percentiles"][49] == np.percentile(images[:5], 50)
+    predict = prediction.section_predictor(
+        network, data.Normalisation.from_dict(record["normalisation"]), record["network"]
+    )
+    best = scores.best_threshold([predict(images[i]) for i in (5, 6)], labels[5:7] // 255)
+    assert record["threshold"] == best == run["threshold"]
+
+
+def test_the_history_holds_the_rate_that_the_pure_function_gives(finished):
+    for epoch, row in enumerate(history(finished / "runs/x")):
+        assert (row["epoch"], row["update"]) == (epoch + 1, 2 * epoch + 2)
+        assert row["learning_rate"] == clr_callback.triangular2(2 * epoch + 1, 1e-4, 1e-2, 4)
+
+
+def test_a_validation_loss_is_the_mean_over_all_windows(finished):
+    """Recomputed from the last weights, window by window, in numpy."""
+    images, labels = (tifffile.imread(finished / name) for name in ("images.tif", "labels.tif"))
+    network, record = prediction.load_network(finished / "runs/x/last.weights")
+    found = []
+    for batch in np.array_split(feeds.grid((64, 80), 32, (5, 6)), 6):
+        x = np.stack([images[s, r : r + 32, c : c + 32] for s, r, c in batch]).astype(np.float32)
+        t = np.stack([labels[s, r : r + 32, c : c + 32] for s, r, c in batch]).astype(np.float32) / 255
+        p = np.asarray(network(data.Normalisation.from_dict(record["normalisation"])(x)[..., None]))
+        found.append(float(losses.bce_dice(t, p)))
+    assert history(finished / "runs/x")[-1]["val_loss"] == pytest.approx(np.mean(found), rel=1e-4)
+
+
+def test_a_run_says_first_what_it_runs_on_and_at_the_start_where_the_weights_will_be(finished):
+    text = (finished / "stderr.txt").read_text()
+    lines = [line for line in text.splitlines() if "--recipe" not in line]
+    assert lines[0].startswith("device: ")
+    assert "precision: float32" in lines[0]
+    (said,) = [i for i, line in enumerate(lines) if "Keras 3 saves weights as .weights.h5" in line]
+    (scored,) = [i for i, line in enumerate(lines) if line.startswith("sections 8-9")]
+    assert said < scored
+    assert "weights/x.weights.h5" in lines[said]
+    assert "train on 0-4 (5), choose weights on 5-6, leave out 7, hold out 8-9" in text
+    assert "6 updates = 0.75 cycles of 8 updates; WARNING: the run ends in mid-cycle" in text
+    assert "\r" not in text
+
+
+# -- beside an earlier run ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gone", [[], ["runs"], ["weights"]])
+def test_a_run_and_its_weights_are_never_overwritten_without_force(again, tmp_path, gone):
+    for name in gone:
+        shutil.rmtree(tmp_path / name)
+    before = files(tmp_path)
+    for flags in ("--seed 8", *(["--resume"] if gone == ["runs"] else [])):
+        done = again(flags)
+        assert done.code == 2
+        assert " exists already (" in done.err.splitlines()[-1]
+        assert "--force" in done.err.splitlines()[-1]
+    assert files(tmp_path) == before
+
+
+def test_force_replaces_the_run_and_several_updates_per_call_give_the_same_one(again, tmp_path, finished):
+    before = files(tmp_path)
+    assert again("--force --steps_per_execution 2").code == 0
+    after = files(tmp_path)
+    assert before.keys() == after.keys()
+    for row, expected in zip(history(tmp_path / "runs/x"), history(finished / "runs/x"), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_trainings_in_one_folder_or_with_one_weight_file_are_refused(again, tmp_path):
+    before = files(tmp_path)
+    for path in ("runs/x", "weights/x.weights.h5"):
+        with atomic.locked(tmp_path / path):
+            done = again("--force")
+        assert (done.code, "in use by another run" in done.err.splitlines()[-1]) == (2, True)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--lr 2e-4", "same settings: --lr was 0.0001. Received: 0.0002"),
+        ("--seed 8", "--seed was 7. Received: 8"),
+        ("--filters 2,4", "--filters was [2, 3]. Received: [2, 4]"),
+        ("--precision bfloat16", "--precision was float32. Received: bfloat16"),
+        ("--tta 8", "--tta was none. Received: 8"),
+        ("--weight_path y --run_dir runs/x", "--weight_path was weights/x.weights.h5. Received: y.weights.h5"),
+        ("--image_path other.tif", "--resume needs the same data"),
+    ],
+)
+def test_another_setting_is_refused_by_name_on_resume(again, tmp_path, flags, words):
+    tifffile.imwrite("other.tif", tifffile.imread("images.tif") ^ 1)
+    before = files(tmp_path)
+    done = again(f"--resume --epochs 5 {flags}")
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("dilatedUnet.py: --resume needs")
+    assert words in done.err.splitlines()[-1]
+    assert files(tmp_path) == before
+
+
+def test_an_older_run_elsewhere_whose_paths_are_spelled_otherwise_goes_on_and_keeps_its_scores(
+    again, tmp_path, monkeypatch
+):
+    """A record without a flag that came later and without sittings; the last epoch's scoring dies."""
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    shutil.copy("images.tif", "copied.tif")
+    path = tmp_path / "moved/x/run.json"
+    record = strict(path)
+    assert record["settings"].pop("tta") == "none"
+    record["versions"]["keras"] = "3.0"
+    del record["sittings"]
+    path.write_text(json.dumps(record))
+    flags = "--resume --epochs 4 --run_dir ./moved/x --weight_path ./weights/../weights/x --image_path ./copied.tif"
+    with monkeypatch.context() as patch:
+        die_at(patch, (finish, "score", 1, "before"))
+        with pytest.raises(Killed):
+            again(flags)
+    now = strict(path)
+    assert (now["finished"], now["held_out"], now["final"]["epoch"]) == (False, record["held_out"], 3)
+    done = again(flags)
+    assert done.code == 0, done.err
+    now = strict(path)
+    assert (now["finished"], now["final"]["epoch"]) == (True, 4)
+    assert now["versions"]["keras"] == "3.0"
+    assert [one["from_epoch"] for one in now["sittings"]] == [0, 3, 4]
+    done = again(flags)
+    assert done.code == 0
+    assert "finished after epoch 4 already; raise --epochs to go on" in done.err
+
+
+def test_a_resumed_run_keeps_its_precision_whatever_is_faster_here(again, monkeypatch):
+    monkeypatch.setattr(device, "choose_precision", lambda asked: "bfloat16" if asked == "auto" else asked)
+    args = dilatedUnet.parse([*FINISHED, "--resume", "--precision", "auto"])
+    assert training.precision_of(args, training.place_of(args)) == "float32"
+    args.resume = False
+    assert training.precision_of(args, training.place_of(args)) == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("checkpoint.npz", lambda path: path.write_bytes(path.read_bytes()[:-500]), "or a broken one"),
+        ("run.json", lambda path: path.write_text("[1, 2]"), "run.json is not a run record"),
+        ("run.json", Path.unlink, "--force starts anew"),
+        ("run.json", lambda path: unfinish(path), "--epochs must be at least the 3 done. Received: 2"),
+    ],
+)
+def test_a_damaged_or_longer_run_is_not_resumed(again, tmp_path, name, damage, words):
+    damage(tmp_path / "runs/x" / name)
+    before = files(tmp_path)
+    done = again("--resume --epochs 2")
+    if "or a broken one" in words:
+        unfinish(tmp_path / "runs/x/run.json")
+        before = files(tmp_path)
+        done = again("--resume --epochs 2")
+    assert done.code == 2
+    assert words in done.err.splitlines()[-1]
+    assert files(tmp_path) == before
+
+
+def unfinish(path):
+    path.write_text(json.dumps(strict(path) | {"finished": False}))
+
+
+# -- exact resume ------------------------------------------------------------------------------------------------
+
+EXACT = f"{HOLDOUT} --augment all --lr 1e-4 --max_lr 1e-2 --step_size 3"
+
+
+def die_at(monkeypatch, where):
+    """Make the run die at one exact place: `where` is (object, name, which call, before or after it)."""
+    thing, name, nth, when = where
+    real, calls = getattr(thing, name), itertools.count(1)
+
+    def dying(*args, **kwargs):
+        last = next(calls) == nth
+        if last and when == "before":
+            raise Killed
+        result = real(*args, **kwargs)
+        if last:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(thing, name, dying)
+
+
+def full_at(monkeypatch, nth):
+    """The disk is full in the middle of the nth checkpoint."""
+    real, calls = np.savez, itertools.count(1)
+
+    def full(file, **named):
+        if next(calls) == nth:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file, **named)
+
+    monkeypatch.setattr(np, "savez", full)
+
+
+def test_a_run_that_dies_at_the_worst_moments_ends_as_if_it_had_not(train, monkeypatch, tmp_path):
+    """Before the first checkpoint, in mid-epoch, between weights, their record and the checkpoint, after the end."""
+    assert train(f"{EXACT} --epochs 3 --run_dir whole").code == 0
+    deaths = [
+        (2, (recorder, "save_checkpoint", 1, "before")),
+        (2, (recorder.Recorder, "on_train_batch_end", 3, "before")),
+        (2, (finish, "score", 1, "before")),
+        (3, "full disk"),
+        (3, (recorder.Recorder, "save_weights", 1, "after")),
+        (3, (records.Journal, "write_history", 1, "after")),
+        (3, (recorder, "save_checkpoint", 1, "after")),
+    ]
+    for i, (epochs, where) in enumerate(deaths):
+        flags = f"{EXACT} --epochs {epochs} --run_dir parts {'--resume' * (i > 0)}"
+        with monkeypatch.context() as patch:
+            if where == "full disk":
+                full_at(patch, 1)
+                done = train(flags)
+                assert done.code == 2
+                assert "parts/checkpoint.npz could not be written: No space left on device" in done.err.splitlines()[-1]
+                assert not list(tmp_path.glob("parts/.*"))
+            else:
+                die_at(patch, where)
+                with pytest.raises(Killed):
+                    train(flags)
+    done = train(f"{EXACT} --epochs 3 --run_dir parts --resume")
+    assert done.code == 0, done.err
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@JAX
+def test_adam_with_averaged_weights_resumes_exactly(train, monkeypatch, tmp_path):
+    flags = (
+        f"{HOLDOUT} --augment elastic --optimizer adam --ema 0.5 --clr_mode cosine --max_lr 1e-2 --steps_per_epoch 1"
+    )
+    assert train(f"{flags} --run_dir whole").code == 0
+    with monkeypatch.context() as patch:
+        die_at(patch, (recorder.Recorder, "on_train_batch_end", 2, "after"))
+        with pytest.raises(Killed):
+            train(f"{flags} --run_dir parts")
+    assert train(f"{flags} --run_dir parts --resume").code == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_signal_keeps_the_checkpoint_and_says_how_to_go_on(capsys, monkeypatch, stop, code, lost):
+    """Also where TensorFlow, which was tracing, makes another error of it."""
+
+    def handler(*_):
+        raise stop
+
+    def fit(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+        except KeyboardInterrupt:
+            if lost:
+                raise TypeError("None is no number") from None
+            raise
+
+    monkeypatch.setattr(training.signal, "SIGTERM", signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, handler)
+
+    course = SimpleNamespace(epochs=9, steps_per_epoch=2, updates=18)
+    held = recorder.Recorder(records.Place(Path("run"), Path("x")), {}, course, records.Journal(rows=[{}, {}]))
+    held.set_model(SimpleNamespace(fit=fit))
+    args = SimpleNamespace(epochs=9, steps_per_epoch=2)
+    assert training.fit(args, held, SimpleNamespace(training=lambda *_: iter([])), [], None) == code
+    said = capsys.readouterr().err
+    assert said.startswith("interrupted" if code == 130 else "ended by SIGTERM")
+    assert "the checkpoint after epoch 2 (update 4) is in run; the same command with --resume goes on" in said
+
+
+# The command line, except that the epoch after `hold` is never begun: the process cannot end before it is killed.
+HELD = """
+import sys, time
+import dilatedUnet
+from files import shell
+from train.recorder import Recorder
+hold = int(sys.argv.pop(1))
+def on_epoch_begin(self, epoch, logs=None):
+    while epoch > hold:
+        time.sleep(0.1)
+Recorder.on_epoch_begin = on_epoch_begin
+sys.exit(shell.ends(dilatedUnet.main))
+"""
+
+
+@pytest.fixture
+def processes(small, tmp_path):
+    """The command line in processes that can be killed; one with `hold` waits before epoch hold + 1 for that."""
+    flags = f"{TINY} {EXACT} --epochs 16 --steps_per_epoch 3".split()
+    flags += ["--image_path", small / "images.tif", "--mask_path", small / "labels.tif"]
+
+    def start(*more, hold=None):
+        program = [ROOT / "dilatedUnet.py"] if hold is None else ["-c", HELD, hold]
+        words = map(str, [sys.executable, *program, *flags, *more])
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with open(tmp_path / "stderr.txt", "w") as said:
+            return subprocess.Popen(
+                list(words), cwd=tmp_path, stdout=said, stderr=said, preexec_fn=with_ctrl_c, env=environment
+            )
+
+    return start
+
+
+def wait_for_epoch(folder, epoch, process):
+    """Until the checkpoint holds that many epochs; the process must still be at work."""
+    for _ in range(6000):
+        try:
+            if len(arrays(folder / "checkpoint.npz")[1]["rows"]) >= epoch:
+                return
+        except (OSError, ValueError):
+            pass
+        assert process.poll() is None, (folder.parent / "stderr.txt").read_text()
+        time.sleep(0.02)
+    raise AssertionError(f"epoch {epoch} never came")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TENSORFLOW, reason="the promise of the same bits after kill -9 is TensorFlow's, on the CPU")
+def test_kill_9_at_random_moments_and_sigterm_leave_no_trace(processes, tmp_path):
+    whole = processes("--run_dir", "whole")
+    assert whole.wait(300) == 0, (tmp_path / "stderr.txt").read_text()
+    moments = random.Random(2017)
+    epochs = sorted(moments.sample(range(1, 12), 3))
+    for epoch, how in zip(epochs, (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL), strict=True):
+        process = processes("--run_dir", "parts", "--resume", hold=epoch + 3)
+        wait_for_epoch(tmp_path / "parts", epoch, process)
+        time.sleep(moments.random() * 0.2)
+        process.send_signal(how)
+        code, said = process.wait(120), (tmp_path / "stderr.txt").read_text()
+        assert code == (143 if how == signal.SIGTERM else -how), said
+        assert "Traceback" not in said
+    last = processes("--run_dir", "parts", "--resume")
+    assert last.wait(300) == 0, (tmp_path / "stderr.txt").read_text()
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    assert not [path for path in files(tmp_path) if ".part" in path.name or path.name.endswith(".lock")]
+
+
+# -- several processes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mine", "others"), [(None, False), (None, True), ("bad data", True)])
+def test_what_is_refused_in_one_process_ends_all(mine, others):
+    def step():
+        if mine:
+            raise data.DataError(mine)
+        return 5
+
+    spread = distribution.Alone()
+    spread.any = lambda wrong: wrong or others
+    if not others:
+        assert training.together(spread, step) == 5
+    else:
+        with pytest.raises(data.DataError, match=mine or "another process of this run was refused"):
+            training.together(spread, step)
+
+
+# -- what is held out, and how the end is scored -------------------------------------------------------------------
+
+
+def test_protocol_all_trains_on_every_section_keeps_the_last_weights_and_scores_nothing_as_held_out(train, small):
+    done = train("--protocol all --run_dir run --weight_path w/all --tta 4 --lr 1e-3 --max_lr 1e-2")
+    assert done.code == 0, done.err
+    assert "all: train on 0-9 (10), hold nothing out" in done.err
+    record = strict("run/run.json")
+    assert record["split"] == {"train": [*range(10)], "inner": [], "held_out": [], "gap": [], "protocol": "all"}
+    assert "held_out" not in record
+    assert record["training_sections"]["sections"] == [0, 1, 3, 5, 6, 8]
+    assert record["final"]["best_val_loss"] is None
+    assert all("val_loss" not in row for row in history(Path("run")))
+    assert same(weights_in("w/all.weights.h5"), weights_in("run/last.weights.h5"))
+    network, kept = prediction.load_network("w/all")
+    assert kept["threshold"] == record["threshold"]
+    images, labels = (tifffile.imread(small / name)[[0, 1, 3, 5, 6, 8]] for name in ("images.tif", "labels.tif"))
+    normalisation = data.Normalisation.from_dict(kept["normalisation"])
+    for tta, equal in (("4", True), ("none", False)):  # rotations are averaged where asked for
+        predict = prediction.section_predictor(network, normalisation, kept["network"], tta=tta)
+        found = evaluation.score_arrays(np.stack([predict(one) for one in images]), labels // 255, ("bce",))["bce"]
+        assert (found == pytest.approx(record["training_sections"]["bce"], rel=1e-6)) is equal
+
+
+def test_held_out_and_gap_sections_touch_neither_weights_nor_normalisation_nor_history(again, finished, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, high in (("images.tif", 256), ("labels.tif", 2)):
+        stack = tifffile.imread(name)
+        stack[7:] = rng.integers(0, high, stack[7:].shape) * (255 if high == 2 else 1)
+        tifffile.imwrite(f"other-{name}", stack)
+    done = again("--run_dir other --weight_path other/best --image_path other-images.tif --mask_path other-labels.tif")
+    assert done.code == 0, done.err
+    shutil.copytree(finished / "weights", tmp_path / "runs/x", dirs_exist_ok=True)
+    assert_same_run(tmp_path / "other", tmp_path / "runs/x", weights=("best", "x"))
+    one, two = (strict(tmp_path / name / "run.json") for name in ("other", "runs/x"))
+    assert one["normalisation"] == two["normalisation"]
+    assert one["data"]["image_sha256"] != two["data"]["image_sha256"]
+    assert one["held_out"]["bce"] != two["held_out"]["bce"]
+
+
+@pytest.mark.parametrize(
+    ("words", "train", "inner", "held_out"),
+    [
+        ("holdout --train_sections 0-2,5 --inner_sections 1", (0, 1, 2, 5), (7,), (8, 9)),
+        ("kfold --folds 5 --fold 1 --inner_sections 0", (0, 1, 4, 5, 6, 7, 8, 9), (), (2, 3)),
+    ],
+)
+def test_sections_are_split_as_the_flags_say(words, train, inner, held_out):
+    split = training.split_of(dilatedUnet.parse(["--protocol", *words.split()]), 10)
+    assert (split.train, split.inner, split.held_out) == (train, inner, held_out)
+
+
+@pytest.mark.parametrize(("sections", "inner"), [(3, 0), (4, 1), (10, 1), (16, 2), (30, 3), (100, 3)])
+def test_an_eighth_of_the_sections_chooses_the_weights_by_default(sections, inner):
+    args = dilatedUnet.parse(["--protocol", "holdout"])
+    assert len(training.split_of(args, sections).inner) == inner
+
+
+# -- learning ----------------------------------------------------------------------------------------------------
+
+
+@JAX
+def test_the_program_learns(train, tmp_path):
+    flags = "--optimizer adam --lr 1e-2 --clr_mode none --epochs 3 --steps_per_epoch 12 --dropout 0.1 --run_dir run"
+    done = train(f"{HOLDOUT} {flags}")
+    assert done.code == 0, done.err
+    rows = history(tmp_path / "run")
+    assert rows[-1]["loss"] < 0.85 * rows[0]["loss"]
+    assert rows[-1]["dice"] > rows[0]["dice"]
+    assert {row["learning_rate"] for row in rows} == {1e-2}
+
+
+def test_a_network_that_learns_nothing_is_stopped_after_its_patience_and_said_to_have_learned_nothing(train, tmp_path):
+    flags = f"{HOLDOUT} --clr_mode none --lr 1e-12 --epochs 9 --steps_per_epoch 1 --patience 2 --run_dir run"
+    done = train(flags)
+    assert done.code == 0
+    record = strict("run/run.json")
+    assert f"WARNING: {record['held_out']['degenerate']}" in done.err
+    assert record["stopped_early"] is True
+    done = train(f"{flags} --resume --epochs 20")
+    assert (done.code, "it stopped early" in done.err) == (0, True)
+    assert len(history(tmp_path / "run")) == 3
+
+
+# -- what goes wrong while training ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words", "epochs"),
+    [
+        (f"{HOLDOUT} --lr 2e38", "not finite at update", 0),
+        ("--protocol all --lr 1e37 --epochs 1 --steps_per_epoch 1", "prediction of section 0 is not finite", 1),
+    ],
+)
+def test_a_run_that_diverges_even_at_its_last_update_is_no_success(train, tmp_path, flags, words, epochs):
+    done = train(f"{flags} --clr_mode none --run_dir run")
+    assert done.code == 2
+    assert words in done.err.splitlines()[-1]
+    assert "Traceback" not in done.err
+    found, meta = arrays(tmp_path / "run/checkpoint.npz")
+    assert len(meta["rows"]) == epochs
+    assert all(np.isfinite(array).all() for array in found.values())
+    assert strict("run/run.json")["finished"] is False
+    assert not [*tmp_path.glob("run/best*"), *tmp_path.glob("run/last*")]
+
+
+def test_a_file_too_large_for_the_disk_is_one_sentence_and_exit_code_2(again, tmp_path):
+    """A real limit of the operating system, in a real process: all files stay as they were."""
+    before = files(tmp_path)
+    limit = min((tmp_path / f"runs/x/{name}").stat().st_size for name in ("checkpoint.npz", "last.weights.h5")) // 2
+    done = subprocess.run(
+        [sys.executable, ROOT / "dilatedUnet.py", *FINISHED, "--epochs", "9", "--resume"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "could not be written" in done.stderr.splitlines()[-1]
+    after = files(tmp_path)
+    assert before.keys() == after.keys()
+    for name in ("runs/x/checkpoint.npz", "runs/x/last.weights.h5", "weights/x.weights.h5"):
+        assert after[tmp_path / name] == before[tmp_path / name]
+
+
+# -- other jobs --------------------------------------------------------------------------------------------------
+
+
+def test_the_preview_draws_what_the_network_will_see_and_trains_nothing(train, tmp_path):
+    seen = Path("pictures/seen.png")
+    done = train(f"{HOLDOUT} --augment all --augment_preview {seen}")
+    assert done.code == 0, done.err
+    assert seen.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+    done = train(f"--augment_preview {seen}")
+    assert (done.code, "seen.png exists already" in done.err) == (2, True)
+    assert train(f"--augment_preview {seen} --force").code == 0
+
+
+def test_the_range_test_draws_a_picture_and_suggests_a_range(train, tmp_path):
+    done = train(f"{HOLDOUT} --lr_find 40 --run_dir run --optimizer adam --dropout 0")
+    assert done.code == 0, done.err
+    words = done.err.splitlines()[-1].split()
+    assert words[0] == "suggested:"
+    assert 1e-7 < float(words[words.index("--lr") + 1]) < float(words[words.index("--max_lr") + 1]) < 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lr_find.png"]
+
+
+@pytest.mark.parametrize("found", [[1.0, 2.0, 3.0, 5.0], [float("nan")]])
+def test_a_range_test_in_which_the_loss_never_falls_says_so(train, monkeypatch, tmp_path, found):
+    values = iter(found)
+    monkeypatch.setattr(training.Trainee, "train_on_batch", lambda *_, **__: {"loss": next(values)})
+    done = train("--lr_find")
+    assert (done.code, "the loss never fell in the range test" in done.err) == (2, True)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_tensorboard_logs_are_written_or_the_missing_package_is_named(train, tmp_path):
+    done = train(f"{HOLDOUT} --tensorboard --epochs 1 --run_dir run")
+    logs = list((tmp_path / "run").glob("tensorboard/**/events*"))
+    if done.code == 0:
+        assert logs
+    else:
+        assert done.code == 2
+        assert "--tensorboard needs the package tensorboard" in done.err.splitlines()[-1]
+        assert not list(tmp_path.iterdir())
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------
+
+GRAY = np.random.default_rng(0).integers(0, 256, (10, 64, 80), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("words", "spoilt"),
+    [
+        ("empty", {"images": b""}),
+        ("not a TIFF", {"images": b"GIF89a, or so it says"}),
+        ("cut off", {"images": "cut off"}),
+        ("RGB", {"images": np.zeros((10, 64, 80, 3), np.uint8)}),
+        ("10 sections of 64 x 80 px. Received: 9", {"labels": GRAY[:9] // 128}),
+        ("10 sections of 64 x 80 px. Received: 10 sections of 64 x 72 px", {"labels": GRAY[:, :, :72] // 128}),
+        ("must hold two label values, and holds 3 (0, 1, 2)", {"labels": GRAY % 3}),
+        ("NaN", {"images": np.where(GRAY == 7, np.nan, GRAY).astype(np.float32)}),
+        ("--window must fit into the sections", {"flags": "--window 72"}),
+        ("too few sections", {"images": GRAY[:2], "labels": GRAY[:2] // 128,
+                              "flags": "--protocol holdout --inner_sections 1"}),
+        ("--val_sections must lie in 0-9. Received: 9-12", {"flags": "--protocol holdout --val_sections 9-12"}),
+        ("sections must be numbers and ranges", {"flags": "--protocol holdout --val_sections last"}),
+        ("--train_sections must not be held out", {"flags": "--protocol holdout --train_sections 0-9"}),
+        ("--fold must be from 0 to 4. Received: 5", {"flags": "--protocol kfold --fold 5"}),
+        ("augment none takes no elastic_sd_px", {"flags": "--elastic_sd_px 5"}),
+        ("scale must be two numbers, smallest and largest", {"flags": "--augment all --scale 2 1"}),
+        ("could not be written", {"flags": "--run_dir images.tif/run"}),
+        ("could not be written", {"flags": "--weight_path /proc/nowhere/x.weights"}),
+        ("images.tif could not be written", {"flags": "--augment_preview images.tif/p.png"}),
+        ("there are none beside", {"flags": "--image_path images.tif", "unlabelled": True}),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_in_one_sentence_and_nothing_is_written(refuses, small, tmp_path, words, spoilt):
+    for name in ("images", "labels"):
+        array, path = spoilt.get(name), tmp_path / f"{name}.tif"
+        shutil.copy(small / path.name, tmp_path)
+        if isinstance(array, str):
+            path.write_bytes(path.read_bytes()[:30000])
+        elif isinstance(array, bytes):
+            path.write_bytes(array)
+        elif array is not None:
+            tifffile.imwrite(path, array, photometric="rgb" if array.shape[-1] == 3 else "minisblack")
+    before = files(tmp_path)
+    labels = () if "unlabelled" in spoilt else ("--mask_path", "labels.tif")
+    refuses(words, "--image_path", "images.tif", *labels, *TINY.split(), *spoilt.get("flags", "").split())
+    assert files(tmp_path) == before
+
+
+def test_a_mask_that_is_all_background_is_a_warning(train):
+    tifffile.imwrite("none.tif", np.zeros((10, 64, 80), np.uint8))
+    done = train(f"{HOLDOUT} --mask_path none.tif --run_dir run --epochs 1")
+    assert done.code == 0, done.err
+    assert "warning: the mask is all background" in done.err
+    assert strict("run/run.json")["finished"]
+
+
+def test_inverted_labels_are_turned(small, tmp_path):
+    tifffile.imwrite(tmp_path / "turned.tif", 255 - tifffile.imread(small / "labels.tif"))
+    words = ["--image_path", str(small / "images.tif"), *TINY.split(), "--mask_path"]
+    plain = training.load(dilatedUnet.parse([*words, str(small / "labels.tif")])).masks
+    turned = training.load(dilatedUnet.parse([*words, str(tmp_path / "turned.tif"), "--invert_mask"])).masks
+    assert np.array_equal(plain.sections, turned.sections)
+    assert plain.sections.mean() > 0.5
+
+
+# -- the real stack ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--lr 0.00001 --max_lr 0.01 --epochs 500 --dilate_rate 1 --dilate 0 --weight_path "
+        "weights/standard_unet.weights --addition 1",
+        "--lr 0.00001 --max_lr 0.01 --epochs 500 --dilate_rate 2 --dilate 1 --weight_path "
+        "weights/dilated_unet.weights --addition 1",
+    ],
+)
+def test_a_published_command_trains_on_the_real_stack_and_predicts_it(call, isbi, monkeypatch, tmp_path, words):
+    """Word for word, with fewer epochs, updates and validation windows; the scores of whole sections are cut short."""
+    name = words.split("/")[1].split(".")[0]
+    monkeypatch.setattr(finish, "score", lambda truth, interior, sections: {"sections": sections})
+    monkeypatch.setattr(finish, "choose", lambda *_: {"threshold": 0.5})
+    done = call(*words.split(), "--epochs", "1", "--steps_per_epoch", "1", "--val_windows", "1")
+    assert done.code == 0, done.err
+    assert f"weights: weights/{name}.weights.h5 (Keras 3 saves weights as .weights.h5)" in done.err
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == [f"{name}.json", f"{name}.weights.h5"]
+    record = strict(f"weights/{name}.json")
+    assert record["network"]["dilate"] == ("dilated" in name)
+    if "standard" in name:
+        return  # one prediction of thirty sections is enough
+    done = call("predict", "--weight_path", f"weights/{name}.weights", "--output", "prediction.tif")
+    assert done.code == 0, done.err
+    with tifffile.TiffFile("prediction.tif") as file:
+        found = file.asarray()
+        assert file.is_imagej
+    assert (found.shape, found.dtype) == ((30, 512, 512), np.float32)
+    assert 0 <= found.min() < found.max() <= 1
+    assert data.iter_sections("prediction.tif").voxel_nm == pytest.approx((50, 4, 4))
