@@ -23,6 +23,9 @@ import numpy as np
 from keras import ops
 from keras.backend import standardize_dtype
 
+from network.hashing import random_words
+from network.mirror import reflect
+
 CLIP_SD = 3.0  # grid displacements are clipped here, so that no pixel can leave the source window
 _LIMITS = {
     "max_rotation_deg": (0, 180),
@@ -250,13 +253,6 @@ def margin(recipe, window):
     return max(int(np.ceil((stretch - 1) * (window - 1) / 2 + moved)) + 1, 1)
 
 
-def _reflect(start, length, size):
-    """Indices start .. start + length - 1 mirrored into 0 .. size - 1, the edge itself not repeated."""
-    period = max(2 * (size - 1), 1)
-    index = np.arange(start, start + length) % period
-    return np.minimum(index, period - index) if size > 1 else np.zeros(length, int)
-
-
 def cut(stack, draw, margin):
     """The source window of `draw` from a stack (S, H, W), in the stack's own dtype.
 
@@ -264,7 +260,7 @@ def cut(stack, draw, margin):
     """
     section = stack[draw.section]
     rows, columns = (
-        _reflect(origin - margin, draw.window + 2 * margin, size)
+        reflect(origin - margin, origin + draw.window + margin, size)
         for origin, size in zip(draw.origin, section.shape, strict=True)
     )
     top = rows.min()
@@ -401,28 +397,12 @@ def _change_gray(image, gray, recipe):
 
 
 def _noise(key, window):
-    """Noise of mean 0 and variance 1, close to Gaussian: sums of the four bytes of one 32-bit hash per pixel.
-
-    Integer arithmetic alone, so it is the same on every backend, and no generator has a state. The hash is
-    C. Wellons' lowbias32 (github.com/skeeto/hash-prospector) of a Weyl sequence that starts at `key`.
-    """
-    pixel = ops.reshape(ops.arange(window * window, dtype="int32"), (window, window))
-    bits = pixel * _int32(0x9E3779B9) + key[:, None, None]
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        bits = ops.bitwise_xor(bits, _shift_right(bits, shift)) * _int32(factor)
-    bits = ops.bitwise_xor(bits, _shift_right(bits, 16))
+    """Noise of mean 0 and variance 1, close to Gaussian: sums of the four bytes of one random word per pixel."""
+    words = random_words(window * window, (0, key[:, None]))
+    bits = ops.reshape(ops.cast(words, "int32"), (-1, window, window))
     pairs = ops.bitwise_and(bits, 0x00FF00FF) + ops.bitwise_and(ops.right_shift(bits, 8), 0x00FF00FF)
     total = ops.right_shift(pairs * 0x10001, 16)  # the upper half word sums both half words
     return (ops.cast(total, "float32") - 510) * (1 / np.sqrt(4 * (256**2 - 1) / 12))
-
-
-def _int32(unsigned):
-    return unsigned - 2**32 if unsigned >= 2**31 else unsigned
-
-
-def _shift_right(bits, count):
-    """Shift int32 as if it were unsigned."""
-    return ops.bitwise_and(ops.right_shift(bits, count), (1 << (32 - count)) - 1)
 
 
 def preview_batch(images, masks, recipe, *, seed, n, window, mean, std, sections=None, epoch=0):

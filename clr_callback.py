@@ -1,7 +1,7 @@
 """Cyclical learning rates (L. N. Smith 2015, arXiv 1506.01186) for any Keras model and backend.
 
 The schedule is a pure function of the update number, counted from 0; the callback and the in-graph schedule are
-thin wrappers around it.
+thin wrappers around it. The formulas import without Keras.
 
     model.fit(x, y, callbacks=[CyclicLR(base_lr=1e-5, max_lr=1e-2, step_size=2000)])
 
@@ -9,10 +9,9 @@ thin wrappers around it.
 [0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
 """
 
-import math
+import functools
 
-import keras
-from keras import ops
+import numpy as np
 
 MODES = ("triangular", "triangular2", "exp_range")
 
@@ -47,30 +46,46 @@ def cosine(update, base_lr, max_lr, updates, warm_up=0):
 
     Loshchilov & Hutter 2016 (arXiv 1608.03983), without restarts: a schedule that ends low.
     """
-    rising = (update + 1) / (warm_up + 1)
-    done = (update - warm_up) / max(1, updates - 1 - warm_up)
-    done = _clip01(done)
-    falling = base_lr + (max_lr - base_lr) * 0.5 * (1 + _cos(math.pi * done))
-    return _where(update < warm_up, max_lr * rising, falling)
+    ops = _operations(update)
+    done = ops.clip((update - warm_up) / max(1, updates - 1 - warm_up), 0.0, 1.0)
+    falling = base_lr + (max_lr - base_lr) * 0.5 * (1 + ops.cos(np.pi * done))
+    return ops.where(update < warm_up, max_lr * (update + 1) / (warm_up + 1), falling)
 
 
-def _is_tensor(x):
-    return keras.ops.is_tensor(x)
+def _operations(x):
+    """numpy for numbers and arrays, `keras.ops` for tensors: the functions have the same names."""
+    if isinstance(x, (int, float, np.ndarray, np.generic)):
+        return np
+    from keras import ops
+
+    return ops
 
 
-def _clip01(x):
-    return ops.clip(x, 0.0, 1.0) if _is_tensor(x) else min(1.0, max(0.0, x))
+# -- for Keras --------------------------------------------------------------------------------------------------
 
 
-def _cos(x):
-    return ops.cos(x) if _is_tensor(x) else math.cos(x)
+def __getattr__(name):
+    """`CyclicLR` and `Schedule`."""
+    if name not in ("CyclicLR", "Schedule"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _classes()[name]
 
 
-def _where(condition, yes, no):
-    return ops.where(condition, yes, no) if _is_tensor(condition) else (yes if condition else no)
+@functools.cache
+def _classes():
+    """What is below as Keras's callback and schedule; Keras is imported here, where one of them is asked for."""
+    import keras
+
+    class Schedule(_Schedule, keras.optimizers.schedules.LearningRateSchedule):
+        __doc__ = _Schedule.__doc__
+
+    class CyclicLR(_CyclicLR, keras.callbacks.Callback):
+        __doc__ = _CyclicLR.__doc__
+
+    return {"CyclicLR": CyclicLR, "Schedule": Schedule}
 
 
-class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+class _Schedule:
     """A pure function of the update number as an in-graph schedule: no callback has to touch the optimizer.
 
     Parameters
@@ -83,13 +98,15 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         self.rate = rate
 
     def __call__(self, step):
+        from keras import ops
+
         return ops.cast(self.rate(ops.cast(step, "float32")), "float32")
 
     def get_config(self):
         raise NotImplementedError("A Schedule wraps a Python function; rebuild it from the run's settings.")
 
 
-class CyclicLR(keras.callbacks.Callback):
+class _CyclicLR:
     """Sets the learning rate of every update, and records the rate that was used.
 
     Parameters
@@ -147,13 +164,13 @@ class CyclicLR(keras.callbacks.Callback):
 
     def schedule(self):
         """The same rates as a `LearningRateSchedule`."""
-        return Schedule(self.rate)
+        return _classes()["Schedule"](self.rate)
 
     def on_train_begin(self, logs=None):
-        self.update = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+        self.update = self._updates_made()
         configured = getattr(self.model.optimizer, "_learning_rate", None)
-        self._in_graph = isinstance(configured, Schedule)
-        if isinstance(configured, keras.optimizers.schedules.LearningRateSchedule) and not self._in_graph:
+        self._in_graph = isinstance(configured, _Schedule)
+        if callable(configured) and not self._in_graph:
             raise ValueError("CyclicLR needs an optimizer with a constant learning rate, or with its own schedule().")
         if not self._in_graph and getattr(self.model, "steps_per_execution", 1) > 1:
             raise ValueError(
@@ -161,6 +178,9 @@ class CyclicLR(keras.callbacks.Callback):
                 "learning_rate=CyclicLR(...).schedule(). "
                 f"Received: steps_per_execution={self.model.steps_per_execution}"
             )
+
+    def _updates_made(self):
+        return int(np.asarray(self.model.optimizer.iterations))
 
     def on_train_batch_begin(self, batch, logs=None):
         if not self._in_graph:
@@ -174,6 +194,11 @@ class CyclicLR(keras.callbacks.Callback):
             self.update += 1
 
     def on_epoch_end(self, epoch, logs=None):
+        too_many = self.update - self._updates_made()  # where the epoch's last execution ran out of batches
+        if too_many > 0:
+            self.update -= too_many
+            for column in self.history.values():
+                del column[-too_many:]
         if logs is not None and self.history["learning_rate"]:
             logs["learning_rate"] = self.history["learning_rate"][-1]
 

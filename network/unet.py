@@ -16,7 +16,7 @@ from math import sqrt
 import keras
 
 from network.field import field_of
-from network.layers import BatchNormDropout, Dropout, InputSize, Interior, Upsample
+from network.layers import MOMENTUM, BatchNormDropout, Dropout, InputSize, Interior, Upsample
 
 FILTERS = (44, 88, 176)
 CENTRE_DILATIONS = (1, 2, 4, 8, 16, 32)
@@ -36,6 +36,7 @@ def build(
     addition=True,
     centre_dilations=CENTRE_DILATIONS,
     dropout=0.3,
+    bn_momentum=MOMENTUM,
     channels=1,
     classes=2,
     precision="float32",
@@ -55,6 +56,8 @@ def build(
         The centre's output is the sum of its convolutions instead of the last one alone.
     dropout : float
         Fraction dropped after each batch norm but the last two, and after each pooling.
+    bn_momentum : float
+        Of batch norm's moving averages, in [0, 1); a run of few updates wants 0.9.
     channels : int
         Channels of the input.
     classes : int
@@ -76,7 +79,7 @@ def build(
         If an argument is out of its range.
     """
     _check(filters, dilate_rate, centre_dilations, channels, classes, precision)
-    make = _Layers(precision, dropout, seed)
+    make = _Layers(precision, dropout, seed, bn_momentum)
     inputs = keras.Input((None, None, channels), name="section")
     x, skips = inputs, []
     for level, width in enumerate(filters, 1):
@@ -133,9 +136,9 @@ def _check_precision(precision):
 class _Layers:
     """The layers of one network: dtype policy, dropout rate, and a seed of its own for every layer."""
 
-    def __init__(self, precision, dropout, seed):
+    def __init__(self, precision, dropout, seed, bn_momentum):
         self.dtype = {"float32": "float32", "bfloat16": "mixed_bfloat16"}[precision]
-        self.rate = dropout
+        self.rate, self.momentum = dropout, bn_momentum
         self.seeds = iter(range(seed * 1000, seed * 1000 + 1000))
 
     def _conv(self, width, size, name, dilation=1, activation="relu", initial=keras.initializers.HeNormal):
@@ -158,10 +161,10 @@ class _Layers:
         return self._conv(classes, 1, name, activation=None, initial=keras.initializers.GlorotUniform)(x)
 
     def bn_drop(self, x, name):
-        return BatchNormDropout(self.rate, seed=next(self.seeds), dtype=self.dtype, name=name)(x)
+        return BatchNormDropout(self.rate, next(self.seeds), self.momentum, dtype=self.dtype, name=name)(x)
 
     def batch_norm(self, x, name):
-        return BatchNormDropout(dtype=self.dtype, name=name)(x)
+        return BatchNormDropout(momentum=self.momentum, dtype=self.dtype, name=name)(x)
 
     def drop(self, x, name):
         return Dropout(self.rate, seed=next(self.seeds), dtype=self.dtype, name=name)(x)
@@ -189,6 +192,7 @@ def build_2015(
     padding="valid",
     dropout=0.5,
     batch_norm=False,
+    bn_momentum=MOMENTUM,
     channels=1,
     classes=2,
     precision="float32",
@@ -209,6 +213,8 @@ def build_2015(
         Fraction dropped at the end of the contracting path.
     batch_norm : bool
         Batch norm behind every 3 x 3 convolution, which the paper (of the same year) does not have.
+    bn_momentum : float
+        Of its moving averages, in [0, 1).
     channels : int
         Channels of the input.
     classes : int
@@ -236,7 +242,7 @@ def build_2015(
     network has a ReLU behind each up-convolution, the paper's figure has none, and neither has this one.
     """
     _check_2015(filters, levels, padding, channels, classes, precision)
-    make = _Layers2015(precision, dropout, seed, padding, batch_norm)
+    make = _Layers2015(precision, dropout, seed, bn_momentum, padding, batch_norm)
     inputs = keras.Input((None, None, channels), name="section")
     x, skips = InputSize(name="input_size")(inputs), []
     for level in range(1, levels + 1):
@@ -297,8 +303,8 @@ def _check_2015(filters, levels, padding, channels, classes, precision):
 class _Layers2015(_Layers):
     """The layers of the 2015 network: the published padding and initialisation, batch norm on request."""
 
-    def __init__(self, precision, dropout, seed, padding, norm):
-        super().__init__(precision, dropout, seed)
+    def __init__(self, precision, dropout, seed, bn_momentum, padding, norm):
+        super().__init__(precision, dropout, seed, bn_momentum)
         self.padding, self.norm = padding, norm
 
     def gaussian(self, incoming):

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from files.stacks import DataError
+from network.mirror import reflect
 
 MAX_TILE = 1024
 """Default largest side of a network input, in pixels."""
@@ -140,21 +141,6 @@ def round_up(length: int, multiple: int, remainder: int = 0) -> int:
     (520, 512, 404)
     """
     return length + (remainder - length) % multiple
-
-
-def reflect(start: int, stop: int, length: int) -> np.ndarray:
-    """Indices start..stop of an axis of `length` pixels, mirrored about its border pixels as often as needed.
-
-    >>> reflect(-3, 6, 4)
-    array([3, 2, 1, 0, 1, 2, 3, 2, 1])
-    >>> reflect(-2, 3, 1)
-    array([0, 0, 0, 0, 0])
-    """
-    if length == 1:
-        return np.zeros(stop - start, dtype=np.intp)
-    period = 2 * (length - 1)
-    phase = np.arange(start, stop) % period
-    return np.minimum(phase, period - phase)
 
 
 def choose(

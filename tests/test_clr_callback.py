@@ -35,6 +35,13 @@ def fit(made, *callbacks, epochs=1):
     made.fit(X, Y, batch_size=4, epochs=epochs, callbacks=list(callbacks), verbose=0)
 
 
+def test_the_callback_and_the_schedule_are_kerass():
+    assert issubclass(CyclicLR, keras.callbacks.Callback)
+    assert isinstance(CyclicLR().schedule(), keras.optimizers.schedules.LearningRateSchedule)
+    with pytest.raises(AttributeError, match="CyclicRL"):
+        clr.CyclicRL  # noqa: B018
+
+
 def test_triangular_rises_for_a_half_cycle_and_falls_for_one():
     rates = [clr.triangular(n, 1.0, 3.0, 4) for n in (0, 2, 4, 6, 8, 12, 20)]
     assert rates == [1.0, 2.0, 3.0, 2.0, 1.0, 3.0, 3.0]
@@ -61,6 +68,9 @@ def test_cosine_rises_then_ends_at_the_base_rate():
     assert rates[2] == pytest.approx(1.0)
     assert rates[6] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
+    np.testing.assert_allclose(clr.cosine(np.arange(11), 0.1, 1.0, 11, warm_up=2), rates)
+    in_graph = [float(clr.Schedule(lambda n: clr.cosine(n, 0.1, 1.0, 11, warm_up=2))(n)) for n in range(11)]
+    np.testing.assert_allclose(in_graph, rates, rtol=1e-6)
 
 
 @pytest.mark.parametrize("mode", clr.MODES)
@@ -97,16 +107,17 @@ def test_a_second_fit_goes_on_at_the_right_update():
     assert again.history["learning_rate"][0] == pytest.approx(again.rate(10))
 
 
-@pytest.mark.parametrize("steps_per_execution", [1, 5])
+@pytest.mark.parametrize("steps_per_execution", [1, 4, 5])
 def test_the_schedule_in_the_graph_gives_the_same_weights(steps_per_execution):
     by_hand = model()
-    fit(by_hand, CyclicLR(0.01, 0.1, 3))
+    fit(by_hand, CyclicLR(0.01, 0.1, 3), epochs=2)
     callback = CyclicLR(0.01, 0.1, 3)
     in_graph = model(keras.optimizers.SGD(callback.schedule()), steps_per_execution=steps_per_execution)
-    fit(in_graph, callback)
+    fit(in_graph, callback, epochs=2)  # of 10 updates each, which 4 does not divide
     for mine, theirs in zip(in_graph.get_weights(), by_hand.get_weights(), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-7)
-    assert callback.history["learning_rate"] == pytest.approx([callback.rate(n) for n in range(10)])
+    assert callback.history["update"] == list(range(20))
+    assert callback.history["learning_rate"] == pytest.approx([callback.rate(n) for n in range(20)])
 
 
 def test_several_updates_per_execution_need_the_schedule_in_the_graph():

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, history
 
 import dilatedUnet
-from network import distribution, layers
+from network import distribution
 
 TENSORFLOW = keras.backend.backend() == "tensorflow"
 pytestmark = pytest.mark.jax
@@ -168,13 +168,6 @@ def test_a_batch_that_cannot_be_shared_is_refused(start):
 
 def test_the_range_test_is_for_one_device(refuses):
     refuses("--lr_find runs on one device", "--lr_find", "--distribute")
-
-
-def test_a_parts_random_bytes_are_those_of_the_whole():
-    key = keras.ops.convert_to_tensor([3, 5], "int32")
-    whole = keras.ops.convert_to_numpy(layers.random_bytes((4, 3, 8), key))
-    parts = [keras.ops.convert_to_numpy(layers.random_bytes((2, 3, 8), key, part)) for part in range(2)]
-    assert np.array_equal(np.concatenate(parts), whole)
 
 
 def test_one_device_shares_nothing():

@@ -1,43 +1,11 @@
-"""Dropout's random bits, and batch norm beside Keras's own."""
+"""Dropout, and batch norm beside Keras's own."""
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from network import layers
-
-TENSORFLOW = keras.backend.backend() == "tensorflow"
-
-
-def test_random_bytes_are_uniform_and_independent_of_their_neighbours():
-    x = np.asarray(layers.random_bytes((64, 64, 64), ops.array([5, 9], "uint32"))).astype(int)
-    counts = np.bincount(x.ravel(), minlength=256)
-    assert x.size * 1.0 == counts.sum()
-    chi_squared = ((counts - x.size / 256) ** 2 / (x.size / 256)).sum()
-    assert 170 < chi_squared < 360  # 255 degrees of freedom, six standard deviations either way
-    for axis in range(3):
-        assert abs(np.corrcoef(x[:-1].ravel() if axis == 0 else np.moveaxis(x, axis, 0)[:-1].ravel(),
-                               np.moveaxis(x, axis, 0)[1:].ravel())[0, 1]) < 0.012  # fmt: skip
-
-
-@pytest.mark.jax
-def test_random_bytes_are_a_function_of_their_key():
-    def draw(*key):
-        return np.asarray(layers.random_bytes((40, 50), ops.array(key, "uint32"))).astype(float).ravel()
-
-    assert (draw(1, 2) == draw(1, 2)).all()
-    for other in ((1, 3), (2, 2), (0, 1)):
-        assert abs(np.corrcoef(draw(1, 2), draw(*other))[0, 1]) < 0.1
-
-
-@pytest.mark.jax
-def test_random_bytes_are_the_same_on_every_backend():
-    x = np.asarray(layers.random_bytes((2, 5), ops.array([7, 1], "uint32")))
-    assert x.tolist() == BYTES_7_1
-
-
-BYTES_7_1 = [[96, 93, 181, 209, 163], [57, 198, 132, 103, 139]]
+from network import device, layers, unet
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
@@ -69,28 +37,57 @@ def test_batch_norm_equals_kerass_own_in_training_and_inference():
     np.testing.assert_allclose(ours(x), stock(x), atol=2e-5)
 
 
-@pytest.mark.skipif(not TENSORFLOW, reason="the gradient is written by hand for TensorFlow only")
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_the_written_gradient_equals_automatic_differentiation(rate):
+@pytest.mark.jax
+@pytest.mark.parametrize("fused", [True, False], ids=["on a processor", "elsewhere"])
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("ratio", [10, 100])
+def test_the_variance_is_right_where_the_mean_is_many_standard_deviations(ratio, precision, fused, monkeypatch):
+    if not fused:
+        monkeypatch.setattr(device, "accelerator", lambda: "a GPU")
+    x = np.random.default_rng(0).normal(ratio, 1, size=(2, 64, 96, 6))
+    x = ops.cast(x, precision.removeprefix("mixed_"))
+    exact = ops.convert_to_numpy(ops.cast(x, "float32")).astype(np.float64)
+    layer = layers.BatchNormDropout(momentum=0.0, dtype=precision)
+    layer(x, training=True)
+    np.testing.assert_allclose(layer.moving_mean, exact.mean((0, 1, 2)), atol=1e-3)
+    np.testing.assert_allclose(layer.moving_variance, exact.var((0, 1, 2)), rtol=1e-3)
+
+
+@pytest.mark.jax
+def test_moving_averages_take_in_what_their_momentum_leaves():
+    network = unet.build(filters=(2,), centre_dilations=(1,), bn_momentum=0.75)
+    layer = network.get_layer("down1_bn1")
+    layer(np.full((1, 4, 4, 2), 8, np.float32), training=True)
+    np.testing.assert_allclose(layer.moving_mean, 2)
+    assert unet.build(filters=(2,), centre_dilations=(1,)).get_layer("down1_bn1").momentum == 0.99
+    assert unet.build_2015(filters=1, levels=1, batch_norm=True, bn_momentum=0.9).get_layer("up1_bn1").momentum == 0.9
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="one kernel on a processor: TensorFlow only")
+def test_the_one_kernel_and_the_generic_arithmetic_agree_in_value_and_gradient():
     import tensorflow as tf
 
     rng = np.random.default_rng(1)
     x = tf.constant(rng.normal(1, 2, size=(2, 8, 12, 6)), tf.float32)
     gamma, beta = (tf.constant(rng.normal(size=6), tf.float32) for _ in range(2))
-    mask = tf.constant(rng.random(x.shape) > rate, tf.float32) if rate else None
     weights = tf.constant(rng.normal(size=x.shape), tf.float32)
 
-    def gradients(normalise, stop):
+    def generic(x, gamma, beta):
+        moments = layers._moments(x)
+        return layers._normalise(x, gamma, beta, *moments), *moments
+
+    def results(normalise):
         with tf.GradientTape() as tape:
             tape.watch((x, gamma, beta))
-            mean, variance = layers._moments(x)
-            if stop:
-                mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
-            y = normalise(x, gamma, beta, mean, variance, mask, 256 / layers.kept_levels(rate))
-            loss = tf.reduce_sum(weights * y)
-        return tape.gradient(loss, (x, gamma, beta))
+            found = normalise(x, gamma, beta)
+            loss = tf.reduce_sum(weights * found[0])
+        return *found, *tape.gradient(loss, (x, gamma, beta))
 
-    for mine, automatic in zip(
-        gradients(layers._normalise_by_hand, True), gradients(layers._normalise, False), strict=True
-    ):
-        np.testing.assert_allclose(mine, automatic, atol=3e-5, rtol=1e-4)
+    for one, other in zip(results(layers._fused), results(generic), strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [1 / 512, 0.001, 1.0, -0.1, float("nan")])
+def test_a_rate_that_the_mask_cannot_have_is_refused(rate):
+    with pytest.raises(ValueError, match="dropout must be 0, or above 1/512 and below 1"):
+        layers.Dropout(rate)
