@@ -51,9 +51,7 @@ def add_arguments(parser):
         help="both hold cells' numbers, 0 = background (predict --segment): score mean IoU and SEG instead",
     )
     files.add_argument(
-        "--sections",
-        metavar="LIST",
-        help="sections of the labels, counted from 0, such as 24-29 (default: all)",
+        "--sections", metavar="LIST", help="sections of the labels, counted from 0, such as 24-29 (default: all)"
     )
     files.add_argument(
         "--scores",
@@ -271,50 +269,42 @@ def _converted(native, convert):
 
 def warnings_about(prediction, references):
     """Say what makes the scores of a readable prediction doubtful."""
+    largest, between, sums = 0.0, False, np.zeros(4)
+    for p, r in zip(prediction, references, strict=True):
+        largest = max(largest, float(p.max()))
+        between = between or bool(((p > 0) & ~above(p, THRESHOLDS[-1])).any())
+        sums += (p.size, p.sum(dtype=np.float64), (r > 0).sum(), p[r > 0].sum(dtype=np.float64))
+    pixels, probability, interior, both = sums
     found = []
-    largest = max(float(p.max()) for p in prediction)
     if largest < 0.25:
         found.append(
-            f"warning: the largest probability is {largest:.4f}; an instance mask, or values that "
-            "are not scaled to the full range, cannot be scored"
+            f"the largest probability is {largest:.4f}; an instance mask, or values that are not scaled to the full "
+            "range, cannot be scored"
         )
-    if correlation(prediction, references) < 0:
+    if pixels * both - probability * interior < -1e-9 * pixels**2:
         found.append(
-            "warning: the prediction looks inverted (its correlation with the labels is negative); 1 or 255 "
-            "must mean interior. Invert it, or try --invert_mask if it is the labels that are turned"
+            "the prediction looks inverted (its correlation with the labels is negative); 1 or 255 must mean interior. "
+            "Invert it, or try --invert_mask if it is the labels that are turned"
         )
-    if not any(((p > 0) & ~above(p, THRESHOLDS[-1])).any() for p in prediction):
+    if not between:
         found.append(
-            "warning: every threshold gives the same segmentation (the prediction holds only 0 and 1), so "
-            "the curves are flat and the best threshold means nothing; score the probabilities to find one"
+            "every threshold gives the same segmentation (the prediction holds only 0 and 1), so the curves are flat "
+            "and the best threshold means nothing; score the probabilities to find one"
         )
-    return found
-
-
-def correlation(prediction, references):
-    """Pearson's correlation of two stacks, from sums over the sections; 0 where one of them is constant."""
-    sums = np.zeros(6)
-    for p, r in zip(prediction, references, strict=True):
-        p, r = p.astype(np.float64), (r > 0).astype(np.float64)
-        sums += (p.size, p.sum(), r.sum(), (p * p).sum(), r.sum(), (p * r).sum())
-    n, p, r, pp, rr, pr = sums
-    spread = (n * pp - p * p) * (n * rr - r * r)
-    return float((n * pr - p * r) / np.sqrt(spread)) if spread > 1e-9 * n else 0.0
+    return [f"warning: {words}" for words in found]
 
 
 # --- scores
 
 
 def score_arrays(probabilities, references, which=DEFAULT_SCORES, *, sections=None):
-    """Score a stack in memory.
+    """Score a stack in memory, or `Sections`.
 
     Parameters
     ----------
-    probabilities : ndarray of shape (S, H, W)
-        Interior probability, 0..1.
-    references : ndarray of shape (S, H, W)
-        Masks, interior > 0.
-    which : sequence of str, or "all"
+    probabilities, references : sequence of S arrays of shape (H, W)
+        Interior probability, 0..1, and masks, interior > 0.
+    which : sequence of str
         Names of `SCORES`.
     sections : sequence of int, optional
         The numbers of these sections in their stack, for the record.
@@ -326,17 +316,9 @@ def score_arrays(probabilities, references, which=DEFAULT_SCORES, *, sections=No
         ``best_thresholds``, ``curves``, ``details``, ``per_section``; ``calibration`` with the reliability
         bins. None where a section has no value.
     """
-    which = tuple(SCORES) if which == "all" else tuple(which)
-    numbers = list(range(len(references))) if sections is None else [int(s) for s in sections]
-    result = {
-        "sections": numbers,
-        "thresholds": list(THRESHOLDS),
-        "fixed_threshold": FIXED_THRESHOLD,
-        "best_thresholds": {},
-        "curves": {},
-        "details": {},
-        "per_section": {},
-    }
+    numbers = range(len(references)) if sections is None else sections
+    result = {"sections": [int(s) for s in numbers], "thresholds": list(THRESHOLDS), "fixed_threshold": FIXED_THRESHOLD}
+    result |= {key: {} for key in ("best_thresholds", "curves", "details", "per_section")}
     values = {}
     for name, curve in _curves(probabilities, references, which).items():
         values[name] = curve.value
@@ -380,18 +362,7 @@ def _pixel_scores(probabilities, references, which, result):
 
 
 def score_instances(prediction, references, *, sections=None):
-    """Score instance labels.
-
-    Parameters
-    ----------
-    prediction, references : ndarray of int, shape (S, H, W)
-        Numbers of cells, 0 = background.
-
-    Returns
-    -------
-    dict
-        "mean_iou" and "seg" (`scores.mean_iou`, `scores.seg`), "per_section" likewise, "cells", "sections".
-    """
+    """Return the scores of numbers of cells, 0 = background: "mean_iou", "seg", "per_section", "cells", "sections"."""
     numbers = list(range(len(references)) if sections is None else sections)
     both = {name: score.function for name, score in scores.SCORES.items() if score.of == "cells"}
     return {name: score(prediction, references) for name, score in both.items()} | {

@@ -11,7 +11,6 @@ import base64
 import html
 import io
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -56,22 +55,9 @@ PUBLISHED = {
 # --- table
 
 
-class Row(NamedTuple):
-    """One score as text."""
-
-    name: str
-    title: str
-    value: str
-    better: str
-    threshold: str
-    sections: str  # lowest .. highest
-    unet: str
-    best: str
-
-
 def rows(result):
-    """Return the scores of a result as `Row`s, published results beside ours."""
-    return [_row(name, score, result) for name, score in SCORES.items() if name in result]
+    """Return (name, title, value, which is better, threshold, lowest .. highest section, U-Net 2015, best) as text."""
+    return [_row(name, SCORES[name], result) for name in SCORES if name in result]
 
 
 def _row(name, score, result):
@@ -79,7 +65,7 @@ def _row(name, score, result):
     threshold = result["best_thresholds"].get(name)
     published = PUBLISHED.get(name, {})
     best = next(iter(published), None)
-    return Row(
+    return (
         name,
         title(score),
         rounded(name, result[name]),
@@ -118,17 +104,8 @@ def table(result):
 def write(folder, result, prediction, references, raw=None):
     """Write ``report.html`` and the figures as PNG into a folder; return the path of the page.
 
-    Parameters
-    ----------
-    folder : path
-    result : dict
-        As `evaluation.score_arrays` returns it.
-    prediction : sequence of ndarray of float32, shape (H, W)
-        Interior probability.
-    references : sequence of ndarray of shape (H, W)
-        Masks, interior > 0.
-    raw : sequence of ndarray of shape (H, W), optional
-        The image sections, any scale.
+    `result` is that of `evaluation.score_arrays`; `prediction` (interior probability), `references` (interior > 0) and
+    `raw` (any scale, may be None) are sequences of sections of shape (H, W).
     """
     folder = Path(folder)
     atomic.make_writable(folder)
@@ -191,26 +168,17 @@ def section_pictures(result, prediction, reference, raw=None):
     ground = _stretched(prediction if raw is None else raw)
     if raw is not None:
         pictures["Raw"] = (ground, "the raw section")
-    pictures["Truth"] = (
-        (np.asarray(reference) > 0).astype(np.uint8) * 255,
-        "the labels: interior white, membrane black",
-    )
-    pictures["Prediction"] = (
-        (np.clip(prediction, 0, 1) * 255).astype(np.uint8),
-        "the interior probability: 1 white, 0 black",
-    )
-    count = {name: _regions(getattr(maps, name), segments.components(reference > 0)) for name in ("splits", "mergers")}
+    pictures["Truth"] = (np.uint8(reference > 0) * 255, "the labels: interior white, membrane black")
+    pictures["Prediction"] = (np.uint8(np.clip(prediction, 0, 1) * 255), "the interior probability: 1 white, 0 black")
+    cells = segments.components(reference > 0)
+    split, merged = (np.setdiff1d(cells[mask], 0).size for mask in (maps.splits, maps.mergers))
     words = (
         f"at threshold {threshold:.1f}, over the {'prediction' if raw is None else 'raw section'}: "
-        f"{count['splits']} cells split, {count['mergers']} cells merged, "
+        f"{split} cells split, {merged} cells merged, "
         f"{int(maps.missed.sum())} px of the membrane's centre line missed"
     )
     pictures["Errors"] = (paint(ground, maps), words)
     return pictures
-
-
-def _regions(mask, labels):
-    return np.unique(labels[mask & (labels > 0)]).size
 
 
 def _stretched(image):
@@ -223,10 +191,7 @@ def paint(ground, maps):
     """Draw `segments.Maps` over a gray section: uint8 RGB, `ZOOM` times as large."""
     picture = np.repeat(_enlarge(ground)[..., None] * 0.75 + 50, 3, axis=-1)
     rows, columns = np.indices(picture.shape[:2])
-    for mask, colour, diagonal in (
-        (maps.splits, BLUE, rows + columns),
-        (maps.mergers, ORANGE, rows - columns),
-    ):
+    for mask, colour, diagonal in ((maps.splits, BLUE, rows + columns), (maps.mergers, ORANGE, rows - columns)):
         region = _enlarge(mask)
         _blend(picture, region, colour, 0.18)
         _blend(picture, region & (diagonal % 14 < 3), colour, 0.75)
@@ -307,33 +272,24 @@ def _section_html(result, place, pictures):
 def _table_html(result):
     head = ("score", "value", "best threshold", "sections, lowest .. highest", "U-Net 2015 *", "best published *")
     lines = [
-        f"<tr><th scope=row>{row.title}<small>{row.better} is better</small></th>"
-        + "".join(f"<td>{html.escape(cell) or '&ndash;'}</td>" for cell in (row.value, *row[4:]))
+        f"<tr><th scope=row>{name}<small>{better} is better</small></th>"
+        + "".join(f"<td>{html.escape(cell) or '&ndash;'}</td>" for cell in (value, *rest))
         + "</tr>"
-        for row in rows(result)
+        for _, name, value, better, *rest in rows(result)
     ]
     columns = "".join(f"<th scope=col>{words}</th>" for words in head)
     return f"<table><thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def _boards_html(result):
-    """Return the whole published boards with this prediction among them, folded away."""
-    boards = [_board_html(name, result[name]) for name in result if name in PUBLISHED]
-    note = f"<p class=note>{PUBLISHED_NOTE}</p>"
-    folded = (
-        f"<details><summary>All published results</summary>{note}<div class=boards>{''.join(boards)}</div></details>"
-    )
-    return folded if boards else ""
-
-
-def _board_html(name, ours):
-    items = {**PUBLISHED[name], "this prediction": ours}
-    lines = "".join(
-        f"<tr{' class=ours' if method == 'this prediction' else ''}><th scope=row>{html.escape(method)}</th>"
-        f"<td>{rounded(name, items[method])}</td></tr>"
-        for method in sorted(items, key=items.get, reverse=SCORES[name].higher_is_better)
-    )
-    return f"<table class=board><caption>{title(SCORES[name])}</caption><tbody>{lines}</tbody></table>"
+def _words_html(result):
+    """Return what each score means, and what was published."""
+    found = []
+    for name, score in SCORES.items():
+        if name in result:
+            board = "; ".join(f"{method} {rounded(name, value)}" for method, value in PUBLISHED.get(name, {}).items())
+            words = f"{score.words} Published *: {board}." if board else score.words
+            found.append(f"<dt>{title(score)}</dt><dd>{html.escape(words)}</dd>")
+    return "".join(found)
 
 
 def _legend_html():
@@ -366,8 +322,6 @@ def _lead(result):
 
 
 def _page(result, charts, blocks):
-    shown = {name: score for name, score in SCORES.items() if name in result}
-    words = "".join(f"<dt>{title(score)}</dt><dd>{html.escape(score.words)}</dd>" for score in shown.values())
     left_out = len(result["sections"]) - len(blocks)
     source = " against ".join(html.escape(result[key]) for key in ("prediction", "mask_path") if key in result)
     return PAGE.format(
@@ -376,9 +330,8 @@ def _page(result, charts, blocks):
         source=source,
         table=_table_html(result),
         note=PUBLISHED_NOTE,
-        boards=_boards_html(result),
         charts="".join(charts),
-        words=words,
+        words=_words_html(result),
         legend=_legend_html(),
         threshold=f"{overlay_threshold(result):.1f}",
         blocks="".join(blocks),
@@ -389,7 +342,7 @@ def _page(result, charts, blocks):
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Segmentation scores</title><style>{style}</style></head><body>
 <h1>Segmentation scores</h1><p class="lead">{lead}</p><p class="note">{source}</p>
-<h2>Scores</h2>{table}<p class="note">* {note}</p>{boards}
+<h2>Scores</h2>{table}<p class="note">* {note}</p>
 <h2>How the threshold matters</h2><div class="charts">{charts}</div>
 <h2>Sections, worst first</h2>
 <p>Errors are drawn for the prediction cut at {threshold}. Borders a few pixels off are not errors.</p>
@@ -405,16 +358,13 @@ h3 { margin: 1.8rem 0 .3rem }
 .note, figcaption, th small { color: #5b6470; font-size: .9rem; overflow-wrap: anywhere }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid #d9dde2; text-align: right; vertical-align: baseline }
-th:first-child, caption { text-align: left }
+th:first-child { text-align: left }
 th small { display: block; font-weight: 400 }
-td:nth-child(2), .ours, caption { font-weight: 700 }
+td:nth-child(2) { font-weight: 700 }
 img { width: 100%; height: auto; display: block }
 figure, dd { margin: 0 }
-.charts, .boards, .values { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem }
+.charts, .values { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem }
 .charts figure { width: 600px }
-.board { width: auto }
-.board th { font-weight: inherit }
-.ours { background: #f4f6f8 }
 .pictures { display: grid; gap: .5rem .8rem; grid-template-columns: 3fr 1fr; align-items: start }
 .pictures.n3 { grid-template-columns: 2fr 1fr }
 .pictures figure { grid-column: 2 }

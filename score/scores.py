@@ -43,16 +43,9 @@ THRESHOLDS: tuple[float, ...] = tuple(itertools.accumulate([0.0] + [0.1] * 10))
 class Score:
     """A score and how it is shown; tables, reports and comparisons read it from here.
 
-    Attributes
-    ----------
-    function : callable
-    title, words : str
-        Its name in a sentence, and what it tells in plain words.
-    of : {"thresholds", "counts", "stack", "cells"}
-        What the function takes: two stacks, for a Curve; counts of `confusion` at `FIXED_THRESHOLD`; two stacks,
-        for a number; two stacks of instance labels.
-    chart : str
-        The chart that shows its curve. Each has one axis: the warping error is a thousand times smaller.
+    `title` is its name in a sentence, `words` what it tells. `of` is what its function takes: "thresholds", two
+    stacks, for a Curve; "counts", those of `confusion`; "stack", two stacks, for a number; "cells", two stacks of
+    instances. `chart` shows its curve; each has one axis, the warping error being a thousand times smaller.
     """
 
     function: Callable
@@ -81,17 +74,9 @@ def declare(title: str, words: str, of: str, **options) -> Callable:
 class Curve:
     """A score over a stack against the threshold.
 
-    Attributes
-    ----------
-    value, threshold : float
-        The best score and the (first) threshold that reaches it.
-    thresholds, curve : ndarray of shape (T,)
-        The score of the whole stack at every threshold.
-    per_section : ndarray of shape (S,)
-        The score of each section at the stack's best threshold; NaN where a section has no reference
-        interior.
-    details : dict of str to ndarray of shape (T,)
-        What the score is made of, over the stack: precision and recall, or splits and mergers in pixels.
+    `value` is the best, `threshold` the first that reaches it; `thresholds` and `curve`, of shape (T,), all of them.
+    `per_section`, of shape (S,), is each section's at the stack's best threshold, NaN without reference interior.
+    `details` holds what the score is made of, of shape (T,): precision and recall, or splits and mergers in pixels.
     """
 
     value: float
@@ -183,8 +168,6 @@ def v_scores(
         Interior probability, 0..1; compared as float32.
     references : like `probabilities`
         Masks, interior > 0. Their 4-connected components are the true segments.
-    thresholds : iterable of float
-        Where to cut the proposal.
 
     Notes
     -----
@@ -201,12 +184,7 @@ def v_scores(
     means = values[counted].mean(axis=0)
     return {
         name: _curve(
-            thresholds,
-            means[:, k, 0],
-            values[:, :, k, 0],
-            np.argmax,
-            precision=means[:, k, 1],
-            recall=means[:, k, 2],
+            thresholds, means[:, k, 0], values[:, :, k, 0], np.argmax, precision=means[:, k, 1], recall=means[:, k, 2]
         )
         for k, name in enumerate(("v_rand", "v_info"))
     }
@@ -327,44 +305,28 @@ def confusion(probability: np.ndarray, reference: np.ndarray, threshold: float =
     return np.array([both, proposed - both, true - both, truth.size - proposed - true + both])
 
 
-@declare(
-    "Dice",
-    "Overlap of predicted and true interior at threshold 0.5, 2 TP / (2 TP + FP + FN).",
-    "counts",
-)
+@declare("Dice", "Overlap of predicted and true interior at threshold 0.5, 2 TP / (2 TP + FP + FN).", "counts")
 def dice(counts: np.ndarray) -> float:
     """2 TP / (2 TP + FP + FN) of `confusion` counts, summed over sections first; 1 if nothing is positive."""
     tp, fp, fn, _ = counts
     return _ratio(2 * tp, 2 * tp + fp + fn, empty=1.0)
 
 
-@declare(
-    "IoU",
-    "Overlap of predicted and true interior at threshold 0.5, TP / (TP + FP + FN).",
-    "counts",
-)
+@declare("IoU", "Overlap of predicted and true interior at threshold 0.5, TP / (TP + FP + FN).", "counts")
 def iou(counts: np.ndarray) -> float:
     """TP / (TP + FP + FN) of `confusion` counts (Jaccard index); 1 if nothing is positive."""
     tp, fp, fn, _ = counts
     return _ratio(tp, tp + fp + fn, empty=1.0)
 
 
-@declare(
-    "precision",
-    "The share of the predicted interior (threshold 0.5) that is interior.",
-    "counts",
-)
+@declare("precision", "The share of the predicted interior (threshold 0.5) that is interior.", "counts")
 def precision(counts: np.ndarray) -> float:
     """TP / (TP + FP) of `confusion` counts: how much of the proposed interior is interior; 1 if none is."""
     tp, fp, _, _ = counts
     return _ratio(tp, tp + fp, empty=1.0)
 
 
-@declare(
-    "recall",
-    "The share of the true interior that was predicted (threshold 0.5).",
-    "counts",
-)
+@declare("recall", "The share of the true interior that was predicted (threshold 0.5).", "counts")
 def recall(counts: np.ndarray) -> float:
     """TP / (TP + FN) of `confusion` counts: the share of the interior that was found; 1 if there is none."""
     tp, _, fn, _ = counts
@@ -435,9 +397,8 @@ def ece(probabilities: Iterable, references: Iterable) -> float:
 def seg(predictions: Iterable, references: Iterable) -> float:
     """SEG of the Cell Tracking Challenge [4]_ for instance masks: mean Jaccard index of the reference cells.
 
-    A predicted cell S matches a reference cell R where |R and S| > |R| / 2 (at most one does); a cell without
-    a match scores 0. Labels are taken as they are, 0 = background; cells that only the prediction holds are
-    not punished.
+    A predicted cell S matches a reference cell R where |R and S| > |R| / 2 (at most one does); a cell without a match
+    scores 0. Cells that only the prediction holds are not punished.
 
     >>> seg([np.array([[1, 1, 1, 0]])], [np.array([[5, 5, 5, 5]])])
     0.75
@@ -445,17 +406,12 @@ def seg(predictions: Iterable, references: Iterable) -> float:
     return _mean_jaccard(predictions, references, majority=True)
 
 
-@declare(
-    "mean IoU",
-    "The mean over the true cells of their best overlap (IoU) with a predicted one.",
-    "cells",
-)
+@declare("mean IoU", "The mean over the true cells of their best overlap (IoU) with a predicted one.", "cells")
 def mean_iou(predictions: Iterable, references: Iterable) -> float:
     """Mean over all reference cells of the best IoU with any predicted cell, 0 where none overlaps.
 
-    The U-Net paper [3]_ reports an "average intersection over union" on the Cell Tracking Challenge without a
-    formula. This is SEG without its majority rule, so never below `seg`; the challenge's own measure, and the
-    likelier one, is `seg`.
+    The U-Net paper [3]_ reports an "average intersection over union" without a formula. This is SEG without its
+    majority rule, so never below `seg`, which is the challenge's own measure and the likelier one.
     """
     return _mean_jaccard(predictions, references, majority=False)
 
@@ -511,17 +467,10 @@ class Segmentation(NamedTuple):
 def best_segmentation(
     probabilities: Iterable, references: Iterable, thresholds: Iterable[float] = (0.5, 0.6, 0.7, 0.8, 0.9)
 ) -> Segmentation:
-    """Return the settings of the highest mean IoU on these (training) sections.
+    """Return the settings of the highest mean IoU on these (training) sections of probabilities and instances.
 
     Seeds are P > threshold and hold at least a tenth of the median reference cell; cells end at P = background, 0.3 or
     0.5. Of equals, the first.
-
-    Parameters
-    ----------
-    probabilities : iterable of ndarray of shape (H, W)
-        Interior probability, 0..1.
-    references : iterable of ndarray of shape (H, W)
-        Instances, 0 = background.
     """
     probabilities, references = list(probabilities), list(references)
     sizes = np.concatenate([np.unique(one[one > 0], return_counts=True)[1] for one in references])

@@ -72,12 +72,7 @@ def pairs_of_labels(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, 
 
 
 def segment(
-    probability: np.ndarray,
-    threshold: float,
-    *,
-    min_size: int = 0,
-    background: float | None = None,
-    lines: bool = True,
+    probability: np.ndarray, threshold: float, *, min_size: int = 0, background: float | None = None, lines: bool = True
 ) -> np.ndarray:
     """Turn an interior probability into instances by a seeded watershed.
 
@@ -139,13 +134,11 @@ def split_merge_maps(
     Returns
     -------
     Maps
-        ``splits``: reference segments, whole, of which two or more predicted segments (after border thinning)
-        hold a `min_share`.
-        ``mergers``: reference segments, whole, in a predicted segment with another one that is at least
-        `min_share` as large: a cell that swallows a sliver is not marked, the sliver is.
-        ``missed``: pixels of the centre line of the reference membrane (its dams after thinning) that are
-        predicted interior.
-        ``cuts``: predicted membrane lines (dams) inside the split segments: where the false walls stand.
+        ``splits``: reference segments, whole, of which two or more predicted segments hold a `min_share`.
+        ``mergers``: those, whole, in a predicted segment with another one at least `min_share` as large: a cell that
+        swallows a sliver is not marked, the sliver is.
+        ``missed``: the centre line of the reference membrane where it is predicted interior.
+        ``cuts``: predicted membrane lines inside the split segments: where the false walls stand.
     """
     truth, proposal = components(np.asarray(reference) > 0), thin_borders(np.asarray(prediction_binary) > 0)
     inside = truth > 0
@@ -162,15 +155,13 @@ def split_merge_maps(
 
 def _largest_partner(group: np.ndarray, shared: np.ndarray) -> np.ndarray:
     """For each entry return the largest `shared` among the OTHER entries of its group, 0 if there is none."""
-    order = np.lexsort((-shared, group))
-    first = np.r_[True, np.diff(group[order]) != 0][: order.size]
-    start = np.flatnonzero(first)[np.cumsum(first) - 1]
-    second = np.where(start + 1 < order.size, start + 1, start)
-    alone = group[order][second] != group[order]
-    partner = np.where(first, np.where(alone | (second == start), 0, shared[order][second]), shared[order][start])
-    result = np.empty_like(shared)
-    result[order] = partner
-    return result
+    count = int(group.max(initial=-1)) + 1
+    first, second = np.zeros((2, count))
+    np.maximum.at(first, group, shared)
+    top = shared == first[group]
+    np.maximum.at(second, group[~top], shared[~top])
+    second = np.where(np.bincount(group[top], minlength=count) > 1, first, second)
+    return np.where(top, second[group], first[group])
 
 
 @functools.cache
@@ -185,9 +176,7 @@ def compiled(kernel: Callable) -> Callable:
         import numba
     except ImportError:
         warnings.warn(
-            "numba is not installed: scoring runs in plain Python, minutes a section",
-            RuntimeWarning,
-            stacklevel=3,
+            "numba is not installed: scoring runs in plain Python, minutes a section", RuntimeWarning, stacklevel=3
         )
         return kernel
     try:
