@@ -56,6 +56,21 @@ def small(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def labelled():
+    """Interior probability, worse in section 4, and labels 0/255 of six sections with crooked cells."""
+    from scipy import ndimage
+
+    rng = np.random.default_rng(7)
+    truth = np.zeros((6, 64, 80), np.uint8)
+    for section in truth:
+        height = ndimage.gaussian_filter(rng.normal(size=section.shape), 5)
+        section[:] = 255 * (np.abs(height) > 0.25 * height.std())
+    proposal = ndimage.gaussian_filter(truth / 255.0, (0, 1, 1)) + rng.normal(0, 0.05, truth.shape)
+    proposal[4] = 0.5 * proposal[4] + 0.4
+    return np.clip(proposal, 0, 1).astype(np.float32), truth
+
+
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
     """The command line in this process, in a folder of its own; returns the exit code, stdout and stderr."""

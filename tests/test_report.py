@@ -1,0 +1,103 @@
+"""The report: one page that holds all it shows, worst section first, and the same figures as PNG."""
+
+import argparse
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import tifffile
+from scipy import ndimage
+
+from score import evaluation, report, scores
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def written(labelled, tmp_path_factory):
+    """A report with raw sections: its folder, and its page."""
+    prediction, truth = (stack[1:] for stack in labelled)
+    result = evaluation.score_arrays(prediction, truth, tuple(evaluation.SCORES), sections=range(1, 6))
+    result |= {"prediction": "<script>.tif", "mask_path": "a&b"}
+    path = report.write(tmp_path_factory.mktemp("report") / "out", result, prediction, truth, prediction * 200)
+    return path.parent, path.read_text(encoding="utf-8")
+
+
+def test_the_report_needs_no_network_and_escapes_names_from_outside(written):
+    page = Page(written[1])
+    assert page.open == []
+    sources = [attrs["src"] for tag, attrs in page.tags if "src" in attrs]
+    assert len(sources) == 3 + 5 * 4
+    assert all(source.startswith("data:image/") for source in sources)
+    assert not [tag for tag, _ in page.tags if tag in ("link", "script", "iframe")]
+    assert all(attrs["href"].startswith("#") for tag, attrs in page.tags if "href" in attrs)
+    assert not re.search(r"https?:|url\(|@import", re.sub(r'src="[^"]*"', "", written[1]))
+    assert "&lt;script&gt;.tif against a&amp;b" in written[1]
+
+
+def test_every_picture_says_what_it_shows(written):
+    alts = [attrs["alt"] for tag, attrs in Page(written[1]).tags if tag == "img"]
+    assert all(len(alt) > 15 for alt in alts)
+    assert sum("cells split" in alt for alt in alts) == 5
+
+
+def test_the_worst_section_comes_first_and_the_numbers_are_those_of_the_table(written, labelled):
+    curve = scores.v_rand(labelled[0][1:], labelled[1][1:])
+    order = [int(number) for number in re.findall(r'<section id="s(\d+)"', written[1])]
+    assert order == [1 + int(k) for k in np.argsort(curve.per_section)]
+    assert f"<td>{curve.value:.5f}</td>" in written[1]
+    for score in evaluation.SCORES.values():
+        assert f"<dt>{report.title(score)}</dt>" in written[1]
+
+
+def test_the_figures_lie_beside_the_page_as_png(written):
+    names = sorted(path.name for path in written[0].iterdir())
+    sheets = [f"section-{k:03d}.png" for k in range(1, 6)]
+    assert names == ["curves-errors.png", "curves-scores.png", "curves-warping.png", "report.html", *sheets]
+    for path in written[0].glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_marks_differ_by_more_than_colour():
+    one = np.zeros((30, 30), bool)
+    painted = []
+    for name in ("splits", "mergers", "missed"):
+        maps = dict.fromkeys(("splits", "mergers", "missed", "cuts"), one) | {name: ~one}
+        picture = report.paint(np.zeros((30, 30), np.uint8), argparse.Namespace(**maps)).astype(int)
+        painted.append(picture[10:50, 10:50].mean(axis=-1) > np.median(picture[10:50, 10:50].mean(axis=-1)))
+    for a in range(3):
+        for b in range(a):
+            assert (painted[a] != painted[b]).any()
+
+
+@pytest.mark.parametrize(("which", "charts"), [(("dice",), 0), (("v_rand",), 1), (("bce",), 0)])
+def test_a_report_of_any_scores_without_raw_and_with_an_empty_section_is_a_page_too(which, charts, labelled, tmp_path):
+    prediction, truth = (stack[:2].copy() for stack in labelled)
+    truth[1] = 0
+    result = evaluation.score_arrays(prediction, truth, which)
+    page = report.write(tmp_path / "r", result, prediction, truth).read_text()
+    assert page.count("<figure>") == 2 * 3 + charts
+    assert len(list((tmp_path / "r").glob("curves*"))) == charts
+
+
+@pytest.mark.slow
+def test_the_report_of_six_real_sections_stays_small(isbi, tmp_path):
+    labels = tifffile.imread(isbi / "train-labels.tif")[24:]
+    raw = tifffile.imread(isbi / "train-volume.tif")[24:]
+    proposal = np.stack([ndimage.gaussian_filter(s.astype(np.float32) / 255, 2) for s in raw])
+    result = evaluation.score_arrays(proposal, labels, ("v_rand", "v_info", "pixel_error"), sections=range(24, 30))
+    assert report.write(tmp_path, result, proposal, labels, raw).stat().st_size < 8e6
