@@ -46,19 +46,15 @@ def thick(labels):
 # --- naive references
 
 VALUES = [0.0, 0.05, 0.1, 0.2, 0.30000001, 0.45, 0.5, 0.55, 0.7, 0.8, 0.9, 1.0]
-SIZES = st.tuples(st.integers(1, 7), st.integers(1, 8))
-PAIRS = SIZES.flatmap(
-    lambda shape: st.tuples(
-        arrays(np.float32, shape, elements=st.sampled_from(np.float32(VALUES).tolist())),
-        arrays(np.uint8, shape, elements=st.sampled_from([0, 255, 255, 255])),
+
+
+def stacks(*count):
+    """Interior probabilities and labels of small sections."""
+    sizes = st.tuples(*(st.just(n) for n in count), st.integers(1, 7), st.integers(1, 8))
+    probability, label = st.sampled_from(np.float32(VALUES).tolist()), st.sampled_from([0, 255, 255, 255])
+    return sizes.flatmap(
+        lambda size: st.tuples(arrays(np.float32, size, elements=probability), arrays(np.uint8, size, elements=label))
     )
-)
-STACKS = SIZES.flatmap(
-    lambda shape: st.tuples(
-        arrays(np.float32, (2, *shape), elements=st.sampled_from(np.float32(VALUES).tolist())),
-        arrays(np.uint8, (2, *shape), elements=st.sampled_from([0, 255, 255, 255])),
-    )
-)
 
 
 def neighbours(p, shape, offsets=((0, -1), (-1, 0), (0, 1), (1, 0))):
@@ -195,7 +191,7 @@ def naive_warping(probability, reference, threshold):
 
 
 @settings(max_examples=150, deadline=None)
-@given(PAIRS)
+@given(stacks())
 def test_thinning_equals_the_naive_one(pair):
     probability, _ = pair
     for t in (0.0, 0.1, 0.5):
@@ -219,7 +215,7 @@ def test_thinning_equals_the_naive_one_where_wide_membranes_meet(seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(STACKS)
+@given(stacks(2))
 def test_leaderboard_scores_equal_the_naive_ones(stack):
     probabilities, references = stack
     if not all((r > 0).any() for r in references):
@@ -239,7 +235,7 @@ def test_leaderboard_scores_equal_the_naive_ones(stack):
 
 
 @settings(max_examples=40, deadline=None)
-@given(STACKS)
+@given(stacks(2))
 def test_rand_error_equals_counting_pairs_over_the_stack(stack):
     probabilities, references = stack
     if not (references > 0).any():
@@ -254,46 +250,12 @@ def test_rand_error_equals_counting_pairs_over_the_stack(stack):
 
 
 @settings(max_examples=150, deadline=None)
-@given(PAIRS)
+@given(stacks())
 def test_warping_equals_the_naive_one(pair):
     probability, reference = pair
     for t in (0.0, 0.30000000000000004, 0.5):
         splits, mergers = topology.topology_errors(probability, reference, t)
         assert (splits.sum(), mergers.sum()) == naive_warping(probability, reference, t)
-
-
-def test_cut_pixels_are_those_whose_removal_disconnects_their_object():
-    rng = np.random.default_rng(3)
-    for _ in range(40):
-        mask = np.pad(rng.random((9, 11)) < 0.65, 1)
-        cut = segments.compiled(topology._cut_pixels)(mask)
-        before = ndimage.label(mask)[1]
-        for y, x in np.argwhere(mask):
-            without = mask.copy()
-            without[y, x] = False
-            assert cut[y, x] == (ndimage.label(without)[1] > before), (y, x)
-
-
-def test_kernels_are_the_same_without_numba():
-    rng = np.random.default_rng(4)
-    labels = segments.components(rng.random((30, 31)) > 0.6)
-    labels[labels == 0] = segments.UNVISITED
-    plain = labels.copy()
-    segments._flood(plain)
-    segments.compiled(segments._flood)(labels)
-    np.testing.assert_array_equal(plain, labels)
-    mask = np.pad(labels > 0, 1)
-    np.testing.assert_array_equal(topology._cut_pixels(mask), segments.compiled(topology._cut_pixels)(mask))
-    order = np.flatnonzero(mask & np.pad(rng.random((30, 31)) < 0.7, 1))
-    warped = [
-        (kernel(*args, topology._simple_points()), *args)
-        for kernel, args in (
-            (topology._warp, (mask.copy(), order.copy())),
-            (segments.compiled(topology._warp), (mask.copy(), order.copy())),
-        )
-    ]
-    for plain, quick in zip(*warped, strict=True):
-        np.testing.assert_array_equal(plain, quick)
 
 
 # --- golden values
@@ -345,41 +307,17 @@ def test_golden_warping_error_of_the_thick_crop(labels, thick):
     assert (found.details["mergers"] == 0).all()
 
 
-def test_untrained_floor_of_always_cell(labels):
-    everything = np.ones(labels.shape, np.float32)
-    assert scores.v_rand(everything, labels, [0.5]).value == pytest.approx(0.078, abs=5e-4)
-    assert scores.pixel_error(everything, labels, [0.5]).value == pytest.approx(0.123, abs=5e-4)
-    pooled = sum(scores.confusion(p, r) for p, r in zip(everything, labels, strict=True))
-    assert scores.dice(pooled) == pytest.approx(0.877, abs=5e-4)
-
-
-def test_untrained_floor_of_smoothed_raw_intensity(labels, isbi):
-    """Which smoothing gave the stated floor is unknown; a 9 x 9 mean of the 8-bit image comes closest."""
-    raw = tifffile.imread(isbi / "train-volume.tif")
-    smooth = ndimage.uniform_filter(raw, (0, 9, 9)).astype(np.float32) / 255
-    found = scores.v_scores(smooth, labels, scores.THRESHOLDS[4:7])
-    assert found["v_rand"].value == pytest.approx(0.756, abs=3e-3)
-    assert found["v_info"].value == pytest.approx(0.887, abs=1e-3)
-    assert found["v_rand"].threshold == 0.5
-    assert scores.pixel_error(smooth, labels).value == pytest.approx(0.123, abs=5e-4)
-
-
 # --- thresholds, float32
 
 
-def test_thresholds_accumulate_in_double():
+def test_thresholds_accumulate_and_compare_strictly_in_double():
     assert len(scores.THRESHOLDS) == 11
     assert scores.THRESHOLDS[3] == 0.30000000000000004
     assert scores.THRESHOLDS[-1] == 0.9999999999999999
-
-
-def test_comparison_is_strict_and_in_double():
     p = np.float32([0.1, 0.5, 0.7, 0.9, 1.0])  # float32(0.1) > 0.1 and float32(0.7) < 0.7 as doubles
-    assert segments.above(p, 0.1).tolist() == [True] * 5
-    assert segments.above(p, 0.5).tolist() == [False, False, True, True, True]
-    assert segments.above(p, 0.7).tolist() == [False, False, False, True, True]
-    assert segments.above(p.astype(np.float64), 0.7).tolist() == [False, False, False, True, True]
-    assert segments.above(np.float64([0.7000000001]), 0.7).tolist() == [False], "doubles are rounded to float32 first"
+    for threshold, above in ((0.1, 5), (0.5, 3), (0.7, 2)):
+        assert segments.above(p, threshold).sum() == segments.above(p.astype(np.float64), threshold).sum() == above
+    assert not segments.above(np.float64([0.7000000001]), 0.7), "doubles are rounded to float32 first"
 
 
 # --- known answers
@@ -393,7 +331,7 @@ def blocks(rows=12, columns=12):
 
 
 def test_perfect_is_perfect():
-    truth = np.stack([blocks(), blocks(9, 14)[:9, :12].repeat(2, 0)[:12]])
+    truth = blocks()[None]
     assert four(truth.astype(np.float32), truth) == [1, 1, 0, 0]
     assert scores.warping_error(truth.astype(np.float32), truth).value == 0
     assert [
@@ -403,17 +341,16 @@ def test_perfect_is_perfect():
 
 
 def test_pure_merge_lowers_precision_and_pure_split_lowers_recall():
-    truth, whole = blocks(), np.ones((12, 12))
-    for name in ("v_rand", "v_info"):
-        merge = scores.v_scores([whole], [truth], [0.5])[name].details
-        split = scores.v_scores([truth], [whole], [0.5])[name].details
-        assert merge["recall"] == pytest.approx(1 if name == "v_rand" else 0)
-        assert merge["precision"] < 0.5
-        assert split["recall"] < 0.5
-    assert scores.v_scores([truth], [whole], [0.5])["v_rand"].details["precision"] == pytest.approx(1)
-    nested = whole.copy()
+    truth, whole, nested = blocks(), np.ones((12, 12)), np.ones((12, 12))
     nested[6] = 0  # merges two pairs of cells, splits none
+    merge = scores.v_scores([whole], [truth], [0.5])
+    split = scores.v_scores([truth], [whole], [0.5])
     info = scores.v_scores([nested], [truth], [0.5])["v_info"].details
+    for name in ("v_rand", "v_info"):
+        assert merge[name].details["precision"] < 0.5
+        assert split[name].details["recall"] < 0.5
+    assert merge["v_rand"].details["recall"] == pytest.approx(1)
+    assert split["v_rand"].details["precision"] == pytest.approx(1)
     assert info["recall"] < 1 - 1e-6 < info["precision"], "information lost by merging is recall of H(T)"
 
 
@@ -472,7 +409,7 @@ def test_empty_and_one_segment_cases():
     assert np.isnan(both.per_section[1])
 
 
-def test_warping_counts_a_broken_wall_as_merger_and_a_false_wall_as_split():
+def test_warping_counts_a_broken_wall_as_merger_a_false_wall_as_split_and_forgives_a_shifted_one():
     truth = np.ones((9, 9), np.uint8)
     truth[4] = 0
     gap = truth.astype(np.float32)
@@ -482,38 +419,8 @@ def test_warping_counts_a_broken_wall_as_merger_and_a_false_wall_as_split():
     assert (merged.details["mergers"], merged.details["splits"]) == (1, 0)
     assert (split.details["splits"], split.details["mergers"]) == (1, 0)
     assert merged.value == split.value == pytest.approx(1 / 81)
-
-
-def test_warping_forgives_a_shifted_wall():
-    truth = np.ones((12, 12), np.uint8)
-    truth[:, 5] = 0
-    moved = np.roll(truth, 1, axis=1)
-    assert scores.warping_error([moved], [truth]).value == 0
-    assert scores.pixel_error([moved], [truth]).value > 0.05
-
-
-@settings(max_examples=60, deadline=None)
-@given(PAIRS)
-def test_scores_without_scan_order_survive_transposition(pair):
-    probability, reference = pair
-    if not (reference > 0).any():
-        return
-    for score in (scores.rand_error, scores.pixel_error):
-        turned = score([probability.T], [reference.T])
-        np.testing.assert_allclose(score([probability], [reference]).curve, turned.curve, atol=1e-12)
-        flipped = score([probability[::-1]], [reference[::-1]])
-        np.testing.assert_allclose(flipped.curve, turned.curve, atol=1e-12)
-
-
-def test_overlap_does_not_depend_on_the_numbers_of_the_labels():
-    rng = np.random.default_rng(0)
-    truth, proposal = rng.integers(0, 6, (2, 20, 20))
-    renamed = rng.permutation(np.arange(1, 90))[:6]
-    shuffled = np.where(proposal > 0, renamed[proposal], 0)
-    for score in (lambda t: scores.rand_score(scores.rand_sums(t)), scores.information_score):
-        np.testing.assert_allclose(
-            score(scores.overlap(truth, proposal)), score(scores.overlap(truth, shuffled)), atol=1e-12
-        )
+    moved = np.roll(truth, 1, axis=0)
+    assert scores.warping_error([moved], [truth]).value == 0 < scores.pixel_error([moved], [truth]).value
 
 
 def test_pixel_scores_by_hand():
@@ -567,15 +474,19 @@ def test_seg_and_mean_iou_equal_going_through_all_pairs(prediction, truth):
         assert scores.mean_iou(prediction, truth) == pytest.approx(np.mean(best))
 
 
-def test_stacks_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"\(4, 4\) and \(4, 5\)"):
-        scores.v_rand(np.ones((1, 4, 4)), np.ones((1, 4, 5)))
-    with pytest.raises(ValueError, match="as many sections"):
-        scores.pixel_error(np.ones((2, 4, 4)), np.ones((1, 4, 4)))
-    with pytest.raises(ValueError, match="one shape"):
-        scores.rand_error(np.ones((4, 4)), np.ones((4, 4)))
-    with pytest.raises(ValueError, match="at least one section"):
-        scores.warping_error([], [])
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (((1, 4, 4), (1, 4, 5)), r"\(4, 4\) and \(4, 5\)"),
+        (((2, 4, 4), (1, 4, 4)), "as many sections"),
+        (((4, 4), (4, 4)), "one shape"),
+        (((0, 4, 4), (0, 4, 4)), "at least one section"),
+    ],
+)
+def test_stacks_that_do_not_fit_are_refused(shapes, words):
+    for score in (scores.v_rand, scores.rand_error, scores.pixel_error, scores.warping_error, scores.bce):
+        with pytest.raises(ValueError, match=words):
+            score(*map(np.ones, shapes))
 
 
 # --- maps, segmentation
@@ -588,56 +499,40 @@ def test_maps_mark_the_split_the_merger_and_the_hole_in_the_wall():
     proposal[10:13, 20] = 1  # joins the first two cells
     proposal[20, 41:] = 0  # cuts the third
     maps = segments.split_merge_maps(truth, proposal)
-    assert maps.splits[:, 41:].all()
-    assert not maps.splits[:, :41].any()
-    assert maps.mergers[:, :20].all()
-    assert maps.mergers[:, 21:40].all()
-    assert not maps.mergers[:, 40:].any()
+    third = np.arange(60) > 40
+    np.testing.assert_array_equal(maps.splits, np.tile(third, (40, 1)))
+    np.testing.assert_array_equal(maps.mergers, (truth > 0) & ~third)
     assert np.argwhere(maps.missed).tolist() == [[10, 20], [11, 20], [12, 20]]
     assert np.argwhere(maps.cuts).tolist() == [[20, c] for c in range(41, 60)]
 
 
-def test_maps_of_a_shifted_wall_and_of_a_perfect_prediction_are_empty():
+def test_maps_forgive_a_shifted_wall_and_mark_a_swallowed_sliver_but_not_the_cell_that_swallows_it():
     truth = np.ones((40, 60), np.uint8)
     truth[:, 28:33] = 0
     for proposal in (truth, np.roll(truth, 2, axis=1) | (np.arange(60) < 2)):
         assert not any(m.any() for m in segments.split_merge_maps(truth, proposal))
+    sliver = np.ones((60, 60), np.uint8)
+    sliver[:, 3] = 0
+    merged = segments.split_merge_maps(sliver, np.ones((60, 60))).mergers
+    np.testing.assert_array_equal(merged, np.tile(np.arange(60) < 3, (60, 1)))
+    for one, other in ((np.ones((5, 5)), np.zeros((5, 5))), (np.zeros((5, 5)), np.ones((5, 5)))):
+        assert not segments.split_merge_maps(one, other).splits.any()
 
 
-def test_maps_mark_a_swallowed_sliver_but_not_the_cell_that_swallows_it():
-    truth = np.ones((60, 60), np.uint8)
-    truth[:, 3] = 0
-    maps = segments.split_merge_maps(truth, np.ones((60, 60)))
-    assert maps.mergers[:, :3].all()
-    assert not maps.mergers[:, 4:].any()
-
-
-def test_maps_of_extremes_do_not_fail():
-    for truth, proposal in ((np.ones((5, 5)), np.zeros((5, 5))), (np.zeros((5, 5)), np.ones((5, 5)))):
-        assert not segments.split_merge_maps(truth, proposal).splits.any()
-
-
-def test_segment_floods_from_the_seeds():
+def test_segment_floods_from_the_seeds_that_are_large_enough():
     p = np.full((9, 21), 0.9, np.float32)
     p[:, 10] = 0.1
     p[4, 3] = 0.2  # a hole inside a cell is filled
     found = segments.segment(p, 0.5)
-    assert found.dtype == np.uint32
-    assert found.max() == 2
+    assert (found.dtype, found.max()) == (np.uint32, 2)
     assert (found[:, 10] == 0).all()
-    assert (found[:, :10] == found[0, 0]).all()
-    assert (found[:, 11:] == found[0, 20]).all()
+    for cell in (found[:, :10], found[:, 11:]):
+        assert (cell == cell[0, 0]).all()
     assert (segments.segment(p, 0.5, lines=False) > 0).all()
-    assert segments.segment(p, 0.95).tolist() == np.ones((9, 21)).tolist()
+    assert (segments.segment(p, 0.95) == 1).all()
     assert not segments.segment(p, 0.95, background=0.5).any()
     assert (segments.segment(p, 0.5, background=0.5)[:, 10] == 0).all()
-
-
-def test_segment_drops_small_seeds():
-    p = np.full((9, 21), 0.9, np.float32)
-    p[:, [4, 10]] = 0.1
-    assert segments.segment(p, 0.5).max() == 3
-    assert segments.segment(p, 0.5, min_size=9 * 5 + 1).max() == 1
+    assert segments.segment(p, 0.5, min_size=9 * 10).max() == 1, "the cell with the hole has a pixel less"
 
 
 def test_best_threshold_is_chosen_by_v_rand_on_the_sections_given():
@@ -646,73 +541,19 @@ def test_best_threshold_is_chosen_by_v_rand_on_the_sections_given():
     assert scores.best_threshold(p, truth[None]) == scores.THRESHOLDS[7]
 
 
-# --- other people's libraries
-
-
-@pytest.fixture(scope="module")
-def grown(labels):
-    """A clean and a noisy map of a crop of the first section."""
-    truth = labels[0][:256, :256]
-    rng = np.random.default_rng(5)
-    clean = ndimage.gaussian_filter((truth > 0).astype(np.float32), 1.5)
-    return truth, clean, np.clip(clean + rng.normal(0, 0.15, truth.shape), 0, 1).astype(np.float32)
-
-
-@pytest.mark.parametrize(("kind", "tolerance"), [(1, 1e-4), (2, 2e-3)])
-def test_thinning_is_close_to_a_watershed_with_lines(grown, kind, tolerance):
-    from skimage.segmentation import watershed
-
-    inside = segments.above(grown[kind], 0.5)
-    seeds = segments.components(inside)
-    flooded = watershed(np.zeros(inside.shape), seeds, connectivity=1, watershed_line=True)
-    truth = segments.components(grown[0] > 0)
-    ours, theirs = (scores.overlap(truth, labels) for labels in (segments.thin_borders(inside), flooded))
-    assert scores.rand_score(scores.rand_sums(ours))[0] == pytest.approx(
-        scores.rand_score(scores.rand_sums(theirs))[0], abs=tolerance
-    )
-    assert scores.information_score(ours)[0] == pytest.approx(scores.information_score(theirs)[0], abs=tolerance)
-
-
-def test_f_scores_agree_with_scikit_image_with_dams_as_singletons(grown):
-    from skimage.metrics import adapted_rand_error, variation_of_information
-
-    truth = segments.components(grown[0] > 0)
-    thinned = segments.thin_borders(segments.above(grown[2], 0.5))
-    own = np.where(thinned == 0, thinned.max() + 1 + np.arange(thinned.size).reshape(thinned.shape), thinned)
-    inside = truth > 0
-    table = scores.overlap(truth, thinned)
-    f, precision, recall = scores.rand_score(scores.rand_sums(table))
-    error, theirs, other = adapted_rand_error(truth[inside], own[inside])
-    pixels = int(inside.sum())
-    # scikit-image leaves out the pair of a pixel with itself, the challenge does not: apart by about 1 / n.
-    assert f == pytest.approx(1 - error, abs=200 / pixels)
-    assert sorted([precision, recall]) == pytest.approx(sorted([theirs, other]), abs=200 / pixels)
-    missing, extra = variation_of_information(
-        truth[inside], own[inside]
-    )  # H(T | S) and H(S | T), in bits, in some order
-    entropy = [scores._entropy(np.bincount(labels[inside])[1:], pixels) for labels in (truth, own)]
-    mutual = (sum(entropy) - (missing + extra) * log(2)) / 2
-    assert scores.information_score(table)[0] == pytest.approx(2 * mutual / sum(entropy), abs=1e-9)
-
-
 # --- speed and imports
 
 
 @pytest.mark.slow
 def test_a_section_is_scored_within_its_time(labels, isbi):
     raw = tifffile.imread(isbi / "train-volume.tif", key=0).astype(np.float32)[None] / 255
-    small = (raw[:, :32, :32], labels[:1, :32, :32])
-    seconds = []
-    for score, kwargs in ((scores.v_scores, {}), (scores.warping_error, {"thresholds": [0.5]})):
-        score(*small, **kwargs)  # compiles
-        runs = []
-        for _ in range(3):  # the quickest of three: the machine has other work
+    for score, options, limit_s in ((scores.v_scores, {}, 0.5), (scores.warping_error, {"thresholds": [0.5]}, 2.0)):
+        seconds = []
+        for _ in range(4):  # the quickest: the first compiles, and the machine has other work
             start = time.perf_counter()
-            score(raw, labels[:1], **kwargs)
-            runs.append(time.perf_counter() - start)
-        seconds.append(min(runs))
-    assert seconds[0] <= 0.5
-    assert seconds[1] <= 2.0
+            score(raw, labels[:1], **options)
+            seconds.append(time.perf_counter() - start)
+        assert min(seconds) <= limit_s
 
 
 def test_importing_scores_is_light():
@@ -722,8 +563,15 @@ def test_importing_scores_is_light():
 
 
 SCORE_A_TINY_STACK = (
-    "import numpy as np; from score import scores; print(scores.v_rand(np.eye(8)[None], np.ones((1, 8, 8))).value)"
+    "import numpy as np; from score import scores; print(scores.v_rand(np.eye(8)[None], [np.ones((8, 8))]).value)"
 )
+
+
+def score_a_tiny_stack(before="", **options):
+    run = [sys.executable, "-c", before + SCORE_A_TINY_STACK]
+    done = subprocess.run(run, capture_output=True, text=True, **options)
+    assert float(done.stdout or "nan") == pytest.approx(scores.v_rand(np.eye(8)[None], [np.ones((8, 8))]).value), done
+    return done.stderr
 
 
 def test_scoring_works_where_nothing_can_be_cached(tmp_path):
@@ -738,15 +586,9 @@ def test_scoring_works_where_nothing_can_be_cached(tmp_path):
     blocked = str(tmp_path / "home" / "nowhere")
     env = {**os.environ, "HOME": blocked, "XDG_CACHE_HOME": blocked, "PYTHONDONTWRITEBYTECODE": "1"}
     env.pop("NUMBA_CACHE_DIR", None)
-    result = subprocess.run(
-        [sys.executable, "-c", SCORE_A_TINY_STACK], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert float(result.stdout) == pytest.approx(scores.v_rand(np.eye(8)[None], np.ones((1, 8, 8))).value)
+    score_a_tiny_stack(cwd=tmp_path, env=env)
 
 
 def test_scoring_works_without_numba_and_says_that_it_is_slow():
-    code = "import sys; sys.modules['numba'] = None\n" + SCORE_A_TINY_STACK
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "numba is not installed" in result.stderr
-    assert float(result.stdout) == pytest.approx(scores.v_rand(np.eye(8)[None], np.ones((1, 8, 8))).value)
+    said = score_a_tiny_stack("import sys; sys.modules['numba'] = None\n", cwd=ROOT)
+    assert "numba is not installed" in said
