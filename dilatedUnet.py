@@ -328,6 +328,12 @@ PREDICT = {
             default="auto",
             choices=("auto", "keras", "openvino"),
         ),
+        flag(
+            "--normalise",
+            "by the mean and standard deviation of the training sections, or by the stack's own (another microscope)",
+            default="training",
+            choices=("training", "own"),
+        ),
         *MACHINE,
         flag("--workers", "processes for an --output of .zarr; 0: this one (default: 1)", type=number(int, 0, 1024)),
         flag("--scheduler", "dask's scheduler instead, such as tcp://host:8786", metavar="ADDRESS"),

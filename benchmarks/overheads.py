@@ -19,6 +19,7 @@ import tifffile
 from training_step import Program, measure  # also sets the path to the suite
 
 import data
+from files import atomic
 from network import device
 from predict import prediction
 from train import run as training
@@ -94,7 +95,7 @@ def main():
     if args.json:
         record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
         record |= {"seconds": found, "update_seconds": update, "checkpoint_share": share, "checkpoint_mib": size}
-        prediction.write_json(Path(args.json), record)
+        atomic.write_json(Path(args.json), record)
 
 
 if __name__ == "__main__":

@@ -346,8 +346,8 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return work(*args.worker, args.batch_size, args.window)
+    from files import atomic
     from network import device
-    from predict import prediction
     from train.record import hardware, versions
 
     print(
@@ -364,7 +364,7 @@ def main():
     print_table(rows)
     if args.json:
         record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
-        prediction.write_json(Path(args.json), record | {"candidates": rows, "arguments": vars(args)})
+        atomic.write_json(Path(args.json), record | {"candidates": rows, "arguments": vars(args)})
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import tifffile
 from training_step import measure, stock_network
 
 import data
+from files import atomic
 from network import device, unet
 from predict import engines, prediction, tiling
 from train.record import hardware, versions
@@ -202,7 +203,7 @@ def main():
 def write_record(args, found):
     record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
     arguments = {name: value for name, value in vars(args).items() if name != "stock"}
-    prediction.write_json(Path(args.json), record | found | {"arguments": arguments})
+    atomic.write_json(Path(args.json), record | found | {"arguments": arguments})
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from skimage.transform import resize
 import data
 import dilatedUnet
 import figures
+from files import atomic
 from network import device
 from predict import prediction
 from score import evaluation
@@ -157,7 +158,7 @@ def measured(args):
         found[name] = Run(name, args.image_path, args.seed).points(args.minutes, args.every)
     if args.json:
         record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
-        prediction.write_json(Path(args.json), record | {"recipes": RECIPES, "points": found})
+        atomic.write_json(Path(args.json), record | {"recipes": RECIPES, "points": found})
     return found
 
 

@@ -24,8 +24,8 @@ import numpy as np
 
 import data
 import dilatedUnet
+from files import atomic
 from network import device, losses, unet
-from predict import prediction
 from train import run as training
 from train.feed import Stacks
 from train.record import Place, hardware, versions
@@ -160,7 +160,7 @@ def report(args, auto, found):
     print(f"whole program in {auto} / stock float32: {found[f'ours {auto}, program'][0] / stock:.3f} (limit 0.85)")
     if args.json:
         record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
-        prediction.write_json(Path(args.json), record | {"seconds": found, "arguments": vars(args)})
+        atomic.write_json(Path(args.json), record | {"seconds": found, "arguments": vars(args)})
 
 
 if __name__ == "__main__":

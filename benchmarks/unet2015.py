@@ -19,6 +19,7 @@ from functools import partial
 from training_step import measure
 
 import data
+from files import atomic
 from network import device, unet
 from predict import engines, prediction
 from train.record import hardware, versions
@@ -47,7 +48,7 @@ def main():
         print(f"{name:24s} {median:6.2f} s a section ({low:.2f}..{high:.2f})")
     if args.json:
         record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
-        prediction.write_json(Path(args.json), record | {"parameters": network.count_params(), "seconds": found})
+        atomic.write_json(Path(args.json), record | {"parameters": network.count_params(), "seconds": found})
 
 
 if __name__ == "__main__":

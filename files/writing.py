@@ -31,9 +31,10 @@ def write_prediction(path, sections, *, count, shape, voxel_nm=None, force=False
 
     def probability(section, index):
         section = np.asarray(section, np.float32)
-        if not np.isfinite(section).all():
+        low, high = section.min(), section.max()  # a large section is not copied
+        if not (np.isfinite(low) and np.isfinite(high)):
             raise DataError(f"{path}: the prediction of section {index} is not finite.")
-        return np.clip(section, 0.0, 1.0)
+        return section if low >= 0 and high <= 1 else np.clip(section, 0.0, 1.0)
 
     about = {"voxel_nm": voxel_nm, "made_of": made_of}
     _write(path, sections, probability, np.dtype("float32"), (count, *shape), about, force)
@@ -47,6 +48,8 @@ def write_mask(path, sections, *, count, shape, voxel_nm=None, force=False, made
     dtype = np.dtype(dtype)
 
     def mask(section, index):
+        if np.asarray(section).dtype == bool and dtype == np.uint8:
+            return np.asarray(section).view(np.uint8) * np.uint8(255)
         values = np.unique(np.asarray(section))
         allowed = (0, 1, 255) if dtype == np.uint8 else np.clip(values, 0, np.iinfo(dtype).max)
         if not np.isin(values, allowed).all():

@@ -7,7 +7,7 @@ rotated and mirrored versions too, whose tiles are counted from other corners of
 The output's chunks are the parts that the tiles fill, a block is a whole number of chunks, and two workers never write
 to the same one. A chunk's file is whole or absent, for zarr (>= 3.1.3) writes it beside its place and moves it there;
 it is never left out for being empty, for what is not written reads as NaN and a probability is not NaN. So a block is
-finished when the files of its chunks are there, and `--resume` predicts the others.
+finished when the files of its chunks are there to the last byte, and `--resume` predicts the others.
 
 Blocks are sent to the workers of dask, which are processes on this machine, or of the cluster whose scheduler is named.
 A worker loads the network once; it must see image, weights, output and this folder under the same paths, and no more
@@ -24,7 +24,7 @@ import itertools
 import json
 import logging
 import math
-import os
+import re
 import shutil
 import sys
 import threading
@@ -33,16 +33,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import omezarr, stacks
-from files.stacks import DataError
-from predict import tiling
+from files import atomic, omezarr, stacks
+from files.atomic import DataError
+from predict import intensity, tiling
 
 FORMAT = "dilated-unet prediction 1"
 SPAN = 4  # tiles along a block with rotated versions, whose tiles are computed for every block that they touch
 DEPTH = 16  # most sections of a block: those that share the chunks of the image, which are read once
 SLAB_BYTES = 2**27  # pixels of a block, unless one section has more
 SAMPLE_PX = 512  # side of the pixels that tell images apart
+PIXELS = "pixels_sha256"  # of all sections, which `evaluate` compares; older outputs have it not
 IN_FLIGHT = 256  # blocks that the scheduler is told of at a time
+CONNECT_S = 10
+ADDRESS = re.compile(r"(?:(?:tcp|tls|ws|wss|ucx)://)?(?:[^:/\s]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}/?")
 IGNORE_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # of workers here: their client ends them
 
 
@@ -60,9 +63,11 @@ class Job(NamedTuple):
         "module:function" of the network, see `run`.
     how : tuple of (str, str)
         Its keyword arguments.
-    sections, depth : int
-        Of the stack, and of a block.
-    axes, zarr_format : int
+    shape : tuple of int
+        Of the output: all axes of an OME-Zarr image, or (S, H, W).
+    depth : int
+        Sections of a block.
+    zarr_format : int
         Of the output.
     grid : tuple
         The fields of a `tiling.Grid`.
@@ -79,9 +84,8 @@ class Job(NamedTuple):
     weights: str
     load: str
     how: tuple[tuple[str, str], ...]
-    sections: int
+    shape: tuple[int, ...]
     depth: int
-    axes: int
     zarr_format: int
     grid: tuple
     tta: str
@@ -101,6 +105,11 @@ def chunk_size(job):
     return tuple(cuts[0].stop for cuts in tiles_of(job)[1])
 
 
+def chunks_of(job):
+    """Chunks of the output: of one section each."""
+    return (1,) * (len(job.shape) - 2) + chunk_size(job)
+
+
 def span(job):
     """Tiles along the rows, and along the columns, of a block: as many as one call takes, or SPAN."""
     if job.tta != "none":
@@ -111,7 +120,8 @@ def span(job):
 @functools.lru_cache(maxsize=2)
 def block_parts(job):
     """Sections, rows and columns of the blocks, as slices along each axis."""
-    sections = [slice(i, min(i + job.depth, job.sections)) for i in range(0, job.sections, job.depth)]
+    count = math.prod(job.shape[:-2])
+    sections = [slice(i, min(i + job.depth, count)) for i in range(0, count, job.depth)]
     return sections, *tiles_of(job)[0].parts(*span(job))
 
 
@@ -129,19 +139,17 @@ def block(job, number):
 
 
 def is_finished(job, number):
-    """Whether the files of all chunks of a block are there."""
+    """Whether all chunks of a block are written."""
     sections, part = block(job, number)
     return all(is_written(job, index, part) for index in range(sections.start, sections.stop))
 
 
 def is_written(job, index, part):
-    """Whether the files of all chunks of a part of a section are there."""
-    folder = Path(job.output, "0", *(["c"] if job.zarr_format == 3 else []), *map(str, omezarr.place(job.axes, index)))
-    keys = [
-        range(along.start // side, -(-along.stop // side)) for along, side in zip(part, chunk_size(job), strict=True)
-    ]
-    files = (folder / str(row) / str(column) for row, column in itertools.product(*keys))
-    return all(file.is_file() and file.stat().st_size > 0 for file in files)
+    """Whether the files of all chunks of a part of a section are whole."""
+    place, sides = omezarr.place(len(job.shape), index), chunk_size(job)
+    folder = Path(job.output, "0", *(["c"] if job.zarr_format == 3 else []), *map(str, place))
+    keys = (range(along.start // side, -(-along.stop // side)) for along, side in zip(part, sides, strict=True))
+    return all(omezarr.is_whole(folder / str(row) / str(column)) for row, column in itertools.product(*keys))
 
 
 # -- predicting a block ------------------------------------------------------------------------------------------
@@ -159,7 +167,10 @@ def predict_block(job, number):
             tiling.predict_part(grid, part, pixels, predict, values, **how)
             if not np.isfinite(values).all():
                 raise DataError(f"{job.output}: the prediction of section {index} is not finite.")
-            array[(*omezarr.place(job.axes, index), *part)] = np.clip(values, 0.0, 1.0)
+            try:
+                array[(*omezarr.place(len(job.shape), index), *part)] = np.clip(values, 0.0, 1.0, out=values)
+            except OSError as error:
+                raise atomic.could_not_be_written(job.output, error) from error
 
 
 def batch_size(job):
@@ -191,13 +202,16 @@ def _load(job):
 
 
 def _part_reader(reader):
-    """A function (sections, rows, columns), slices -> pixels (S, H, W); of a TIFF, sections are read whole."""
+    """A function (sections, rows, columns), slices -> pixels (S, H, W); of a file, small sections are kept."""
     if isinstance(reader, omezarr.ZarrReader):
         return reader.slab
-    section = functools.lru_cache(maxsize=2)(reader.__getitem__)
+    small = math.prod(reader.shape[1:]) * reader.dtype.itemsize <= SLAB_BYTES
+    section = functools.lru_cache(maxsize=2)(reader.__getitem__) if small else None
 
     def read(sections, rows, columns):
         with _ONE_AT_A_TIME:
+            if not small:
+                return reader.slab(sections, rows, columns)
             return np.stack([section(index)[rows, columns] for index in range(sections.start, sections.stop)])
 
     return read
@@ -240,7 +254,7 @@ def run(args, source, *, load, weights, how, settings, choose, log):
         Where flags contradict each other, an input is bad, or the output is there or is made of something else.
     """
     _check_flags(args, source)
-    with open_sections(source) as reader:
+    with open_sections(source) as reader, atomic.locked(args.output):
         grid = choose(reader.shape[1:])
         log(f"sections of {stacks.size_words(reader.shape)} px: {grid.words}")
         made_of = {
@@ -259,9 +273,8 @@ def run(args, source, *, load, weights, how, settings, choose, log):
             weights=str(Path(weights).resolve()),
             load=f"{load.__module__}:{load.__name__}",
             how=tuple(how.items()),
-            sections=len(reader),
+            shape=omezarr.array_shape(reader),
             depth=1,
-            axes=len(omezarr.array_shape(reader)),
             zarr_format=omezarr.zarr_format(reader),
             grid=tuple(grid),
             tta=args.tta,
@@ -271,7 +284,9 @@ def run(args, source, *, load, weights, how, settings, choose, log):
         job = job._replace(depth=_depth(job, reader))
         _check_output(args, job)
         with _client(args) as client:
-            if not (args.resume and Path(job.output).exists()):
+            if args.resume and Path(job.output).exists():
+                omezarr.remove_partials(job.output)  # nobody else writes here: it is locked
+            else:
                 _begin(args, job, reader)
             _finish(args, job, client, log)
 
@@ -279,7 +294,7 @@ def run(args, source, *, load, weights, how, settings, choose, log):
 def _finish(args, job, client, log):
     """Predict the blocks that are not finished, and count them on a terminal."""
     count = block_count(job)
-    todo = [number for number in range(count) if not (args.resume and is_finished(job, number))]
+    todo = [number for number in range(count) if not is_finished(job, number)] if args.resume else range(count)
     log(f"{count} blocks" + (f", {count - len(todo)} of them finished before" if args.resume else ""))
     finished = _streamed(client, job, todo) if client else (predict_block(job, number) for number in todo)
     for done, _ in enumerate(finished, count - len(todo) + 1):
@@ -289,17 +304,18 @@ def _finish(args, job, client, log):
 
 def _check_flags(args, source):
     masks = args.threshold is not None or args.segment
-    memory = isinstance(source, stacks.Stack)
     contradictions = (
         (masks, "--threshold and --segment go with a TIFF --output"),
         (args.resume and args.force, "--resume goes on with a prediction and --force replaces it: choose one"),
         (args.scheduler and args.workers is not None, "--workers is of no use with --scheduler, which has its own"),
-        (memory, "--image_path must be a file or folder, which workers can read, where --output is OME-Zarr"),
-        (not memory and Path(source).resolve() == Path(args.output).resolve(), "--output must not be --image_path"),
+        (isinstance(source, stacks.Stack), "--image_path must be a file or folder, which workers can read"),
     )
     for wrong, words in contradictions:
         if wrong:
             raise DataError(f"{words}. Received: --image_path {args.image_path} --output {args.output}")
+    if args.scheduler and not ADDRESS.fullmatch(args.scheduler):
+        raise DataError(f"--scheduler must be an address such as tcp://host:8786. Received: {args.scheduler}")
+    atomic.refuse_inputs("--output", args.output, source)
 
 
 def _depth(job, reader):
@@ -318,10 +334,7 @@ def _sha256(path):
 
 def _sample_sha256(reader):
     """SHA-256 of the central pixels of the first, the middle and the last section: the whole may be terabytes."""
-    count, *size = reader.shape
-    centre = [slice(max(0, (n - SAMPLE_PX) // 2), min(n, (n + SAMPLE_PX) // 2)) for n in size]
-    read = _part_reader(reader)
-    samples = [stacks.sha256_pixels(read(slice(i, i + 1), *centre)) for i in sorted({0, count // 2, count - 1})]
+    samples = [stacks.sha256_pixels(pixels) for pixels in intensity.sample(reader, SAMPLE_PX)]
     return hashlib.sha256("".join(samples).encode()).hexdigest()
 
 
@@ -334,10 +347,13 @@ def _check_output(args, job):
     found, made_of = _record(job.output), json.loads(job.made_of)
     if not found:
         raise DataError(f"--resume and --force are for a prediction of this suite, and {args.output} is none.")
-    other = [key for key in sorted({*made_of, *found}) if made_of.get(key) != found.get(key)]
+    known = {*made_of, *found} - ({PIXELS} if PIXELS not in found else set())
+    other = [key for key in sorted(known) if made_of.get(key) != found.get(key)]
     if args.resume and other:
         words = f"is made of another {', '.join(other)} (--force begins anew)"
         raise DataError(f"--resume goes on with a prediction that is made of the same, and {args.output} {words}.")
+    if args.resume:
+        omezarr.check_array(job.output, job.shape, chunks_of(job))
 
 
 def _record(output):
@@ -353,19 +369,18 @@ def _record(output):
 
 def _begin(args, job, reader):
     """Make the output, without chunks yet, beside its place, and move it there."""
-    shape, output = omezarr.array_shape(reader), Path(job.output)
-    chunks = (1,) * (len(shape) - 2) + chunk_size(job)
+    output = Path(job.output)
     record = {"format": FORMAT, "image": job.image, "weights": job.weights, "made_of": json.loads(job.made_of)}
-    partial, old = (output.with_name(f".{word}{os.getpid()}-{output.name}") for word in ("part", "old"))
+    partial, old = atomic.beside(output), atomic.beside(output.with_name(f"old-{output.name}"))
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        omezarr.create(partial, reader, shape, chunks, record)
+        atomic.remove_abandoned(output.parent)
+        omezarr.create(partial, reader, job.shape, chunks_of(job), record)
         if output.exists():
             output.rename(old)
         partial.rename(output)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise DataError(f"{args.output} could not be written: {error.strerror or error}.") from error
+        raise atomic.could_not_be_written(args.output, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -443,7 +458,7 @@ def _client(args):
             yield client
         return
     try:
-        client = distributed.Client(args.scheduler, set_as_default=False)
+        client = distributed.Client(args.scheduler, set_as_default=False, timeout=CONNECT_S)
     except (OSError, ValueError) as error:
         raise DataError(f"--scheduler: {args.scheduler} cannot be reached: {error}") from error
     with client:

@@ -6,14 +6,21 @@ import math
 import os
 import sys
 from pathlib import Path
+from urllib.parse import quote
+
+import keras
+import numpy as np
 
 import data
-from data import DataError
+from data import DataError, Normalisation
+from files import atomic, stacks
 from network import device, unet
-from predict import engines, tiling
+from predict import engines, intensity, tiling
 
 FORMAT = "dilated-unet weights 1"
 SUFFIX = ".weights.h5"
+HASHED_PX = 2**34  # most pixels of a stack that is read from end to end before it is predicted in blocks
+LARGE_PX = 2**26  # of a section: from there on it is read in parts, and no second one is predicted ahead
 SMALLEST_CELL_PX = 9  # of a seed for `--segment`; smaller ones are specks
 SEGMENTATION = ("threshold", "background", "smallest_cell_px")  # of a record: how `--segment` cuts cells
 
@@ -34,18 +41,11 @@ def record_file(path):
 
 
 def save_weights(network, path, record):
-    """Write the weights, then their record; each file replaced as a whole."""
-    file = weight_file(path)
-    with data.replacing(file, force=True) as partial:
-        reserve(partial, network)
-        network.save_weights(partial)
-    write_json(record_file(file), {"format": FORMAT} | record)
-
-
-def write_json(path, record):
-    """Write a record, replacing the file as a whole."""
-    with data.replacing(path, force=True) as partial:
-        partial.write_text(json.dumps(record, indent=1) + "\n")
+    """Write the weights and their record, both whole before either is moved to its place."""
+    with atomic.replacing(weight_file(path), record_file(path), force=True) as (weights, beside):
+        reserve(weights, network)
+        network.save_weights(weights)
+        beside.write_text(json.dumps({"format": FORMAT} | record, indent=1) + "\n")
 
 
 def reserve(path, network):
@@ -59,24 +59,96 @@ def reserve(path, network):
 
 def add_to_record(path, **values):
     """Add values to the record beside the weights."""
-    write_json(record_file(path), read_record(path) | values)
+    atomic.write_json(record_file(path), read_record(path) | values)
+
+
+def _whole(least, most):
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _number(least, most):
+    return lambda value: type(value) in (int, float) and least <= value <= most
+
+
+def _list_of(rule, most):
+    return lambda value: type(value) is list and 0 < len(value) <= most and all(map(rule, value))
+
+
+def _flag(value):
+    return type(value) in (bool, int) and value in (0, 1)
+
+
+# What a record must hold of each architecture, and the rule of each value: without `dilate` another network were built.
+SETTINGS = {
+    "unet2017": {
+        "filters": _list_of(_whole(1, 2**14), 10),
+        "dilate": _flag,
+        "dilate_rate": _whole(1, 2**10),
+        "addition": _flag,
+        "classes": _whole(2, 255),
+        "dropout": _number(0, 1),
+    },
+    "unet2015": {
+        "filters": _whole(1, 2**14),
+        "levels": _whole(1, 8),
+        "padding": lambda value: value in ("same", "valid"),
+    },
+}
+OPTIONAL = {
+    "arch": lambda value: value in SETTINGS,
+    "batch_norm": _flag,
+    "centre_dilations": _list_of(_whole(1, 2**10), 32),
+    "channels": _whole(1, 1),
+    "classes": _whole(2, 255),
+    "dropout": _number(0, 1),
+}
+OTHERS = {
+    "threshold": _number(0, 1),
+    "background": lambda value: value is None or _number(0, 1)(value),
+    "smallest_cell_px": _whole(0, 2**31),
+    "intensity": lambda value: intensity.is_record(value),
+}
 
 
 def read_record(path):
     """The record beside the weights, or a DataError that says what is wrong with it."""
-    file = record_file(path)
-    if not weight_file(path).is_file():
-        raise DataError(f"--weight_path: {weight_file(path)} does not exist.")
+    file, weights = record_file(path), weight_file(path)
+    if not weights.is_file():
+        raise DataError(f"--weight_path: {weights} does not exist.")
     if not file.is_file():
         raise DataError(f"--weight_path: {file}, the record that belongs to the weights, does not exist.")
-    try:
-        record = json.loads(file.read_text())
-        known = record["format"] == FORMAT and record["network"] and record["normalisation"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"--weight_path: {file} is not a record of weights: {error!r}.") from error
-    if not known:
-        raise DataError(f"--weight_path: {file} must have the format '{FORMAT}'. Received: {record['format']!r}")
+    record = atomic.read_json(file, "--weight_path")
+    if record.get("format") != FORMAT:
+        raise DataError(
+            f"--weight_path: {file} must have the format '{FORMAT}'. Received: {record.get('format')!r:.60}"
+        )
+    settings = record.get("network")
+    arch = settings.get("arch", "unet2017") if isinstance(settings, dict) else None
+    rules = SETTINGS.get(arch) if isinstance(arch, str) else None
+    if rules is None:
+        raise DataError(f"--weight_path: {file} describes no network of this suite. Received: {settings!r:.60}")
+    _check(file, "network", settings, rules, rules)
+    _check(file, "network", settings, rules | OPTIONAL, settings)
+    _check(file, "record", record, OTHERS, OTHERS.keys() & record)
+    widest = settings["filters"] * 2 ** settings["levels"] if arch == "unet2015" else max(settings["filters"])
+    if 36 * widest**2 > (size := weights.stat().st_size):  # 3 x 3 float32 numbers for each pair of filters
+        words = f"is broken, or holds weights of another architecture: {size} bytes for {widest} filters"
+        raise DataError(f"--weight_path: {weights} {words}")
+    Normalisation.from_dict(record.get("normalisation"))
     return record
+
+
+def _check(file, what, values, rules, keys):
+    """Refuse a key that has no rule, and a value that is missing or breaks its rule."""
+    for key in keys:
+        if key not in rules:
+            raise DataError(f"--weight_path: {file} describes no network of this suite. Received: {key}")
+        if key not in values:
+            raise DataError(f"--weight_path: {file} lacks {key} of the {what}.")
+        if not rules[key](values[key]):
+            raise DataError(
+                f"--weight_path: {file} must hold a valid {key} of the {what}. Received: {values[key]!r:.60}"
+            )
 
 
 def load_network(path, precision="float32"):
@@ -87,18 +159,21 @@ def load_network(path, precision="float32"):
     DataError
         Where a file is missing or broken, or the weights belong to another architecture.
     """
-    record = read_record(path)
+    record, file = read_record(path), weight_file(path)
     try:
         network = unet.from_settings(record["network"], precision=precision)
     except (TypeError, ValueError) as error:
         raise DataError(f"--weight_path: {record_file(path)} describes no network of this suite: {error}") from error
     try:
-        network.load_weights(weight_file(path))
+        network.load_weights(file)
     except Exception as error:  # h5py and Keras have a dozen kinds for a broken or foreign file
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"--weight_path: {weight_file(path)} is broken, or holds weights of another architecture: {first}"
+            f"--weight_path: {file} is broken, or holds weights of another architecture: {first}"
         ) from error
+    for variable in network.weights:
+        if not np.isfinite(keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32"))).all():
+            raise DataError(f"--weight_path: {file} holds NaN or infinite numbers, in {variable.path}.")
     return network, record
 
 
@@ -138,9 +213,9 @@ def section_predictor(
     log : callable, optional
         Told once per shape of section how it is tiled.
     """
-    predict_windows = windows_predictor(network, normalisation, engine, precision)
+    forward = windows_predictor(network, normalisation, engine, precision)
     choose = chooser(unet.field_of(network), tile, overlap, log)
-    return lambda section: tiling.predict_section(section, predict_windows, choose(section.shape), tta=tta, batch=batch)
+    return lambda section: tiling.predict_section(section, forward, choose(section.shape), tta=tta, batch=batch)
 
 
 def windows_predictor(network, normalisation, engine, precision):
@@ -149,26 +224,21 @@ def windows_predictor(network, normalisation, engine, precision):
     return lambda windows: forward(normalisation(windows))
 
 
-def predictor_of(network, record, **how):
-    """`section_predictor` of a network and its record."""
-    return section_predictor(network, data.Normalisation.from_dict(record["normalisation"]), record["network"], **how)
-
-
 def mean_of(predictors):
     """The ensemble: the mean of several predictors' probabilities, each section normalised as each was trained."""
 
     def predict(section):
         total = predictors[0](section)
         for other in predictors[1:]:
-            total = total + other(section)
-        return total / len(predictors)
+            total += other(section)
+        total /= len(predictors)
+        return total
 
     return predictors[0] if len(predictors) == 1 else predict
 
 
-def segmentation_of(members):
-    """The first member's record, with the mean of the thresholds that were chosen for them."""
-    records = [record for _, record in members]
+def segmentation_of(records):
+    """The first record, with the mean of the thresholds that were chosen for the networks."""
     thresholds = [record["threshold"] for record in records if "threshold" in record]
     return records[0] | ({"threshold": sum(thresholds) / len(thresholds)} if thresholds else {})
 
@@ -188,32 +258,13 @@ def chooser(field, tile, overlap, log=None):
     return choose
 
 
-def load_windows_predictor(weights, precision, engine):
-    """For a worker of `blocks`: `windows_predictor` of weights."""
-    network, record = load_network(weights, precision)
-    return windows_predictor(network, data.Normalisation.from_dict(record["normalisation"]), engine, precision)
+def load_windows_predictor(weights, precision, engine, normalisation):
+    """For a worker of `blocks`: `windows_predictor` of weights; `normalisation` as JSON."""
+    network, _ = load_network(weights, precision)
+    return windows_predictor(network, Normalisation.from_dict(json.loads(normalisation)), engine, precision)
 
 
-def run_chunked(args, precision, engine, say):
-    """`predict` to OME-Zarr: the workers load the network, so this process does not."""
-    from predict import blocks
-
-    if len(args.weight_path) > 1:
-        raise DataError(f"--weight_path must be one for an --output of .zarr. Received: {len(args.weight_path)}")
-    (weights,) = args.weight_path
-    record = read_record(weights)
-    blocks.run(
-        args,
-        data.resolve(args.image_path, "test", log=say),
-        load=load_windows_predictor,
-        weights=weight_file(weights),
-        how={"precision": precision, "engine": engine},
-        settings={key: record[key] for key in ("network", "normalisation")},
-        choose=chooser(unet.field_from_settings(record["network"]), args.tile, args.overlap),
-        log=say,
-    )
-    say(f"{args.output}: 1 = interior")
-    return 0
+# -- the verb ---------------------------------------------------------------------------------------------------
 
 
 def run(args):
@@ -222,44 +273,128 @@ def run(args):
     def say(words):
         print(words, file=sys.stderr, flush=True)
 
+    in_blocks = check_output(args)
     engine = engines.choose(args.engine)
     precision = device.choose_precision(args.precision, engine)
     say(f"{device.describe(precision)}; engine: {engine}")
-    if args.output.endswith(".zarr"):
-        return run_chunked(args, precision, engine, say)
-    if args.resume or args.scheduler or args.workers is not None:
-        raise DataError(f"--resume, --scheduler and --workers go with an --output of .zarr. Received: {args.output}")
-    members = [load_network(path, precision) for path in args.weight_path]
+    records = [read_record(path) for path in args.weight_path]
     source = data.resolve(args.image_path, "test", log=say)
+    used = (file(path) for path in args.weight_path for file in (weight_file, record_file))
+    atomic.refuse_inputs("--output", args.output, source, *used)
     with data.iter_sections(source) as sections:
-        count, (height, width) = len(sections), sections.shape[1:]
-        names = ", ".join(
-            f"{member.name} of {path}" for (member, _), path in zip(members, args.weight_path, strict=True)
-        )
-        say(f"{args.image_path}: {count} sections of {height} x {width} px; {names}")
-        how = {"engine": engine, "precision": precision, "tile": args.tile, "overlap": args.overlap}
-        how |= {"tta": args.tta, "batch": args.batch_size, "log": say}
-        predict = mean_of([predictor_of(*member, **how) for member in members])
-        predictions = tiling.ahead(tiling.predict_stack(sections, predict))  # the next one, while one is written
-        finished = reported(predictions, count)
-        write(args, finished, count, (height, width), sections.voxel_nm, segmentation_of(members))
-    say(f"{args.output}: {count} sections, {'one number per cell' if args.segment else '1 = interior'}")
+        norms = normalisations(sections, records, args.normalise, say)
+        how = {"engine": engine, "precision": precision}
+        if in_blocks:
+            run_blocks(args, source, sections, records[0], norms[0], how, say)
+        else:
+            run_sections(args, sections, records, norms, how, say)
     return 0
 
 
-def write(args, finished, count, shape, voxel_nm, record):
+def check_output(args):
+    """Whether the output is OME-Zarr; refuse flags that do not go with it."""
+    in_blocks = args.output.endswith(".zarr")
+    if not in_blocks and (args.resume or args.scheduler or args.workers is not None):
+        raise DataError(f"--resume, --scheduler and --workers go with an --output of .zarr. Received: {args.output}")
+    if in_blocks and len(args.weight_path) > 1:
+        raise DataError(f"--weight_path must be one for an --output of .zarr. Received: {len(args.weight_path)}")
+    return in_blocks
+
+
+def normalisations(sections, records, how, say):
+    """How each network sees the stack; what is to be said of its gray values is said once."""
+    pixels, remarks = intensity.sample(sections), {}
+    norms = [
+        intensity.normalisation_for(pixels, record, how, lambda words: remarks.setdefault(words)) for record in records
+    ]
+    for words in remarks:
+        say(words)
+    return norms
+
+
+def run_blocks(args, source, sections, record, norm, how, say):
+    """`predict` to OME-Zarr: the workers load the network, so this process does not."""
+    from predict import blocks
+    from score import origin
+
+    (weights,) = args.weight_path
+    settings = {"network": record["network"], "normalisation": norm.to_dict()}
+    if math.prod(sections.shape) <= HASHED_PX:
+        settings["pixels_sha256"] = origin.sha256(sections)
+    blocks.run(
+        args,
+        source,
+        load=load_windows_predictor,
+        weights=weight_file(weights),
+        how=how | {"normalisation": json.dumps(norm.to_dict())},
+        settings=settings,
+        choose=chooser(unet.field_from_settings(record["network"]), args.tile, args.overlap),
+        log=say,
+    )
+    say(f"{args.output}: 1 = interior")
+
+
+def run_sections(args, sections, records, norms, how, say):
+    """`predict` to TIFF, section by section; of large ones only the prediction is in memory as a whole."""
+    from score import origin
+
+    networks = [load_network(path, how["precision"])[0] for path in args.weight_path]
+    names = ", ".join(f"{network.name} of {path}" for network, path in zip(networks, args.weight_path, strict=True))
+    say(f"{args.image_path}: {len(sections)} sections of {stacks.size_words(sections.shape)} px; {names}")
+    large = math.prod(sections.shape[1:]) > LARGE_PX
+    if large:
+        say_memory(args, sections, say)
+    how |= {"tile": args.tile, "overlap": args.overlap, "tta": args.tta, "batch": args.batch_size, "log": say}
+    predict = mean_of(
+        [
+            section_predictor(network, norm, record["network"], **how)
+            for network, record, norm in zip(networks, records, norms, strict=True)
+        ]
+    )
+    if large:
+        predictions = (predict(Unread(sections, index)) for index in range(len(sections)))
+    else:
+        predictions = tiling.ahead(tiling.predict_stack(sections, predict))  # the next one, while one is written
+    weights = ",".join(quote(weight_file(path).name) for path in args.weight_path)
+    made_of = {"pixels_sha256": origin.sha256(sections), "weights": weights, "normalise": args.normalise}
+    about = {"count": len(sections), "shape": sections.shape[1:], "voxel_nm": sections.voxel_nm, "made_of": made_of}
+    write(args, reported(predictions, len(sections)), segmentation_of(records), **about)
+    say(f"{args.output}: {len(sections)} sections, {'one number per cell' if args.segment else '1 = interior'}")
+
+
+def say_memory(args, sections, say):
+    """Say what a large section takes, and refuse one that does not fit."""
+    bytes_per_px = 4 * min(2, len(args.weight_path)) + 40 * args.segment
+    bytes_per_px += sections.dtype.itemsize if args.tta != "none" else 0
+    needed = bytes_per_px * math.prod(sections.shape[1:])
+    stacks.require_memory(
+        needed, f"--image_path: the prediction of a section of {stacks.size_words(sections.shape)} px"
+    )
+    say(f"each section takes about {stacks.memory_words(needed)} of memory, and the network its own")
+
+
+class Unread:
+    """A section of a file as an array of which only what is asked for is read."""
+
+    def __init__(self, sections, index):
+        self.sections, self.index, self.shape = sections, index, sections.shape[1:]
+
+    def __getitem__(self, part):
+        return self.sections.part(self.index, *part)
+
+
+def write(args, finished, record, *, count, shape, **about):
     """Write probabilities, or with --threshold a 0/255 mask, or with --segment labels."""
-    place = {"count": count, "shape": shape, "voxel_nm": voxel_nm, "force": args.force}
+    about |= {"count": count, "shape": shape, "force": args.force}
     if args.segment:
         how = record if args.threshold is None else record | {"threshold": args.threshold}
-        labels = segment_stack(finished, how)
         smallest = how.get("smallest_cell_px", SMALLEST_CELL_PX)
         few = shape[0] * shape[1] // (smallest + 1) < 2**16  # no more cells than that fit into a section
-        data.write_mask(args.output, labels, dtype="uint16" if few else "uint32", **place)
+        data.write_mask(args.output, segment_stack(finished, how), dtype="uint16" if few else "uint32", **about)
     elif args.threshold is not None:
-        data.write_mask(args.output, (section > args.threshold for section in finished), **place)
+        data.write_mask(args.output, (section > args.threshold for section in finished), **about)
     else:
-        data.write_prediction(args.output, finished, **place)
+        data.write_prediction(args.output, finished, **about)
 
 
 def segment_stack(sections, record):

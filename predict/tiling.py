@@ -279,13 +279,20 @@ def predict_section(
 ) -> np.ndarray:
     """Predict a section of any size, (H, W) of any dtype, from tiles of one shape; see `predict_part`.
 
+    Of a section that is no array but gives one for `section[rows, columns]`, a row of tiles is read at a time.
+
     Returns
     -------
     ndarray of shape (H, W)
         float32.
     """
-    whole, total = (slice(0, grid.shape[0]), slice(0, grid.shape[1])), np.zeros(grid.shape, np.float32)
-    predict_part(grid, whole, section, predict, total, tta=tta, batch=even_batch(grid.count, batch))
+    total, (rows, columns) = np.zeros(grid.shape, np.float32), grid.cuts
+    tall = len(rows) if isinstance(section, np.ndarray) or tta != "none" else 1
+    how = {"tta": tta, "batch": even_batch(tall * len(columns), batch)}
+    for part in product(*grid.parts(tall, len(columns))):
+        around = pixels_read(grid, part, tta)
+        corner = [along.start for along in around]
+        predict_part(grid, part, section[around], predict, total[part], corner=corner, **how)
     return total
 
 

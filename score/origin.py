@@ -1,13 +1,12 @@
 """From which images a prediction was made, and whether the labels that it is scored against are theirs.
 
-`predict` writes the SHA-256 of the images' pixels into the TIFF. Two stacks of one size are easily taken for each
+`predict` writes the SHA-256 of the images' pixels into its output. Two stacks of one size are easily taken for each
 other: `predict --image_path isbi2012` means the test stack, `evaluate --mask_path isbi2012` the training labels.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +41,12 @@ def check(prediction, labels, given=None):
 
 
 def recorded(prediction):
-    """Return the SHA-256 that a TIFF of `predict` holds, or None."""
-    import tifffile
-
+    """Return the SHA-256 of the images that a TIFF or OME-Zarr of `predict` is made of, or None."""
     try:
-        with tifffile.TiffFile(Path(prediction).expanduser()) as tif:
-            found = re.search("image_sha256[^0-9a-f]{1,4}([0-9a-f]{64})", tif.pages[0].description)
-    except Exception:  # no TIFF, which others judge; tifffile raises whatever it likes on a damaged one
+        with data.iter_sections(prediction, what="prediction") as sections:
+            return sections.made_of.get("pixels_sha256")
+    except data.DataError:  # no prediction, which others judge
         return None
-    return found and found[1]
 
 
 def images_of(labels):

@@ -424,7 +424,7 @@ def test_a_stack_in_memory_and_the_image_as_its_own_output_are_refused(here):
     with pytest.raises(data.DataError, match="--image_path must be a file or folder"):
         here.predict(data.synthetic(2, (16, 16))[0])
     here.output = here.zarr(pixels(2, 20, 24))
-    with pytest.raises(data.DataError, match="--output must not be --image_path"):
+    with pytest.raises(data.DataError, match="--output must not be an input"):
         here.predict(here.output, force=True)
 
 

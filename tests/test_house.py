@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     *("dilatedUnet", "train.run", "train.finish", "train.recorder", "train.trainee", "train.feed"),
     *("train.record", "train.progress"),
-    *("predict.prediction", "predict.blocks", "predict.engines", "predict.tiling"),
+    *("predict.prediction", "predict.blocks", "predict.engines", "predict.intensity", "predict.tiling"),
     *("studies.reproduce", "studies.records", "studies.rows", "studies.comparison", "studies.verdicts"),
     *("score.evaluation", "score.report", "score.origin", "score.scores", "score.topology", "score.segments"),
     *("data", "figures", "augment", "clr_callback"),

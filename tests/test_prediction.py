@@ -12,11 +12,14 @@ import keras
 import numpy as np
 import pytest
 import tifffile
+from conftest import ROOT
 
 import data
 import dilatedUnet
+from files import stacks
 from network import unet
-from predict import engines, prediction, tiling
+from predict import engines, intensity, prediction, tiling
+from score import origin
 
 RECORD = {"normalisation": {"mean": 120.0, "std": 45.0, "epsilon": 1e-10}}
 SETTINGS = {
@@ -211,8 +214,8 @@ def test_several_networks_are_averaged_each_with_its_own_normalisation(call, wei
     second = prediction.section_predictor(network_of(1), other, SETTINGS)(section)
     np.testing.assert_allclose(tifffile.imread("out.tif"), (expected(section) + second) / 2, atol=1e-6)
     assert np.abs(second - expected(section)).max() > 0.1
-    members = [(None, {"threshold": 0.75, "background": 0.1}), (None, {"threshold": 0.25}), (None, {})]
-    assert prediction.segmentation_of(members) == {"threshold": 0.5, "background": 0.1}
+    records = [{"threshold": 0.75, "background": 0.1}, {"threshold": 0.25}, {}]
+    assert prediction.segmentation_of(records) == {"threshold": 0.5, "background": 0.1}
 
 
 def test_an_ensemble_is_not_written_in_chunks(refuses, weights):
@@ -255,14 +258,14 @@ def test_segment_takes_the_threshold_of_the_record(monkeypatch, tmp_path):
     for flags, record in (([], {"threshold": 0.8}), (["--threshold", "0.3"], {"threshold": 0.8}), ([], {})):
         out = str(tmp_path / f"{len(asked)}.tif")
         args = dilatedUnet.parse(["predict", "--weight_path", "w", "--segment", "--output", out, *flags])
-        prediction.write(args, iter([np.ones((8, 8), np.float32)]), 1, (8, 8), None, record)
+        prediction.write(args, iter([np.ones((8, 8), np.float32)]), record, count=1, shape=(8, 8))
     assert asked == [0.8, 0.3, 0.5]
 
 
 @pytest.mark.parametrize(("side", "kind"), [(800, "uint16"), (1024, "uint32")])
 def test_labels_have_room_for_all_cells_that_fit(tmp_path, side, kind):
     args = dilatedUnet.parse(["predict", "--weight_path", "w", "--segment", "--output", str(tmp_path / "out.tif")])
-    prediction.write(args, iter([np.ones((side, side), np.float32)]), 1, (side, side), None, {})
+    prediction.write(args, iter([np.ones((side, side), np.float32)]), {}, count=1, shape=(side, side))
     assert tifffile.imread(tmp_path / "out.tif").dtype == kind
 
 
@@ -299,47 +302,115 @@ def test_a_folder_of_sections_is_read_in_natural_order(call, weights, tmp_path):
     (tmp_path / "sections").mkdir()
     for i in (1, 2, 10):
         tifffile.imwrite(tmp_path / f"sections/{i}.tif", section_of(32, 40, i))
-    done = call("predict", "--weight_path", weights, "--image_path", "sections", "--output", "new/folder/out", *FLOAT32)
+    done = call(
+        "predict", "--weight_path", weights, "--image_path", "sections", "--output", "new/folder/out.tif", *FLOAT32
+    )
     assert done.code == 0, done.err
-    found = tifffile.imread("new/folder/out")
+    found = tifffile.imread("new/folder/out.tif")
     for index, seed in enumerate((1, 2, 10)):
         np.testing.assert_allclose(found[index], expected(section_of(32, 40, seed)), atol=1e-6)
 
 
-class Lazy:
-    """A stack of sections that come into being when they are read; counts how many are alive at once."""
-
-    def __init__(self, count):
-        self.shape, self.voxel_nm, self.alive, self.most = (count, 32, 40), None, set(), 0
-
-    def __len__(self):
-        return self.shape[0]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def __iter__(self):
-        for i in range(len(self)):
-            section = section_of(32, 40, i)
-            self.alive.add(i)
-            self.most = max(self.most, len(self.alive))
-            weakref.finalize(section, self.alive.discard, i)
-            yield section
-            del section
-
-
 def test_one_section_is_read_predicted_and_written_at_a_time(call, weights, monkeypatch):
-    stack = Lazy(40)
-    monkeypatch.setattr(data, "resolve", lambda *_, **__: stack)
-    monkeypatch.setattr(data, "iter_sections", lambda found: found)
-    written = []
-    monkeypatch.setattr(prediction, "write", lambda args, finished, *_: written.extend(p.shape for p in finished))
+    alive, most, written = set(), [0], []
+
+    def read(index, rows, columns):
+        section = section_of(32, 40, index)[rows, columns].copy()
+        alive.add(index)
+        most[0] = max(most[0], len(alive))
+        weakref.finalize(section, alive.discard, index)
+        return section
+
+    stack = data.StackReader(read, (40, 32, 40), np.uint8, source="stack")
+    monkeypatch.setattr(data, "resolve", lambda *_, **__: "stack")
+    monkeypatch.setattr(data, "iter_sections", lambda found: stack)
+    monkeypatch.setattr(prediction, "write", lambda args, finished, *_, **__: written.extend(p.shape for p in finished))
     assert call("predict", "--weight_path", weights).code == 0
     assert written == [(32, 40)] * 40
-    assert 1 <= stack.most <= 3
+    assert 1 <= most[0] <= 3
+
+
+def test_of_a_large_section_no_more_is_read_than_a_row_of_tiles(predict, monkeypatch):
+    """The prediction is the same, and the memory that it takes is said."""
+    read, real = [], data.StackReader.part
+    monkeypatch.setattr(data.StackReader, "part", lambda self, i, *part: read.append(part) or real(self, i, *part))
+    section, words = section_of(400, 90), ("--tile", "112", "--overlap", "36")
+    assert predict(section[None], *words).code == 0
+    whole, done = tifffile.imread("out.tif"), len(read)
+    monkeypatch.setattr(prediction, "LARGE_PX", 1000)
+    monkeypatch.setattr(origin, "sha256", lambda sections: "")
+    found = predict(section[None], *words, "--force")
+    assert "each section takes about 0.14 MB of memory" in found.err
+    np.testing.assert_array_equal(tifffile.imread("out.tif"), whole)
+    assert max(rows.stop - rows.start for rows, _ in read[done + 1 :]) <= 112
+
+
+def test_a_section_that_cannot_fit_into_memory_is_refused_before_it_is_predicted(call, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction, "LARGE_PX", 1000)
+    monkeypatch.setattr(stacks, "memory_limit", lambda: 10_000)
+    tifffile.imwrite("stack.tif", section_of(64, 64)[None], photometric="minisblack")
+    done = call("predict", "--weight_path", weights, "--image_path", "stack.tif", *FLOAT32)
+    assert done.code == 2
+    assert "the prediction of a section of 64 x 64 px would take" in done.err
+
+
+# -- gray values -------------------------------------------------------------------------------------------------
+
+
+def looks(dtype=np.uint8, seed=0, size=300):
+    """Skewed gray values, as of membranes; the same pixels whatever the type."""
+    return (255 * np.random.default_rng(seed).beta(3, 2, (2, size, size))).astype(np.uint8).astype(dtype)
+
+
+def trained_on(sections):
+    percentiles = np.percentile(sections, range(1, 100)).tolist()
+    kept = {"dtype": str(sections.dtype), "min": float(sections.min()), "max": float(sections.max())}
+    normalisation = data.Normalisation.fit(sections).to_dict()
+    return {"normalisation": normalisation, "intensity": kept | {"percentiles": percentiles}}
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "said", "mapped"),
+    [
+        (looks(), looks(seed=1), "", looks(seed=1)),
+        (looks(), looks(np.uint16, 1), "", looks(seed=1)),
+        (looks(), looks(np.uint16, 1) * 257, "uint16 is read as the uint8", looks(seed=1)),
+        (looks(), (looks(seed=1) / 255).astype(np.float32), "times 255", looks(seed=1)),
+        (looks(), looks(np.float32, 1), "", looks(seed=1)),
+        (looks(np.uint16) * 257, looks(seed=1), "times 257", looks(np.uint16, 1) * 257),
+        ((looks() / 255).astype(np.float32), looks(seed=1), "times 0.003922", looks(seed=1) / 255),
+        (looks(), 255 - looks(seed=1), "warning: the stack looks inverted", 255 - looks(seed=1)),
+        (looks(), looks(seed=1) // 4, "warning: most gray values", looks(seed=1) // 4),
+        (looks(), looks() * 0 + np.uint8(9), "warning: most gray values", looks() * 0 + np.uint8(9)),
+    ],
+)
+def test_gray_values_are_mapped_where_that_is_certain_and_warned_about_where_not(trained, given, said, mapped):
+    record, words = trained_on(trained), []
+    found = intensity.normalisation_for(list(given), record, "training", words.append)
+    expected = data.Normalisation.from_dict(record["normalisation"])(mapped)
+    np.testing.assert_allclose(found(given), expected, atol=1e-5)
+    assert len(words) == bool(said)
+    assert said in "".join(words)
+
+
+def test_gray_values_beyond_all_sense_are_refused_but_with_the_stacks_own_normalisation():
+    record, given, words = trained_on(looks()), looks(np.uint16, 1) * 16, []
+    with pytest.raises(data.DataError, match=r"the network knows no such values \(--normalise own"):
+        intensity.normalisation_for(list(given), record, "training", words.append)
+    found = intensity.normalisation_for(list(given), record, "own", words.append)(given)
+    assert abs(found.mean()) < 1e-4
+    assert abs(found.std() - 1) < 1e-4
+    with pytest.raises(data.DataError, match="needs sections of more than one gray value"):
+        intensity.normalisation_for(list(given * 0), record, "own", words.append)
+
+
+def test_the_shipped_weights_know_the_gray_values_that_they_were_trained_on(isbi):
+    sections = data.read_stack(isbi / "train-volume.tif").sections
+    for name in ("isbi2012_dilated", "isbi2012_standard"):
+        record = prediction.read_record(ROOT / "weights" / name)
+        assert record["intensity"]["percentiles"] == pytest.approx(
+            trained_on(sections)["intensity"]["percentiles"], abs=1
+        )
 
 
 # -- outputs -----------------------------------------------------------------------------------------------------
@@ -353,6 +424,26 @@ def test_an_existing_output_is_replaced_with_force_only(predict, tmp_path):
     assert Path("out.tif").read_bytes() == b"precious"
     assert predict(section_of(32, 40)[None], "--force").code == 0
     assert tifffile.imread("out.tif").shape == (32, 40)
+
+
+def test_the_image_is_never_the_output(predict):
+    section = section_of(32, 40)[None]
+    assert predict(section).code == 0
+    before = Path("stack.tif").read_bytes()
+    for flags in ((), ("--force",)):
+        done = predict(section, "--output", "stack.tif", *flags)
+        assert done.code == 2
+        assert "--output must not be an input" in done.err.splitlines()[-1]
+    assert Path("stack.tif").read_bytes() == before
+
+
+def test_a_prediction_says_of_which_pixels_and_weights_it_is_made(predict):
+    sections = np.stack([section_of(32, 40, seed) for seed in range(2)])
+    assert predict(sections).code == 0
+    with data.iter_sections("out.tif") as found:
+        assert found.made_of["pixels_sha256"] == data.sha256_pixels(sections)
+        assert found.made_of["weights"] == "net.weights.h5"
+    assert origin.recorded("out.tif") == data.sha256_pixels(sections)
 
 
 def test_an_output_below_a_file_is_refused(predict):
@@ -394,6 +485,20 @@ def test_precision_is_that_of_the_prediction(weights):
     assert network.get_layer("down1_conv1").compute_dtype == "bfloat16"
 
 
+def spoil_network(**changes):
+    network = SETTINGS | changes
+    return spoil_record(network={key: value for key, value in network.items() if value is not None})
+
+
+def spoil_weights(number):
+    def change(folder):
+        network = unet.build(**SETTINGS)
+        network.get_layer("head_conv").bias.assign([0, number])
+        network.save_weights(folder / "net.weights.h5")
+
+    return change
+
+
 def spoil_record(**changes):
     def change(folder):
         record = json.loads((folder / "net.json").read_text())
@@ -407,14 +512,30 @@ def spoil_record(**changes):
     [
         (lambda folder: (folder / "net.weights.h5").unlink(), "net.weights.h5 does not exist"),
         (lambda folder: (folder / "net.json").unlink(), "net.json, the record that belongs to the weights"),
-        (lambda folder: (folder / "net.json").write_text("{"), "net.json is not a record of weights"),
-        (lambda folder: (folder / "net.json").write_text("[1]"), "net.json is not a record of weights"),
-        (lambda folder: (folder / "net.json").write_bytes(b"\xff\xfe"), "net.json is not a record of weights"),
+        (lambda folder: (folder / "net.json").write_text("{"), "net.json is no JSON file"),
+        (lambda folder: (folder / "net.json").write_text("[1]"), "net.json must hold a JSON object"),
+        (lambda folder: (folder / "net.json").write_text("[" * 10**6), "net.json is no JSON file"),
+        (lambda folder: (folder / "net.json").write_bytes(b"\xff\xfe"), "net.json is no JSON file"),
         (spoil_record(format="other 7"), "must have the format 'dilated-unet weights 1'. Received: 'other 7'"),
-        (spoil_record(network={"filters": [8, 13]}), "is broken, or holds weights of another architecture"),
-        (spoil_record(network={"filters": [8, 12, 12]}), "is broken, or holds weights of another architecture"),
-        (spoil_record(network={"wings": 2}), "describes no network of this suite"),
+        (spoil_network(filters=[8, 13]), "is broken, or holds weights of another architecture"),
+        (spoil_network(filters=[8, 12, 12]), "is broken, or holds weights of another architecture"),
+        (spoil_network(filters=[10**4]), "is broken, or holds weights of another architecture"),
+        (spoil_network(filters=[10**9]), "must hold a valid filters of the network"),
+        (spoil_network(filters=8), "must hold a valid filters of the network"),
+        (spoil_network(dilate_rate=10**6), "must hold a valid dilate_rate of the network"),
+        (spoil_network(dropout="much"), "must hold a valid dropout of the network"),
+        (spoil_network(dilate=None), "lacks dilate of the network"),
+        (spoil_network(wings=2), "describes no network of this suite. Received: wings"),
+        (spoil_network(arch="unet2026"), "describes no network of this suite"),
+        (spoil_network(arch="unet2015", filters=8), "lacks levels of the network"),
         (spoil_record(network=[1]), "describes no network of this suite"),
+        (spoil_record(threshold="0.5"), "must hold a valid threshold of the record"),
+        (spoil_record(background=[0.1]), "must hold a valid background of the record"),
+        (spoil_record(smallest_cell_px=-1), "must hold a valid smallest_cell_px of the record"),
+        (spoil_record(intensity={"dtype": "uint8"}), "must hold a valid intensity of the record"),
+        (spoil_record(normalisation=None), "normalisation must hold mean, std and epsilon"),
+        (spoil_weights(np.nan), "net.weights.h5 holds NaN or infinite numbers, in head_conv/bias"),
+        (spoil_weights(np.inf), "net.weights.h5 holds NaN or infinite numbers, in head_conv/bias"),
         (spoil_record(normalisation={"mean": 1}), "normalisation must hold mean, std and epsilon"),
         (spoil_record(normalisation={"mean": 1, "std": -2, "epsilon": 0}), "normalisation must be finite"),
         (lambda folder: (folder / "net.weights.h5").write_bytes(b""), "is broken"),

@@ -7,6 +7,7 @@ import numpy as np
 
 import data
 from data import DataError
+from files import atomic
 from network import losses
 from predict import prediction
 from train.progress import say
@@ -40,7 +41,7 @@ def finish(recorder, stacks, tta):
     record[role] = (score_cells if cells else score)(truth.sections[sections], shown, sections)
     draw_section(stacks.images, truth, shown, sections, place.picture(role))
     draw_curves(journal, recorder.course, place)
-    prediction.write_json(place.record, record)
+    atomic.write_json(place.record, record)
     say(f"weights: {place.weights}; record, history and pictures: {place.folder}")
 
 

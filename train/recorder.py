@@ -7,6 +7,7 @@ import time
 import keras
 
 from data import DataError
+from files import atomic
 from network import distribution
 from predict import prediction
 from train.progress import Progress
@@ -65,7 +66,7 @@ class Recorder(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         if self.spread.chief:
-            prediction.write_json(self.place.record, self.record)
+            atomic.write_json(self.place.record, self.record)
             if not self.journal.rows:
                 with self.apart():
                     self.save_checkpoint()

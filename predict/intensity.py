@@ -1,0 +1,130 @@
+"""Whether a stack has the gray values that a network was trained on: they are mapped, warned about, or refused.
+
+A network sees (value - mean) / standard deviation of its TRAINING sections, so the same pixels as 16 bit, as numbers
+from 0 to 1, or inverted, mean something else to it, or nothing. The rule, on the centres of the first, the middle and
+the last section:
+
+1. Values are read as they are, or so that white of their type becomes white of the training's type (255, 65535, or 1
+   where floating point goes no further), whichever fits the training's percentiles better. A mapping is said.
+2. If the percentiles 5, 25, 50, 75 and 95 are then on average more than `WARN_SD` standard deviations of the training
+   sections away from theirs, or their range is another by a factor of `WARN_RANGE`, that is a warning; beyond
+   `REFUSE_SD` or `REFUSE_RANGE` the stack is refused. One of a single gray value, or of
+   few pixels, is warned about only.
+3. If the percentiles, freed of mean and standard deviation, fit the mirrored ones of the training twice as well as the
+   training's own, the stack is probably inverted: a warning.
+
+With `--normalise own` the mean and standard deviation are those of these pixels; 1 and 2 are then of no concern.
+"""
+
+import numpy as np
+
+from data import DataError, Normalisation
+
+LEVELS = (5, 25, 50, 75, 95)
+NORMAL = np.array([-1.645, -0.674, 0.0, 0.674, 1.645])  # the same of a normal distribution, for records without theirs
+WARN_SD, REFUSE_SD = 1.0, 8.0
+WARN_RANGE, REFUSE_RANGE = 2.5, 8.0
+SKEWED = 0.06  # how far freed percentiles must be from the training's, in sd, to be called inverted; noise is 0.02
+FEW_PX = 2**10  # pixels say nothing for certain
+SAMPLE_PX = 2048  # side of the centre that is looked at
+
+
+def sample(reader, side=SAMPLE_PX):
+    """Pixels of the centres of the first, the middle and the last section, a list of arrays (h, w)."""
+    count, *size = reader.shape
+    centre = [slice(max(0, (n - side) // 2), min(n, (n + side) // 2)) for n in size]
+    return [reader.part(index, *centre) for index in sorted({0, count // 2, count - 1})]
+
+
+def normalisation_for(pixels, record, how, log):
+    """The normalisation with which a network sees a stack; `log` is told what was found.
+
+    Parameters
+    ----------
+    pixels : list of ndarray
+        Of `sample`.
+    record : dict
+        Of the weights, with `normalisation` and, but for old ones, `intensity`.
+    how : {"training", "own"}
+    log : callable
+
+    Returns
+    -------
+    data.Normalisation
+
+    Raises
+    ------
+    DataError
+        Where the values cannot be those that the network knows.
+    """
+    trained, dtype, white, levels = _training(record)
+    found = np.percentile(np.concatenate([part.ravel() for part in pixels]).astype(np.float64), LEVELS)
+    own = Normalisation.fit([np.stack(pixels)])
+    if levels is not None and _is_inverted(_freed(found, own), _freed(levels, trained)):
+        log("warning: the stack looks inverted: what is dark in it was bright in the training sections.")
+    if how == "own":
+        if not own.std:
+            raise DataError("--normalise own needs sections of more than one gray value.")
+        log(f"normalised by its own mean {own.mean:.4g} and standard deviation {own.std:.4g}")
+        return own
+    levels = trained.mean + trained.std * NORMAL if levels is None else levels
+    largest = max(part.max() for part in pixels)
+    factors = {1.0, white / (_white(pixels[0].dtype, largest) or white)}
+    factor = min(factors, key=lambda factor: (_distance(found * factor, levels, trained), factor != 1.0))
+    if factor != 1.0:
+        log(f"gray values: {pixels[0].dtype} is read as the {dtype} of the training sections, times {factor:.4g}")
+    _judge(found, factor, levels, trained, log, sum(part.size for part in pixels) >= FEW_PX)
+    return Normalisation(trained.mean / factor, trained.std / factor, trained.epsilon / factor)
+
+
+def is_record(kept):
+    """Whether what a record of weights says of the training's gray values can be what `train` writes."""
+    try:
+        numbers = [float(number) for number in (kept["min"], kept["max"], *kept["percentiles"])]
+        return len(numbers) == 101 and bool(np.isfinite(numbers).all()) and np.dtype(kept["dtype"]).kind in "buif"
+    except (KeyError, OverflowError, TypeError, ValueError):
+        return False
+
+
+def _training(record):
+    """Normalisation, type, white and percentiles (None if unknown) of the training sections."""
+    trained, kept = Normalisation.from_dict(record["normalisation"]), record.get("intensity")
+    if kept is None:
+        return trained, "uint8", 255.0, None
+    white = _white(kept["dtype"], kept["max"]) or kept["max"]
+    return trained, kept["dtype"], float(white), np.array([kept["percentiles"][level - 1] for level in LEVELS])
+
+
+def _white(dtype, largest):
+    """The largest value of a type; of floating point 1 where nothing is larger, else unknown."""
+    dtype = np.dtype(dtype)
+    if dtype.kind in "ui":
+        return float(np.iinfo(dtype).max)
+    return 1.0 if largest <= 1 else None
+
+
+def _distance(found, levels, trained):
+    return float(np.abs(found - levels).mean() / (trained.std + trained.epsilon))
+
+
+def _judge(found, factor, levels, trained, log, enough):
+    """Warn of gray values that are not those of the training, or refuse them."""
+    away = _distance(found * factor, levels, trained)
+    ratio = float(factor * (found[-1] - found[0]) / max(levels[-1] - levels[0], 1e-30))
+    stack, training = (f"{span[0]:.4g} to {span[-1]:.4g}" for span in (found, levels))
+    times = f", which is {factor * found[0]:.4g} to {factor * found[-1]:.4g} there" if factor != 1.0 else ""
+    words = f"most gray values of the training sections lie from {training}, of this stack from {stack}{times}"
+    if enough and (away > REFUSE_SD or ratio > REFUSE_RANGE or 0 < ratio < 1 / REFUSE_RANGE):
+        raise DataError(f"--image_path: {words}: the network knows no such values (--normalise own adapts them).")
+    if away > WARN_SD or not 1 / WARN_RANGE < ratio < WARN_RANGE:
+        log(f"warning: {words}; compare with --normalise own.")
+
+
+def _freed(levels, normalisation):
+    return (levels - normalisation.mean) / (normalisation.std + normalisation.epsilon)
+
+
+def _is_inverted(found, trained):
+    """Whether percentiles, freed of mean and standard deviation, fit the mirrored ones of the training better."""
+    straight, mirrored = np.abs(found - trained).mean(), np.abs(-found[::-1] - trained).mean()
+    return straight > SKEWED and mirrored < straight / 2
