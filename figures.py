@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+import clr_callback
 from files import atomic
 
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
@@ -573,8 +574,6 @@ def _learning_rate(args):
 
 def scheduled_rates(record):
     """Learning rate of each update of a run, from its run.json: those done if it has ended, else those planned."""
-    import clr_callback
-
     settings = record["settings"]
     planned = record["epochs"] * settings["steps_per_epoch"]
     updates = record.get("final", {}).get("update", planned)

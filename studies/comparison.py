@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from score.scores import SCORES
 from studies import verdicts
 
 ROUNDING = 0.0005  # half a unit of the last published digit
@@ -15,9 +16,8 @@ SHOWN = ("loss", "val_loss", "dice", "val_dice")
 # A Dice of windows is soft, of probabilities, as the published one was; of held-out sections it is that of the mask.
 TITLES = {
     **{"loss": "train loss", "val_loss": "val loss", "dice": "train Dice (soft)", "val_dice": "val Dice (soft)"},
-    **{"held_out_bce": "BCE", "held_out_dice": "Dice at 0.5", "held_out_v_rand": "V_rand", "held_out_v_info": "V_info"},
-    **{"held_out_pixel_error": "pixel error", "held_out_rand_error": "Rand error"},
-    **{"held_out_warping_error": "warping error", "held_out_mean_iou": "mean IoU", "held_out_seg": "SEG"},
+    **{f"held_out_{name}": score.title for name, score in SCORES.items()},
+    "held_out_dice": "Dice at 0.5",
 }
 DIGITS = {"held_out_warping_error": 6}
 HELD_OUT = ("loss", "val_loss", *(f"held_out_{name}" for name in ("bce", "dice", "v_rand", "v_info", "pixel_error")))
