@@ -172,6 +172,8 @@ def test_help_imports_nothing_heavy(tmp_path):
         ("--steps_per_epoch 10 --steps_per_execution 3", "--steps_per_execution must be a divisor"),
         ("--window 500", "--window must be a multiple of 8. Received: 500"),
         ("--window 8 --filters 1,1,1,1", "--window must be a multiple of 16. Received: 8"),
+        ("--bn_momentum 1", "argument --bn_momentum: must be at least 0 and at most 0.9999"),
+        ("--arch unet2015 --bn_momentum 0.9", "--bn_momentum goes with --batch_norm"),
         ("--recipe slow", "argument --recipe: invalid choice: 'slow'"),
         ("--recipe quick --fold 1", "go with --protocol kfold; --recipe quick sets --protocol holdout"),
         ("--recipe quick --step_size 9", "--step_size is of no use with --clr_mode cosine; --recipe quick sets"),

@@ -133,3 +133,18 @@ def test_every_flag_is_consumed():
         flags = {action.dest for action in subparser._actions} - {"help"}
         assert flags <= read | recipe, verb
         assert len(flags) > 0
+
+
+def code_lines(function):
+    """Lines of a function's body, without its docstring."""
+    body = function.body[bool(ast.get_docstring(function)) :]
+    return function.end_lineno - body[0].lineno + 1 if body else 0
+
+
+def test_no_file_is_over_600_lines_and_no_function_over_40():
+    long = [f"{file.relative_to(ROOT)}: {n}" for file in FILES if (n := len(file.read_text().splitlines())) > 600]
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and code_lines(node) > 40:
+                long.append(f"{name}.{node.name}: {code_lines(node)}")
+    assert not long

@@ -20,7 +20,7 @@ import clr_callback
 import data
 from data import DataError
 from files import atomic
-from network import device, distribution, losses, optimizers, unet
+from network import device, distribution, layers, losses, optimizers, unet
 from predict import prediction
 from train import record as records
 from train.feed import Feed, Stacks, pixel_weights
@@ -281,6 +281,7 @@ def course_of(args):
 def network_settings(args):
     """The arguments of `unet.from_settings` that the weights' record keeps."""
     shared = {"dropout": args.dropout, "classes": args.classes}
+    shared |= {} if args.bn_momentum == layers.MOMENTUM else {"bn_momentum": args.bn_momentum}  # records of old lack it
     if args.arch == "unet2015":
         own = {"arch": args.arch, "filters": args.filters[0], "levels": args.depth, "padding": args.padding}
         return own | {"batch_norm": args.batch_norm} | shared
