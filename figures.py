@@ -534,7 +534,7 @@ def _read_stack(text, what, test):
 
 def _curves(args):
     """The `curves` verb."""
-    return curves(_read_history(_file_of_run(args.run, "history.csv")), args.output)
+    return curves(read_history(_file_of_run(args.run, "history.csv")), args.output)
 
 
 def _file_of_run(text, name):
@@ -545,7 +545,7 @@ def _file_of_run(text, name):
     return path
 
 
-def _read_history(path):
+def read_history(path):
     """Columns of a history.csv, empty fields as NaN."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -567,7 +567,7 @@ def _learning_rate(args):
         rule = "must be a run record, with epochs and the settings of the learning rate"
         raise ValueError(f"{path} {rule}: {error!r}") from error
     history = path.with_name("history.csv")
-    columns = _read_history(history) if path.name == "run.json" and history.is_file() else {}
+    columns = read_history(history) if path.name == "run.json" and history.is_file() else {}
     recorded = (columns["update"], columns["learning_rate"]) if {"update", "learning_rate"} <= set(columns) else None
     return learning_rate(rates, args.output, label=label, recorded=recorded)
 

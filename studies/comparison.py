@@ -284,7 +284,7 @@ def histories(factor, results) -> dict[str, dict]:
 
 def is_judged(history):
     """Whether a history has both losses, and quarters."""
-    return all(len(history.get(column, ())) >= 4 and min(history[column]) > 0 for column in ("loss", "val_loss"))
+    return all(len(history.get(c, ())) >= 4 and min(history[c]) > 0 for c in ("epoch", "loss", "val_loss"))
 
 
 def factor_words(table, factor, results) -> list[str]:

@@ -5,7 +5,6 @@ as `"finished": false` and its epoch: it is shown and never judged.
 """
 
 import contextlib
-import csv
 import json
 import math
 import time
@@ -61,7 +60,7 @@ def look_up(plan, job) -> Found:
         if record["finished"]:
             return Found("finished", "finished", check_result(result))
         return Found("half", f"half-finished in {path.parent}, {progress_words(result)}", result)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, csv.Error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         return Found("broken", f"{path} is not a run record ({type(error).__name__}: {error}): move it away")
 
 
@@ -138,10 +137,10 @@ def read_history(path) -> dict[str, list]:
     """Columns of history.csv; those that an epoch has no value of are left out."""
     if not path.exists():
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        table = list(csv.DictReader(file))
-    columns = {key: [row[key] for row in table] for key in (table[0] if table else ())}
-    return {key: [short(value) for value in column] for key, column in columns.items() if all(column)}
+    import figures
+
+    columns = {key: column.tolist() for key, column in figures.read_history(path).items()}
+    return {key: [*map(short, column)] for key, column in columns.items() if not any(map(math.isnan, column))}
 
 
 def best_epoch(history) -> int:
