@@ -415,15 +415,19 @@ def test_two_that_collect_at_once_lose_no_record(reproduced, monkeypatch):
     Path("results/table.json").unlink()
     lock = locked(Path("results/table.json"))
     lock.__enter__()
-    monkeypatch.setattr(
-        records.time, "sleep", lambda _: (Path("results/table.json").write_text(both), lock.__exit__(None, None, None))
-    )
+
+    def meanwhile(_):
+        Path("results/table.json").write_text(both)
+        lock.__exit__(None, None, None)
+
+    monkeypatch.setattr(records.time, "sleep", meanwhile)
     reproduced(*ONE, "--collect")
     assert set(json.loads(Path("results/table.json").read_text())["rows"]) == {"dilated", "unet"}
 
 
 CHILD = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 folder = pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1]); folder.mkdir(parents=True, exist_ok=True)
 (folder / "started").touch()
 try:
@@ -447,24 +451,20 @@ def child(tmp_path, monkeypatch):
     return reproduce.SUITE
 
 
-def test_ctrl_c_is_passed_on_and_waited_for(child, tmp_path):
-    """A real process group: the child leaves by itself and its exit code is the run's."""
-    code = f"import pathlib, sys; from studies import reproduce; reproduce.SUITE = pathlib.Path({str(child)!r})\n"
-    code += "sys.exit(reproduce.in_own_process(['--run_dir', 'run']))"
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-        preexec_fn=with_ctrl_c,
-    )
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_reach_the_run_which_is_waited_for(child, tmp_path, number, code):
+    """A terminal sends Ctrl-C to the whole process group, a batch system SIGTERM perhaps to the parent alone."""
+    words = f"import sys; from files import shell; from studies import reproduce as r; r.SUITE = {str(child)!r}\n"
+    words += "sys.exit(shell.ends(lambda: r.in_own_process(['--run_dir', 'run'])))"
+    options = {"cwd": tmp_path, "env": {"PYTHONPATH": str(ROOT)}, "start_new_session": True, "preexec_fn": with_ctrl_c}
+    parent = subprocess.Popen([sys.executable, "-c", words], **options)
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "run/started").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.2)
-        os.killpg(parent.pid, signal.SIGINT)
-        assert parent.wait(timeout=60) == 130
+        (os.killpg if number == signal.SIGINT else os.kill)(parent.pid, number)
+        assert parent.wait(timeout=60) == code
         assert (tmp_path / "run/saved").exists(), "the child had time to save"
     finally:
         parent.kill()
@@ -486,15 +486,12 @@ def test_a_run_is_the_suite_in_a_process_of_its_own_with_jax_s_compilations_kept
         "import os, sys\nopen('words', 'w').write(' '.join(sys.argv[1:]))\n"
         "open('cache', 'w').write(os.environ.get('JAX_COMPILATION_CACHE_DIR', 'none'))\nsys.exit(3)\n"
     )
-    for backend, given, expected in (
-        ("jax", "", str(reproduce.JAX_CACHE)),
-        ("jax", "mine", "mine"),
-        ("tensorflow", "", "none"),
-    ):
-        monkeypatch.setenv("KERAS_BACKEND", backend)
-        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-        if given:
-            monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    given = {"JAX_COMPILATION_CACHE_DIR": "mine"}
+    cases = (("jax", {}, str(reproduce.JAX_CACHE)), ("tensorflow", {}, "none"), ("jax", given, "mine"))
+    for backend, other, expected in cases:
+        for name, value in ({"KERAS_BACKEND": backend} | other).items():
+            monkeypatch.setenv(name, value)
         assert reproduce.in_own_process(["--lr", "0.1"]) == 3
         assert Path("words").read_text() == "--lr 0.1"
         assert Path("cache").read_text() == expected
