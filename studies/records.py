@@ -15,6 +15,7 @@ from pathlib import Path
 from files.atomic import DataError, locked, read_json, write_text
 from studies import rows
 
+LARGEST = 1e100  # of a number that can be a score, a loss or a time
 POINTS = 100  # of a history that is committed: a README's curve shows no more
 PATIENCE_S = 60  # for a file of records that another process has just locked
 VERSIONS = ("python", "backend", "keras", "tensorflow", "jax", "torch")
@@ -23,7 +24,7 @@ TEXT = (str, type(None))
 KINDS = {  # of a committed result
     **dict.fromkeys(("settings", "metrics", "history", "versions"), dict),
     **dict.fromkeys(("device", "precision", "data", "commit", "degenerate"), TEXT),
-    **{"minutes": (int, float), "receptive_field_px": (int, type(None)), "parameters": (int, type(None))},
+    **dict.fromkeys(("receptive_field_px", "parameters"), (int, type(None))),
 }
 
 
@@ -56,9 +57,9 @@ def look_up(plan, job) -> Found:
         differing = difference(plan, job, record["settings"] | {"epochs": record["epochs"]})
         if differing:
             return Found("other", f"{path.parent} holds a run with other settings ({differing}): move it away")
-        result = result_of(record, read_history(path.parent / "history.csv"))
+        result = check_result(result_of(record, read_history(path.parent / "history.csv")))
         if record["finished"]:
-            return Found("finished", "finished", check_result(result))
+            return Found("finished", "finished", result)
         return Found("half", f"half-finished in {path.parent}, {progress_words(result)}", result)
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         return Found("broken", f"{path} is not a run record ({type(error).__name__}: {error}): move it away")
@@ -106,8 +107,10 @@ def result_of(record, history) -> dict:
 def check_result(result) -> dict:
     """The result, or ValueError: what every reader of one relies on."""
     for key, kind in KINDS.items():
-        if not isinstance(result.get(key), kind):
+        if not isinstance(result[key], kind):
             raise ValueError(f"{key} must be {'an object' if kind is dict else 'a number or text'}")
+    if not is_number(result["minutes"]):
+        raise ValueError("minutes must be a number")
     half = not result.get("finished", True)
     if half and not (isinstance(result.get("epoch"), int) and isinstance(result["settings"].get("epochs"), int)):
         raise ValueError("a run that is not finished must have its epoch")
@@ -125,7 +128,7 @@ def short(value) -> float:
 
 
 def is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def numbers(scores, short=short) -> dict:

@@ -277,7 +277,7 @@ RESULT = json.loads((ROOT / "results/table-quick.json").read_text())["rows"]["un
 DAMAGED = [{key: value} for key in ("settings", "metrics", "history") for value in (None, 3, [1])]
 DAMAGED += [{"metrics": {"loss": "low"}}, {"metrics": {"loss": math.nan}}, {"history": {"loss": ["a"], "epoch": [1]}}]
 DAMAGED += [{"history": {"loss": 3}}, {"versions": None}, {"minutes": "long"}, {"finished": False}, {"parameters": [1]}]
-DAMAGED += [{"history": {"loss": [1, 2], "epoch": [1]}}, {"degenerate": 3}, {"receptive_field_px": "wide"}]
+DAMAGED += [{"history": {"loss": [1, 2], "epoch": [1]}}, {"degenerate": 3}, {"minutes": 10**400}]
 
 
 @pytest.mark.parametrize(
