@@ -101,7 +101,7 @@ def _is_tangled(tif, series, count):
             return False  # smaller copies, which are not looked at
         parts.update(zip(page.dataoffsets, page.databytecounts, strict=True))
         heads.add((page.offset, 2))
-        words += 512 + 16 * len(page.dataoffsets) + sum(tag.valuebytecount for tag in page.keyframe.tags)
+        words += 24 + sum(20 + tag.valuebytecount for tag in page.keyframe.tags)
     if series.dataoffset is not None:
         parts = {(series.dataoffset + i * size, size) for i in range(count)}
     parts = {part for part in parts if part[1]}  # nothing is stored of an empty tile

@@ -63,6 +63,22 @@ def test_folder_of_the_challenge_gives_each_role_its_file(tmp_path):
     assert resolve(str(tmp_path), "mask") == tmp_path / "train-labels.tif"
     assert resolve(tmp_path, "test") == tmp_path / "test-volume.tif"
     assert resolve(tmp_path, "prediction") == tmp_path
+    with pytest.raises(DataError, match=r"holds train-volume\.tif, .*, and no test-labels\.tif"):
+        resolve(tmp_path, "test_mask")
+    (tmp_path / "train-labels.tif").unlink()
+    with pytest.raises(DataError, match=r"--mask_path: .* and no train-labels\.tif"):
+        resolve(tmp_path, "mask")
+
+
+@pytest.mark.parametrize("role", ["image", "mask"])
+def test_the_test_part_of_a_data_set_has_a_name(role):
+    named = resolve("synthetic-test", role)
+    np.testing.assert_array_equal(
+        named.sections, resolve("synthetic", {"image": "test", "mask": "test_mask"}[role]).sections
+    )
+    assert (named.sections != resolve("synthetic", role).sections).any()
+    with pytest.raises(DataError, match="--prediction must be a file or a folder"):
+        resolve("synthetic", "prediction")
 
 
 def test_stack_and_file_resolve_to_themselves(tmp_path):
@@ -207,10 +223,18 @@ def test_numbers_decide_where_natural_order_would_not(tmp_path):
     np.testing.assert_array_equal(mask.sections, image.sections // 255)
 
 
-@pytest.mark.parametrize("masks", [["t1", "t3"], ["one", "two"], ["1", "01"]])
-def test_names_that_do_not_pair_are_refused(tmp_path, masks):
-    with pytest.raises(DataError, match=r"--mask_path: the names in .*m \(.*\) must be those in"):
-        load_pair(folder_of(tmp_path / "i", ["t1", "t2"]), folder_of(tmp_path / "m", masks))
+@pytest.mark.parametrize(
+    ("images", "masks", "first"),
+    [
+        (["t1", "t2", "t3"], ["t1", "t2", "t4"], "t3"),
+        (["t1", "t2"], ["one", "two"], "t1"),
+        (["t1", "t2"], ["1", "01"], "t2"),
+        (["1", "01"], ["t1", "t2"], "01"),
+    ],
+)
+def test_names_that_do_not_pair_are_refused_with_the_first_that_differs(tmp_path, images, masks, first):
+    with pytest.raises(DataError, match=rf"--mask_path: the names in .*m \(.*\) must be those in .* for {first}$"):
+        load_pair(folder_of(tmp_path / "i", images), folder_of(tmp_path / "m", masks))
 
 
 def test_file_and_folder_are_paired_by_order(tmp_path):
@@ -518,6 +542,27 @@ def test_check_turns_label_trouble_into_lines(tmp_path):
     saying(describe(images, mask_stack(np.zeros((5, 64, 64), np.uint8))), "warning: the mask is all background")
     saying(describe(images, tmp_path / "no.tif"), "mask: ", "problem: --mask_path", "does not exist")
     saying(describe(images, window=64), "whole sections")
+
+
+def test_check_takes_cells(tmp_path):
+    cells = np.arange(3 * 64 * 64).reshape(3, 64, 64) // 64
+    lines = describe(image_stack((3, 64, 64)), mask_stack(cells), instances=True, window=64)
+    saying(lines, "labels: instances, 63 to 64 a section", "by their order")
+    assert not any(line.startswith("problem:") for line in lines)
+    saying(
+        describe(image_stack((3, 64, 64)), mask_stack(cells / 2), instances=True),
+        "problem: --mask_path",
+        "whole numbers",
+    )
+
+
+def test_check_and_the_constants_look_at_a_large_section_in_strips(tmp_path, monkeypatch):
+    sections, masks = image_stack((2, 96, 64), "uint16"), mask_stack((image_stack((2, 96, 64)).sections > 90) * 1)
+    whole = describe(sections, masks, window=64)
+    monkeypatch.setattr("files.sections.STRIP_PX", 700)
+    assert describe(sections, masks, window=64) == whole
+    monkeypatch.setattr("files.sections.memory_limit", lambda: 30_000)  # a section fits, the stack does not
+    saying(describe(sections, masks, window=64), "problem: the stack and its masks would take 0.037 MB of memory")
 
 
 def test_check_of_an_unreadable_image_raises(tmp_path):

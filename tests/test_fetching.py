@@ -108,7 +108,8 @@ def test_archive_comes_first_and_its_files_lie_anywhere_in_it(web):
     assert web.asked == ["/archive.zip"]
     assert "test-labels.tif: kept unchecked, its hash is not known" in web.said
     assert "train-volume.tif: checked" in web.said
-    assert resolve("isbi2012", "test_mask") == web.cache / "test-labels.tif"
+    assert resolve("isbi2012", "test_mask") == resolve("isbi2012-test", "mask") == web.cache / "test-labels.tif"
+    assert resolve("isbi2012-test", "image") == web.cache / "test-volume.tif"
 
 
 def test_cached_files_are_not_asked_for_again(web):
@@ -192,7 +193,7 @@ def test_all_sources_failing_says_why_and_what_to_do(web):
 def test_wrong_file_in_the_cache_is_replaced_but_not_lost_before(web):
     web.cache.mkdir(parents=True)
     (web.cache / "train-volume.tif").write_bytes(web.official["train-volume.tif"][:-300])
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"train-volume\.tif is not the published file"):
         fetch("isbi2012", log=web.said.append)
     assert (web.cache / "train-volume.tif").exists()
     offer_mirror(web, "mirror2")
@@ -221,11 +222,20 @@ def test_no_network_is_told_within_seconds(web):
     assert time.perf_counter() - start < 10
 
 
-def test_unwritable_cache_is_a_sentence(web, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("named", "words"), [("file", "cannot be written"), ("~no-such-user/x", "nobody here is ~no-such-user")]
+)
+def test_unwritable_cache_is_a_sentence(web, monkeypatch, tmp_path, named, words):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("DILATED_UNET_DATA", str(tmp_path / "file"))
-    with pytest.raises(DataError, match="cannot be written"):
+    monkeypatch.setenv("DILATED_UNET_DATA", str(tmp_path / named) if named == "file" else named)
+    with pytest.raises(DataError, match=words):
         fetch("isbi2012", log=web.said.append)
+
+
+def test_what_a_killed_download_left_goes(web):
+    (web.cache / f".part{2**22 + 1}-fetched").mkdir(parents=True)
+    offer_archive(web)
+    fetched(web, [*NAMES, "test-labels.tif"])
 
 
 @pytest.mark.parametrize("name", ["synthetic", "isbi2013", ""])

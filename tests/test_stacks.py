@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import iter_sections, read_stack
-from files import sections, writing
+from files import sections as sections_module
+from files import writing
 from files.atomic import DataError
 from files.sections import Stack, natural_key
 from files.stacks import sha256_pixels
@@ -190,22 +191,12 @@ def test_natural_order_never_compares_words_with_numbers(names):
 
 
 def refused(path, words, what="image"):
-    with pytest.raises(DataError, match=words) as caught:
+    with pytest.raises(DataError, match=words or None) as caught:
         read_stack(path, what=what)
     text = str(caught.value)
     assert "\n" not in text
     assert text.endswith(".")
     return text
-
-
-def test_missing_empty_and_foreign_files_are_named(tmp_path):
-    assert str(tmp_path / "no.tif") in refused(tmp_path / "no.tif", "--image_path.*does not exist")
-    (tmp_path / "empty.tif").touch()
-    refused(tmp_path / "empty.tif", "--mask_path.*empty.tif is empty", "mask")
-    (tmp_path / "text.tif").write_text("hello, this is no image at all")
-    refused(tmp_path / "text.tif", "is not a TIFF file")
-    (tmp_path / "text.png").write_text("hello, this is no image at all")
-    refused(tmp_path / "text.png", "no readable PNG")
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.4, 0.7, 0.97, 0.999])
@@ -222,76 +213,180 @@ def test_cut_off_tiff_is_refused_or_whole_and_never_a_shorter_stack(tmp_path, en
         np.testing.assert_array_equal(read_stack(tmp_path / "cut.tif").sections, gray())
 
 
-def test_cut_off_imagej_stack_with_a_single_header_is_refused(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", gray(), imagej=True, metadata={"axes": "ZYX"}, truncate=True)
-    np.testing.assert_array_equal(read_stack(tmp_path / "a.tif").sections, gray())
-    content = (tmp_path / "a.tif").read_bytes()
-    (tmp_path / "a.tif").write_bytes(content[: len(content) // 2])
-    refused(tmp_path / "a.tif", "cut off")
+def cut(fraction):
+    return lambda content, _: content[: int(len(content) * fraction)]
 
 
-def test_cut_off_pages_and_png_are_refused(tmp_path):
-    pages(tmp_path / "pages.tif", gray())
-    Image.fromarray(gray()[0]).save(tmp_path / "one.png")
-    for name in ("pages.tif", "one.png"):
-        content = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content[: len(content) // 2])
-        refused(tmp_path / name, "cut off")
+def with_tag(name, value, page=0):
+    """Change the value of a tag of a page, where it stands in its entry."""
+
+    def change(content, tif):
+        tag = tif.pages[page].tags[name]
+        content[tag.offset + 8 : tag.offset + 12] = value.to_bytes(4, "little")
+        return content
+
+    return change
 
 
-def test_file_that_ends_in_its_last_section_is_refused_before_the_first_is_read(tmp_path):
-    pages(tmp_path / "pages.tif", gray())
-    content = (tmp_path / "pages.tif").read_bytes()
-    (tmp_path / "pages.tif").write_bytes(content[:-9])
-    with pytest.raises(DataError, match="it ends before its last section does"):
-        iter_sections(tmp_path / "pages.tif")
+def without_tag(name, page=0):
+    def change(content, tif):
+        offset = tif.pages[page].tags[name].offset
+        content[offset : offset + 2] = (65_000).to_bytes(2, "little")
+        return content
+
+    return change
 
 
-def test_damaged_section_is_named(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", gray(), compression="zlib", metadata=None)
-    with tifffile.TiffFile(tmp_path / "a.tif") as tif:
-        start, length = tif.pages[3].dataoffsets[0], tif.pages[3].databytecounts[0]
-    content = bytearray((tmp_path / "a.tif").read_bytes())
+def words(old, new):
+    return lambda content, _: content.replace(old, new)
+
+
+def zeros_in_section_3(content, tif):
+    start, length = tif.pages[3].dataoffsets[0], tif.pages[3].databytecounts[0]
     content[start : start + length] = bytes(length)
+    return content
+
+
+def same(content, _):
+    return content
+
+
+GRAY = {"photometric": "minisblack"}
+PLAIN = {**GRAY, "metadata": None}
+IMAGEJ = {**GRAY, "imagej": True, "metadata": {"axes": "ZYX"}}
+NAN = gray(dtype="float32")
+NAN[4, 1, 2], NAN[4, 0, 0] = np.nan, np.inf
+COLOURS = np.array([np.arange(256), np.zeros(256), np.arange(256)]).astype(np.uint16) * 257
+
+BAD_TIFF = {  # pixels, how tifffile writes them, what happens to the file, words of the refusal
+    "4 bytes": (gray(), GRAY, lambda *_: b"II*\0", "damaged|not a TIFF"),
+    "8 bytes": (gray(), GRAY, lambda *_: b"II*\0\0\0\0\0", "damaged|not a TIFF"),
+    "empty": (gray(), GRAY, lambda *_: b"", "is empty"),
+    "text": (gray(), GRAY, lambda *_: b"hello, this is no image at all", "not a TIFF"),
+    "a PNG": (gray(), GRAY, lambda *_: b"\x89PNG\r\n\x1a\n" + bytes(99), "not a TIFF"),
+    "ImageJ's single header, half": (gray(), IMAGEJ | {"truncate": True}, cut(0.5), "cut off"),
+    "half of the pages": (gray(), PLAIN | {"rowsperstrip": 40}, cut(0.5), "cut off"),
+    "the last bytes": (gray(), PLAIN, cut(0.995), "cut off"),
+    "a damaged section": (gray(), PLAIN | {"compression": "zlib"}, zeros_in_section_3, r"section 3 \(a\[3\]\) is dam"),
+    "width 0": (gray(), PLAIN, with_tag("ImageWidth", 0), ""),
+    "height 0": (gray(), PLAIN, with_tag("ImageLength", 0), ""),
+    "no width": (gray(), PLAIN, without_tag("ImageWidth"), ""),
+    "no height": (gray(), PLAIN, without_tag("ImageLength"), ""),
+    "no offsets": (gray(), PLAIN, without_tag("StripOffsets"), ""),
+    "no lengths": (gray(), PLAIN | {"compression": "zlib"}, without_tag("StripByteCounts"), ""),
+    "half as wide": (gray(), PLAIN, with_tag("ImageWidth", 18), ""),
+    "2^31 wide": (gray(), PLAIN, with_tag("ImageWidth", 2**31), ""),
+    "2^31 high": (gray(), PLAIN | {"compression": "zlib"}, with_tag("ImageLength", 2**31), ""),
+    "16 bit of 8": (gray(), PLAIN, with_tag("BitsPerSample", 16), ""),
+    "4 bit of 8": (gray(), PLAIN, with_tag("BitsPerSample", 4), ""),
+    "77 bit": (gray(), PLAIN, with_tag("BitsPerSample", 77), ""),
+    "a foreign compression": (gray(), PLAIN, with_tag("Compression", 65_432), ""),
+    "a foreign photometric": (gray()[:1], PLAIN, with_tag("PhotometricInterpretation", 32_803), "CFA"),
+    "ImageJ: 2 of 6": (gray(), IMAGEJ, words(b"images=6\nslices=6", b"images=2\nslices=2"), "holds 6 pages"),
+    "ImageJ: 9 of 6": (gray(), IMAGEJ, words(b"images=6\nslices=6", b"images=9\nslices=9"), ""),
+    "ImageJ: no header any more": (gray(), IMAGEJ | {"truncate": True}, words(b"ImageJ=", b"imagej="), "more than"),
+    "OME: 2 of 6": (gray(), GRAY | {"ome": True}, words(b'SizeC="6"', b'SizeC="2"'), ""),
+    "RGB": (gray((4, 20, 20, 3)), {"photometric": "rgb"}, same, r"colour image \(3 channels\)"),
+    "RGB, compressed": (gray((4, 20, 20, 3)), {"photometric": "rgb", "compression": "lzw"}, same, "colour image"),
+    "RGB, planes": (gray((3, 20, 20)), {"photometric": "rgb", "planarconfig": "separate"}, same, "3 sections need"),
+    "a palette of colours": (gray(), {"photometric": "palette", "colormap": COLOURS}, same, "palette of colours"),
+    "four axes without names": (gray((3, 5, 16, 16)), GRAY, same, "QQYX"),
+    "four axes": (gray((4, 3, 8, 8)), GRAY | {"imagej": True, "metadata": {"axes": "TZYX"}}, same, "axes TZYX"),
+    "channels": (gray((3, 8, 8)), GRAY | {"imagej": True, "metadata": {"axes": "CYX"}}, same, "3 channels"),
+    "complex": (np.zeros((4, 8, 8), np.complex64), GRAY, same, "complex64"),
+    "NaN": (NAN, GRAY, same, r"section 4 \(a\[4\]\) holds 2 NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TIFF)
+def test_a_tiff_that_is_no_gray_stack_or_is_damaged_is_refused(tmp_path, case):
+    pixels, options, damage, said = BAD_TIFF[case]
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
+    with tifffile.TiffFile(tmp_path / "a.tif") as tif:
+        tif.pages.useframes = False
+        content = bytes(damage(bytearray((tmp_path / "a.tif").read_bytes()), tif))
     (tmp_path / "a.tif").write_bytes(content)
-    refused(tmp_path / "a.tif", r"section 3 \(a\[3\]\) is damaged")
+    refused(tmp_path / "a.tif", said)
 
 
-@pytest.mark.parametrize("options", [{}, {"imagej": True}, {"compression": "lzw"}, {"planarconfig": "separate"}])
-def test_rgb_tiff_is_refused(tmp_path, options):
-    shape = (3, 20, 20) if "planarconfig" in options else (4, 20, 20, 3)
-    tifffile.imwrite(tmp_path / "rgb.tif", gray(shape), photometric="rgb", **options)
-    refused(tmp_path / "rgb.tif", r"colour image \(3 channels\)")
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P"])
-def test_colour_png_is_refused(tmp_path, mode):
-    Image.fromarray(gray((8, 8, 3))).convert(mode).save(tmp_path / "colour.png")
-    refused(tmp_path / "colour.png", "colour image")
-
-
-def test_what_is_not_one_stack_is_refused(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", gray((4, 3, 8, 8)), imagej=True, metadata={"axes": "TZYX"})
-    refused(tmp_path / "a.tif", "axes TZYX")
-    axes = {"imagej": True, "metadata": {"axes": "CYX"}, "photometric": "minisblack"}
-    tifffile.imwrite(tmp_path / "b.tif", gray((3, 8, 8)), **axes)
-    refused(tmp_path / "b.tif", "3 channels")
+def test_pages_of_two_sizes_are_refused(tmp_path):
     pages(tmp_path / "c.tif", [gray((8, 8)), gray((9, 8))])
     refused(tmp_path / "c.tif", r"2 separate images \(8 x 8, 9 x 8\)")
-    tifffile.imwrite(tmp_path / "d.tif", np.zeros((4, 8, 8), np.complex64), photometric="minisblack")
-    refused(tmp_path / "d.tif", "complex64")
 
 
-def test_nan_and_infinity_are_refused_with_the_section(tmp_path):
-    sections = gray(dtype="float32")
-    sections[4, 1, 2], sections[4, 0, 0] = np.nan, np.inf
-    tifffile.imwrite(tmp_path / "a.tif", sections)
-    refused(tmp_path / "a.tif", r"section 4 \(a\[4\]\) holds 2 NaN or infinite")
+def film(path):
+    frames = [Image.fromarray(section) for section in gray((3, 8, 8))]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+BAD_PNG = {
+    "is no readable PNG": lambda path: path.write_text("hello, this is no image at all"),
+    "cut off": lambda path: (Image.fromarray(gray()[0]).save(path), path.write_bytes(path.read_bytes()[:600])),
+    "is a film of 3": film,
+    "PNG file": lambda path: tifffile.imwrite(path, gray(), photometric="minisblack"),
+    "colour image": lambda path: Image.fromarray(gray((8, 8, 3))).save(path),
+    "colour image ": lambda path: Image.fromarray(gray((8, 8, 3))).convert("RGBA").save(path),
+    r"colour image \(2": lambda path: Image.fromarray(gray((8, 8, 3))).convert("LA").save(path),
+    r"colour image \(3": lambda path: Image.fromarray(gray((8, 8, 3))).convert("P").save(path),
+}
+
+
+@pytest.mark.parametrize("said", BAD_PNG)
+def test_a_png_that_is_no_gray_section_is_refused(tmp_path, said):
+    BAD_PNG[said](tmp_path / "a.png")
+    refused(tmp_path / "a.png", said.strip())
+
+
+@pytest.mark.parametrize("encoding", ["imagej", "plain", "lzw", "strips", "tiled", "big-endian", "bigtiff"])
+def test_a_header_with_a_wrong_byte_gives_the_same_stack_or_a_refusal(tmp_path, encoding):
+    """But for what only the header can say: how bits are read and shown, and where in the file they begin."""
+    tifffile.imwrite(tmp_path / "a.tif", gray(), photometric="minisblack", **ENCODINGS[encoding])
+    whole, rng = (tmp_path / "a.tif").read_bytes(), np.random.default_rng(0)
+    with tifffile.TiffFile(tmp_path / "a.tif") as tif:
+        parts = [range(o, o + n) for p in tif.pages for o, n in zip(p.dataoffsets, p.databytecounts, strict=True)]
+    header = [i for i in range(len(whole)) if not any(i in part for part in parts)]
+    for i in rng.choice(header, 60):
+        content = bytearray(whole)
+        content[i] ^= rng.integers(1, 256)
+        (tmp_path / "a.tif").write_bytes(content)
+        with contextlib.suppress(DataError):
+            assert read_stack(tmp_path / "a.tif").shape == gray().shape
+
+
+def test_palettes_are_for_eyes_and_not_for_numbers_of_cells(tmp_path):
+    cells = gray((2, 9, 9))
+    tifffile.imwrite(tmp_path / "colours.tif", cells, photometric="palette", colormap=COLOURS)
+    tifffile.imwrite(tmp_path / "white.tif", cells, photometric="miniswhite")
+    for name in ("colours.tif", "white.tif"):
+        with iter_sections(tmp_path / name, what="mask", ids=True) as reader:
+            np.testing.assert_array_equal(list(reader), cells)
+    grays = np.repeat(np.arange(255, -1, -1)[None], 3, 0).astype(np.uint16) * 257
+    tifffile.imwrite(tmp_path / "grays.tif", cells, photometric="palette", colormap=grays)
+    np.testing.assert_array_equal(read_stack(tmp_path / "grays.tif").sections, 255 - cells)
 
 
 def test_stack_of_wrong_shape_is_refused():
     with pytest.raises(DataError, match=r"must have shape \(S, H, W\). Received: \(5, 5\)"):
         read_stack(Stack(np.zeros((5, 5)), source="mine"))
+
+
+def test_paths_that_lead_nowhere_are_named(tmp_path, monkeypatch):
+    (tmp_path / "link.tif").symlink_to("gone.tif")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "2.tif").symlink_to("gone.tif")
+    tifffile.imwrite(tmp_path / "folder" / "1.tif", gray()[0])
+    refused(tmp_path / "link.tif", "is a link to gone.tif, which does not exist")
+    refused(tmp_path / "folder", "holds links to files that do not exist: 2.tif")
+    monkeypatch.setattr(os, "scandir", lambda *_: raised(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(os, "listdir", lambda *_: raised(PermissionError(13, "Permission denied")))
+    refused(tmp_path / "folder", "cannot be read: Permission denied")
+    for path in (tmp_path / "no.tif", "~nobody/x.tif", "", "a" * 300, "a\0b"):
+        assert "--image_path" in refused(path, "does not exist")
+    assert "data sets" not in refused("gone.tif", "does not exist", "prediction")
+
+
+def raised(error):
+    raise error
 
 
 # --- One section at a time ----------------------------------------------------------------------------------
@@ -310,18 +405,68 @@ def test_reader_gives_sections_in_any_order(tmp_path, options):
             reader[6]
 
 
-@pytest.mark.parametrize("compression", [None, "zlib"])
-def test_reading_holds_one_section_in_memory(tmp_path, compression):
-    sections = gray((40, 256, 256))
-    tifffile.imwrite(tmp_path / "a.tif", sections, compression=compression, metadata=None)
-    read_stack(tmp_path / "a.tif")  # imports
-    tracemalloc.start()
+PARTS = [
+    (slice(0, 40), slice(0, 36)),
+    (slice(3, 4), slice(0, 36)),
+    (slice(15, 33), slice(17, 36)),
+    (slice(0, 1), slice(35, 36)),
+]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "bool"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_part_is_that_part_of_the_section(tmp_path, encoding, dtype):
+    sections = gray(dtype=dtype)
+    pages_or_file(tmp_path / "a.tif", sections, **ENCODINGS[encoding])
     with iter_sections(tmp_path / "a.tif") as reader:
-        total = sum(int(section.sum()) for section in reader)
-    peak = tracemalloc.get_traced_memory()[1]
+        for rows, columns in PARTS:
+            np.testing.assert_array_equal(reader.part(4, rows, columns), sections[4, rows, columns])
+            np.testing.assert_array_equal(reader.slab(slice(2, 4), rows, columns), sections[2:4, rows, columns])
+
+
+def pages_or_file(path, sections, **options):
+    if sections.dtype == bool and {"imagej", "predictor"} & {*options}:
+        pages(path, sections)  # neither knows such a type
+    else:
+        tifffile.imwrite(path, sections, photometric="minisblack", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"tile": (64, 64), "compression": "lzw"}])
+def test_no_more_is_held_in_memory_than_is_asked_for(tmp_path, options):
+    sections = gray((4, 512, 2048))
+    tifffile.imwrite(tmp_path / "a.tif", sections, photometric="minisblack", rowsperstrip=16, **options)
+    read_stack(tmp_path / "a.tif")  # imports
+    with iter_sections(tmp_path / "a.tif") as reader:
+        section = peak(lambda: sum(int(section.sum()) for section in reader))
+        part = peak(lambda: reader.part(2, slice(100, 132), slice(0, 2048)))
+    assert section < 6 * sections[0].nbytes
+    assert part < section / 3
+
+
+def peak(work):
+    tracemalloc.start()
+    work()
+    most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert total == sections.sum()
-    assert peak < 8 * sections[0].nbytes
+    return most
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png", "folder"])
+def test_what_cannot_fit_into_memory_is_refused_before_it_is_taken(tmp_path, monkeypatch, suffix):
+    sections = gray((3, 64, 50))
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "tif":
+        tifffile.imwrite(path, sections, photometric="minisblack")
+    else:
+        path.parent.joinpath("a.folder").mkdir()
+        for i in range(3):
+            Image.fromarray(sections[i]).save(path if suffix == "png" else path / f"{i}.png")
+    monkeypatch.setattr(sections_module, "memory_limit", lambda: 3000)
+    refused(path, "would take 0.0.* MB of memory, more than the 0.003 MB there is")
+    monkeypatch.setattr(sections_module, "memory_limit", lambda: 9000)
+    if suffix == "tif":
+        with iter_sections(path) as reader:
+            np.testing.assert_array_equal(reader[2], sections[2])  # one section fits
 
 
 # --- Voxel size ---------------------------------------------------------------------------------------------
@@ -370,8 +515,8 @@ def test_voxel_size_is_read_in_nm(tmp_path, options, expected):
 
 
 def test_voxel_words():
-    assert sections.voxel_words(None) == "voxel size unknown"
-    assert sections.voxel_words((None, 189.999, 189.999)) == "pixel 190 x 190 nm, section thickness unknown"
+    assert sections_module.voxel_words(None) == "voxel size unknown"
+    assert sections_module.voxel_words((None, 189.999, 189.999)) == "pixel 190 x 190 nm, section thickness unknown"
 
 
 # --- Writing ------------------------------------------------------------------------------------------------
@@ -525,6 +670,15 @@ def test_disk_that_fills_up_leaves_the_old_file_and_no_partial_one(tmp_path):
     assert "p.tif could not be written: " in json.loads(done.stdout)
     assert (tmp_path / "p.tif").read_text() == "old"
     assert os.listdir(tmp_path) == ["p.tif"]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint32"])  # ImageJ's own format, and OME
+def test_what_a_prediction_is_made_of_comes_back(tmp_path, dtype):
+    made_of = {"image_sha256": "0" * 64, "weights": "a.weights.h5"}
+    write_mask(tmp_path / "m.tif", gray((2, 9, 9), "bool"), count=2, shape=(9, 9), dtype=dtype, made_of=made_of)
+    stack = read_stack(tmp_path / "m.tif")
+    assert stack.made_of == made_of
+    assert read_stack(stack).made_of == made_of
 
 
 def test_hash_is_of_the_pixels_in_c_order_little_endian():
