@@ -13,7 +13,8 @@ import numpy as np
 
 import data
 from data import DataError, Normalisation
-from files import atomic, stacks
+from files import atomic
+from files.sections import memory_words, require_memory, size_words
 from network import device, unet
 from predict import engines, intensity, tiling
 
@@ -340,7 +341,7 @@ def run_sections(args, sections, records, norms, how, say):
 
     networks = [load_network(path, how["precision"])[0] for path in args.weight_path]
     names = ", ".join(f"{network.name} of {path}" for network, path in zip(networks, args.weight_path, strict=True))
-    say(f"{args.image_path}: {len(sections)} sections of {stacks.size_words(sections.shape)} px; {names}")
+    say(f"{args.image_path}: {len(sections)} sections of {size_words(sections.shape)} px; {names}")
     large = math.prod(sections.shape[1:]) > LARGE_PX
     if large:
         say_memory(args, sections, say)
@@ -367,10 +368,8 @@ def say_memory(args, sections, say):
     bytes_per_px = 4 * min(2, len(args.weight_path)) + 40 * args.segment
     bytes_per_px += sections.dtype.itemsize if args.tta != "none" else 0
     needed = bytes_per_px * math.prod(sections.shape[1:])
-    stacks.require_memory(
-        needed, f"--image_path: the prediction of a section of {stacks.size_words(sections.shape)} px"
-    )
-    say(f"each section takes about {stacks.memory_words(needed)} of memory, and the network its own")
+    require_memory(needed, f"--image_path: the prediction of a section of {size_words(sections.shape)} px")
+    say(f"each section takes about {memory_words(needed)} of memory, and the network its own")
 
 
 class Unread:

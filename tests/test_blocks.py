@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import tifffile
 from conftest import ROOT, ome_zarr
 
 import data
-from files import omezarr
+from files import atomic, omezarr
 from predict import blocks, tiling
 
 EXTRA = "the optional extra is not installed: pip install -r requirements-zarr.txt"
@@ -170,13 +171,6 @@ def test_blocks_equal_sections_where_the_network_is_unpadded(here, shape, tta):
     np.testing.assert_array_equal(found[:], here.expected(sections, **options))
 
 
-def test_the_numbers_tell_a_halo_that_is_too_small(here):
-    sections = pixels(1, 96, 80)
-    whole = here.expected(sections, tile=256, halo=8)
-    np.testing.assert_allclose(here.expected(sections, halo=8), whole, atol=1e-6)
-    assert np.abs(here.expected(sections, halo=0) - whole).max() > 0.01
-
-
 @pytest.mark.parametrize("chunks", [(1, 32, 32), (3, 24, 24), (64, 96, 80)])
 @pytest.mark.parametrize("tta", ["none", "8"])
 def test_sections_of_ome_zarr_are_predicted_whatever_their_chunks(here, chunks, tta):
@@ -315,35 +309,63 @@ def test_a_killed_prediction_is_resumed_and_no_chunk_is_predicted_twice(here, mo
 
 def test_a_finished_prediction_is_resumed_without_a_window(here):
     source = here.tiff(pixels(2, 40, 50))
-    here.predict(source)
+    here.predict(source, resume=True)  # without an output it begins
     before = here.windows()
     here.predict(source, resume=True)
     assert here.windows() == before
-    assert here.said[1::2] == ["24 blocks", "24 blocks, 24 of them finished before"]
+    assert here.said[1::2] == ["24 blocks, 0 of them finished before", "24 blocks, 24 of them finished before"]
     assert here.said[0].startswith("sections of 40 x 50 px: 12 tiles of 32 x 32 px")
 
 
-def test_resume_without_an_output_begins(here):
-    assert np.isfinite(here.predict(here.tiff(pixels(1, 40, 50)), resume=True)[:]).all()
-
-
-@pytest.mark.parametrize("damage", ["gone", "empty", "unfinished"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut off", "unfinished"])
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_a_chunk_that_is_not_whole_is_predicted_again(here, version, damage):
-    """A chunk that is missing, empty, or still under the name that zarr gives it until it is whole."""
+    """A chunk that is missing, empty, cut off, or still under the name that zarr gives it until it is whole."""
     source = here.zarr(pixels(2, 60, 70), version)
     options = {"tta": "8", "halo": 4}
     whole = here.predict(source, **options)[:]
     once = here.windows()[0]
     chunk = Path(here.output, "0", *([] if version == "0.4" else ["c"]), "1", "1", "1")
-    if damage == "empty":
-        chunk.write_bytes(b"")
+    if damage in ("empty", "cut off"):
+        chunk.write_bytes(chunk.read_bytes()[: 50 * (damage == "cut off")])
     elif damage == "unfinished":
         chunk.rename(chunk.with_suffix(".0123456789abcdef.partial"))
     else:
         chunk.unlink()
     np.testing.assert_array_equal(here.predict(source, resume=True, **options)[:], whole)
     assert here.windows()[0] - once == once // 2, "one of the two sections, and nothing of the other"
+    assert not list(here.output.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("shape", [3000, 60, 70]), ("data_type", "float64"), ("shape", 7)])
+def test_resume_refuses_an_array_that_is_not_as_it_was_made(here, key, value):
+    source = here.tiff(pixels(2, 60, 70))
+    here.predict(source)
+    file = here.output / "0" / "zarr.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(data.DataError, match="array"):
+        here.predict(source, resume=True)
+
+
+def test_a_full_disk_is_said_with_the_name_of_the_output_and_resumed(here):
+    """A real limit on the size of files."""
+    source = here.tiff(pixels(1, 60, 70))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+        with pytest.raises(data.DataError, match=r"prediction.ome.zarr could not be written"):
+            here.predict(source, tile=64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    np.testing.assert_array_equal(
+        here.predict(source, tile=64, resume=True)[:], here.expected(pixels(1, 60, 70), tile=64)
+    )
+
+
+def test_two_predictions_do_not_write_one_output(here):
+    source = here.tiff(pixels(1, 20, 24))
+    with atomic.locked(here.output), pytest.raises(data.DataError, match="in use by another run"):
+        here.predict(source)
 
 
 def test_zarr_moves_a_chunk_to_its_place_when_it_is_whole(here, monkeypatch):
@@ -378,6 +400,8 @@ def test_resume_refuses_what_is_made_of_something_else_and_force_replaces_it(her
     here.weights.write_bytes(made.pop("weights"))
     sections = pixels(made.pop("count"), 60, 70, seed=made.pop("seed"))
     source, options = here.tiff(sections), {"halo": 8} | made
+    with pytest.raises(data.DataError, match=r"exists already .--resume goes on with it, --force replaces it"):
+        here.predict(source, **options)
     with pytest.raises(data.DataError, match=f"is made of another (.*, )?{words}(, .*)? .--force begins anew"):
         here.predict(source, resume=True, **options)
     assert here.chunks() == before
@@ -385,15 +409,6 @@ def test_resume_refuses_what_is_made_of_something_else_and_force_replaces_it(her
     options.pop("precision", None)
     np.testing.assert_array_equal(found, here.expected(sections, **options))
     assert not list(here.folder.glob(".*")), "what was written beside the output is gone"
-
-
-def test_an_output_that_is_there_is_kept(here):
-    source = here.tiff(pixels(1, 20, 24))
-    here.predict(source)
-    before = here.chunks()
-    with pytest.raises(data.DataError, match=r"exists already .--resume goes on with it, --force replaces it"):
-        here.predict(source)
-    assert here.chunks() == before
 
 
 @pytest.mark.parametrize("flag", ["resume", "force"])
@@ -412,6 +427,8 @@ def test_an_image_that_is_no_prediction_is_kept(here, flag):
         ({"segment": True}, "--threshold and --segment go with a TIFF"),
         ({"resume": True, "force": True}, "choose one"),
         ({"scheduler": "tcp://127.0.0.1:1", "workers": 2}, "--workers is of no use with --scheduler"),
+        ({"scheduler": "nonsense::x", "workers": None}, "--scheduler must be an address such as tcp://host:8786"),
+        ({"scheduler": "tcp://host", "workers": None}, "--scheduler must be an address such as tcp://host:8786"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(here, flags, words):

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 import data
 import dilatedUnet
-from files import stacks
+from files import sections
 from network import unet
 from predict import engines, intensity, prediction, tiling
 from score import origin
@@ -347,7 +347,7 @@ def test_of_a_large_section_no_more_is_read_than_a_row_of_tiles(predict, monkeyp
 
 def test_a_section_that_cannot_fit_into_memory_is_refused_before_it_is_predicted(call, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(prediction, "LARGE_PX", 1000)
-    monkeypatch.setattr(stacks, "memory_limit", lambda: 10_000)
+    monkeypatch.setattr(sections, "memory_limit", lambda: 10_000)
     tifffile.imwrite("stack.tif", section_of(64, 64)[None], photometric="minisblack")
     done = call("predict", "--weight_path", weights, "--image_path", "stack.tif", *FLOAT32)
     assert done.code == 2
