@@ -284,7 +284,7 @@ def run(args):
     atomic.refuse_inputs("--output", args.output, source, *used)
     with data.iter_sections(source) as sections:
         norms = normalisations(sections, records, args.normalise, say)
-        how = {"engine": engine, "precision": precision}
+        how = {"engine": args.engine, "precision": precision}
         if in_blocks:
             run_blocks(args, source, sections, records[0], norms[0], how, say)
         else:

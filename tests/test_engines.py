@@ -120,12 +120,36 @@ def test_openvino_takes_the_float32_weights_of_a_bfloat16_network():
     np.testing.assert_array_equal(found, expected)
 
 
+UNTOLD = {
+    "another layer": lambda: keras.layers.AveragePooling2D(2, name="odd"),
+    "another activation": lambda: keras.layers.Conv2D(1, 3, activation="gelu", name="odd"),
+    "a layer norm": lambda: keras.layers.LayerNormalization(name="odd"),
+    "another padding": lambda: keras.layers.MaxPooling2D(padding="same", name="odd"),
+    "a padding of a transposed convolution": lambda: keras.layers.Conv2DTranspose(1, 3, padding="same", name="odd"),
+}
+
+
 @openvino
-def test_a_layer_that_openvino_is_not_told_about_is_refused_by_name():
+@pytest.mark.parametrize("name", UNTOLD)
+def test_what_openvino_is_not_told_about_is_refused_by_name_and_left_to_keras_by_auto(name, capsys):
     inputs = keras.Input((None, None, 1))
-    network = keras.Model(inputs, keras.layers.AveragePooling2D(2, name="mean")(inputs))
-    with pytest.raises(DataError, match="--engine openvino cannot compute the layer mean, but --engine keras can"):
+    network = keras.Model(inputs, UNTOLD[name]()(inputs))
+    with pytest.raises(DataError, match="--engine openvino cannot compute the layer odd, but --engine keras can"):
         engines.forward(network, "openvino", "float32")
+    windows = windows_of(1, 16, 16)
+    found, expected = (engines.forward(network, engine, "float32")(windows) for engine in ("auto", "keras"))
+    np.testing.assert_array_equal(found, expected)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@openvino
+def test_convolutions_without_bias_and_one_sided_crops_are_told():
+    inputs = keras.Input((None, None, 1))
+    x = keras.layers.Conv2D(3, 3, strides=2, padding="same", use_bias=False, activation="relu")(inputs)
+    x = layers.Interior()(keras.layers.Cropping2D(((1, 0), (0, 2)))(x))
+    network, windows = keras.Model(inputs, x), windows_of(1, 16, 20)
+    found, expected = (engines.forward(network, engine, "float32")(windows) for engine in ("openvino", "keras"))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @openvino
