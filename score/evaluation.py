@@ -85,7 +85,7 @@ def run(args):
         native = read_sections(args.prediction, "prediction", *fit)
         raw = read_sections(args.image_path, "image", *fit) if args.image_path else None
         refuse_inputs(args, labels, native, raw)
-        notes += origin.check(args.prediction, labels.source, raw and raw.reader)
+        notes += origin.check(native.reader, labels, raw and raw.reader)
         score = score_cells if args.instances else score_masks
         prediction, found, text = score(native, references, sections, which, notes)
         result = {"prediction": str(args.prediction), "mask_path": str(args.mask_path)} | found
@@ -159,18 +159,26 @@ def outputs(args):
 
 
 def refuse_existing(args):
-    """Refuse before the work, not after it, where an output is in the way."""
-    if args.report and Path(args.report).is_file():
-        raise data.DataError(f"--report must be a folder. Received: the file {args.report}")
+    """Refuse before the work, not after it, where an output is in the way or cannot be one."""
+    for flag, path, kind, wrong in (
+        ("--json", args.json, "file", os.path.isdir),
+        ("--report", args.report, "folder", os.path.isfile),
+    ):
+        if path is not None and (not path or wrong(path)):
+            raise data.DataError(f"{flag} must be a {kind}. Received: {path or repr(path)}")
+    paths = [os.path.realpath(path) for _, path in outputs(args)]
+    if len(set(paths)) < len(paths):
+        raise data.DataError(f"--json must not be a file of --report. Received: {args.json}")
     for flag, path in outputs(args):
         if os.path.lexists(path) and not args.force:
             raise data.DataError(f"{flag}: {path} exists already (--force replaces it).")
 
 
 def refuse_inputs(args, *stacks):
-    """An output is never an input, not even with --force."""
+    """An output is never an input, not even with --force; find out now whether it can be written."""
     for flag, path in outputs(args):
         atomic.refuse_inputs(flag, path, *(stack.source for stack in stacks if stack is not None))
+        atomic.make_writable(Path(path).parent)
 
 
 # --- input

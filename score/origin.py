@@ -20,40 +20,33 @@ def check(prediction, labels, given=None):
 
     Parameters
     ----------
-    prediction : path
-    labels : str
-        The file or folder of the labels, or "synthetic".
+    prediction : StackReader
+    labels : Stack
     given : StackReader, optional
         The images named by ``--image_path``.
     """
-    made_from = recorded(prediction)
+    made_from = prediction.made_of.get("pixels_sha256")
     if not made_from:
         return []
     own, other = images_of(labels)
     if other is not None and made_from == sha256(other):
         raise data.DataError(
             f"--prediction was made from {_name(other)}, and --mask_path labels {_name(own)}: name the labels of the "
-            "images that were predicted (isbi2012-test are those of the test stack)."
+            "images that were predicted (those of isbi2012's test images are isbi2012-test)."
         )
     if (given or own) is None or made_from == sha256(given or own):
         return []
     return [f"warning: the prediction was made from other images than {_name(given or own)}, or from a part of them"]
 
 
-def recorded(prediction):
-    """Return the SHA-256 of the images that a TIFF or OME-Zarr of `predict` is made of, or None."""
-    try:
-        with data.iter_sections(prediction, what="prediction") as sections:
-            return sections.made_of.get("pixels_sha256")
-    except data.DataError:  # no prediction, which others judge
-        return None
-
-
 def images_of(labels):
     """Return the images of known labels, and those that they are taken for, by place or as a Stack; else None."""
-    if labels == "synthetic":
-        return data.resolve("synthetic", "image"), data.resolve("synthetic", "test")
-    path = Path(labels)
+    if labels.source == "synthetic":
+        roles = sorted(
+            ("image", "test"), key=lambda role: data.resolve("synthetic", role).description != labels.description
+        )
+        return tuple(data.resolve("synthetic", role) for role in roles)
+    path = Path(labels.source)
     pairs = {ISBI_ROLES["mask"]: ("image", "test"), ISBI_ROLES["test_mask"]: ("test", "image")}
     if path.name in pairs:
         found = [path.with_name(ISBI_ROLES[role]) for role in pairs[path.name]]

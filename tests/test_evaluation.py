@@ -173,6 +173,9 @@ REFUSED = {
     "a picture": (["--report", "mine"], "--report: mine/section-000.png exists already"),
     "a report": (["--report", "ours"], "--report: ours/report.html exists already"),
     "a file": (["--report", "old.json"], "--report must be a folder"),
+    "a folder": (["--json", "ours", "--force"], "--json must be a file. Received: ours"),
+    "no name": (["--json", ""], "--json must be a file. Received: ''"),
+    "twice": (["--json", "new/report.html", "--report", "new"], "--json must not be a file of --report"),
     "the prediction": (["--json", "p.tif", "--force"], "--json must not be an input"),
     "the labels": (["--json", "link.tif", "--force"], "--json must not be an input"),
     "a section": (["--mask_path", "mine", "--report", "mine", "--force"], "--report must not be an input"),
@@ -207,10 +210,13 @@ def test_bad_input_is_refused_and_nothing_is_written(name, files, labelled, tmp_
 # --- which images were predicted
 
 
-def made_from(images, path, shape):
-    about = {"axes": "ZYX", "image_sha256": data.sha256_pixels(images)}
-    tifffile.imwrite(path, np.full(shape, 0.5, np.float32), imagej=True, metadata=about)
-    return path
+def origin_of(images, labels, given=None):
+    """What is said of a prediction of these images: warnings, or a refusal."""
+    made_of = {"pixels_sha256": data.sha256_pixels(images)}
+    flat = [np.full(images.shape[1:], 0.5)] * len(images)
+    data.write_prediction("p.tif", flat, count=len(images), shape=images.shape[1:], made_of=made_of, force=True)
+    with data.iter_sections("p.tif") as prediction:
+        return origin.check(prediction, labels, given)
 
 
 def test_a_prediction_of_other_images_is_refused_where_they_are_known_and_warned_of_else(tmp_path, monkeypatch):
@@ -218,32 +224,30 @@ def test_a_prediction_of_other_images_is_refused_where_they_are_known_and_warned
     train, test, part = np.random.default_rng(0).integers(0, 256, (3, 6, 16, 16)).astype(np.uint8)
     for name, sections in (("train-volume", train), ("test-volume", test), ("train-labels", train > 9)):
         tifffile.imwrite(f"{name}.tif", sections, photometric="minisblack")
+    labels = data.read_stack("train-labels.tif", what="mask")
     with data.iter_sections("test-volume.tif") as other:
-        for images, given, refused, warned in (
-            (train, None, False, False),
-            (test, None, True, False),
-            (part, None, False, True),
-            (train, other, False, True),
-        ):
-            prediction = made_from(images, "p.tif", train.shape)
-            if refused:
-                with pytest.raises(DataError, match=r"was made from test-volume.*labels train-volume.*isbi2012-test"):
-                    origin.check(prediction, "train-labels.tif")
+        assert origin_of(train, labels) == []
+        assert origin_of(part, labels)[0].startswith("warning: the prediction was made from other images than train-vo")
+        assert origin_of(train, labels, other)[0].startswith("warning: the prediction was made from other images than")
+        assert origin.check(other, labels) == [], "nothing is recorded"
+    with pytest.raises(DataError, match=r"was made from test-volume.*labels train-volume.*isbi2012-test"):
+        origin_of(test, labels)
+    assert origin_of(test, data.Stack(test, source="test-labels.tif")) == []
+
+
+def test_the_painted_test_images_and_those_of_the_labels_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paint = data.synthetic
+    monkeypatch.setattr(data, "synthetic", lambda seed: paint(2, (32, 32), seed))
+    images = {name: data.resolve(name, "image").sections for name in ("synthetic", "synthetic-test")}
+    for name in images:
+        labels, _ = data.read_labels(name)
+        for other, sections in images.items():
+            if other == name:
+                assert origin_of(sections, labels) == []
             else:
-                assert bool(origin.check(prediction, "train-labels.tif", given)) == warned
-        assert origin.check(made_from(test, "p.tif", train.shape), "test-labels.tif") == []
-        assert origin.check("train-volume.tif", "train-labels.tif", other) == [], "nothing is recorded"
-
-
-def test_the_painted_test_images_and_those_of_the_labels_are_told_apart(tmp_path):
-    for role, refused in (("image", False), ("test", True)):
-        images = data.resolve("synthetic", role).sections
-        prediction = made_from(images, tmp_path / "p.tif", images.shape)
-        if refused:
-            with pytest.raises(DataError, match="was made from synthetic"):
-                origin.check(prediction, "synthetic")
-        else:
-            assert origin.check(prediction, "synthetic") == []
+                with pytest.raises(DataError, match="was made from synthetic"):
+                    origin_of(sections, labels)
 
 
 # --- output
