@@ -247,6 +247,31 @@ def test_a_flag_by_hand_wins_over_the_recipe(flags, changed):
         assert str(vars(parse(["--recipe", "quick", *flags.split()]))[name[2:]]) in (value, value + ".0")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--image_path mine.tif", True),
+        ("--image_path mine.tif --recipe quick", False),
+        ("--image_path isbi2012", False),
+    ],
+)
+def test_who_brings_sections_without_a_recipe_is_told_which_is_for_them(call, monkeypatch, words, said):
+    monkeypatch.setattr(dilatedUnet, "load_backend", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert ("--recipe quick" in call(*words.split()).err) is said
+
+
+def test_predict_takes_the_shipped_network_and_says_so_unless_another_is_named(call, monkeypatch):
+    from predict import prediction
+
+    taken = []
+    monkeypatch.setattr(dilatedUnet, "load_backend", lambda args: None)
+    monkeypatch.setattr(prediction, "run", lambda args: taken.append(args.weight_path) or 0)
+    assert str(dilatedUnet.SHIPPED) in call("predict").err
+    assert not call("predict", "--weight_path", "a", "b").err
+    assert taken == [[str(dilatedUnet.SHIPPED)], ["a", "b"]]
+    assert prediction.read_record(taken[0][0])["network"]["dilate"] is False
+
+
 # -- exit codes
 
 
