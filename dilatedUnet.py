@@ -498,6 +498,7 @@ def contradictions(given, args):
 def run_train(args):
     if not args.recipe and args.image_path not in (*DATA_SETS, "synthetic"):
         say("without --recipe the settings are those of 2017, for hours; for your own sections: --recipe quick")
+    look_for(image=args.image_path, mask=args.mask_path)
     load_backend(args)
     from train import run as training
 
@@ -508,10 +509,20 @@ def run_predict(args):
     if args.weight_path is None:
         args.weight_path = [str(SHIPPED)]
         say(f"no --weight_path: the shipped network, {SHIPPED} (what it is worth: weights/README.md)")
+    look_for(test=args.image_path)
     load_backend(args)
     from predict import prediction
 
     return prediction.run(args)
+
+
+def look_for(**paths):
+    """Refuse a file that is missing before Keras is loaded, which takes seconds."""
+    import data
+
+    for role, name in paths.items():
+        if name and name.removesuffix("-test") not in data.DATA_SETS:
+            data.resolve(name, role)
 
 
 def load_backend(args):

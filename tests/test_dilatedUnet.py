@@ -256,7 +256,7 @@ def test_a_flag_by_hand_wins_over_the_recipe(flags, changed):
     ],
 )
 def test_who_brings_sections_without_a_recipe_is_told_which_is_for_them(call, monkeypatch, words, said):
-    monkeypatch.setattr(dilatedUnet, "load_backend", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(dilatedUnet, "look_for", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert ("--recipe quick" in call(*words.split()).err) is said
 
 
