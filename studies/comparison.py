@@ -69,11 +69,13 @@ def compare_metric(table, results, row, metric) -> Line:
 
 def halfway(results, row, metric):
     """What the run of a row that has come furthest has reached, and where it is."""
-    found = [(r["epoch"], r) for job, r in results.halfway if (job.row, job.protocol) == (row, "published")]
-    if not found or metric not in found[-1][1]["metrics"]:
+    found = [
+        r for job, r in results.halfway if (job.row, job.protocol) == (row, "published") and metric in r["metrics"]
+    ]
+    if not found:
         return "-", ""
-    epoch, result = max(found, key=lambda pair: pair[0])
-    return f"{result['metrics'][metric]:.4f}", f"epoch {epoch} of {result['settings']['epochs']}"
+    result = max(found, key=lambda result: result["epoch"])
+    return f"{result['metrics'][metric]:.4f}", f"epoch {result['epoch']} of {result['settings']['epochs']}"
 
 
 def allowed_of(table, results, metric, count, stated):
