@@ -110,26 +110,17 @@ def test_every_flag_is_consumed():
     """Each destination of the parser is read somewhere as args.<destination>, or by a name in a list of names."""
     import dilatedUnet
 
-    parser = dilatedUnet.build_parser()
-    verbs = next(action for action in parser._actions if hasattr(action, "choices") and action.choices)
+    verbs = dilatedUnet.build_parser().of_verb
     read, named = set(), set()
     for name, tree in MODULES.items():
         for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.Attribute)
-                and isinstance(node.ctx, ast.Load)
-                and ast.unparse(node.value)
-                in (
-                    "args",
-                    "self.args",
-                )
-            ):
-                read.add(node.attr)
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args"):
+                read |= {node.attr} if isinstance(node.ctx, ast.Load) else set()
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and name == "train.run":
                 named.add(node.value)  # recipe_of reads a list of fields by getattr
     recipe = {"elastic_grid", "elastic_sd_px", "max_rotation_deg", "max_shear_deg", "max_shift_px", "noise"}
     assert recipe <= named
-    for verb, subparser in verbs.choices.items():
+    for verb, subparser in verbs.items():
         flags = {action.dest for action in subparser._actions} - {"help"}
         assert flags <= read | recipe, verb
         assert len(flags) > 0
