@@ -178,6 +178,8 @@ def test_a_factor_shows_the_mean_and_the_spread_of_every_level_alike_in_every_pa
     )
     assert all(one != other for one, other in zip(three, four, strict=True))
     assert four == same
+    pairs = draw("factor", dict.fromkeys("abcd", PANELS["training loss"])).axes[0].get_gridspec()
+    assert (pairs.nrows, pairs.ncols) == (2, 2)
 
 
 def test_a_nameless_level_has_no_legend_and_its_shade_may_reach_below_zero_on_a_logarithmic_axis(draw):
@@ -186,13 +188,6 @@ def test_a_nameless_level_has_no_legend_and_its_shade_may_reach_below_zero_on_a_
     assert (axes.get_xlabel(), axes.get_yscale()) == ("sections", "log")
     with pytest.raises(ValueError, match=r"panels must hold at least one level\. Received: \['loss'\]"):
         figures.factor({"loss": {}}, "nowhere")
-
-
-@pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (3, 1, 3), (4, 2, 2)])
-def test_four_panels_of_a_factor_stand_in_pairs(count, rows, columns, draw):
-    figure = draw("factor", {f"panel {i}": PANELS["training loss"] for i in range(count)})
-    grid = figure.axes[0].get_gridspec()
-    assert (grid.nrows, grid.ncols) == (rows, columns)
 
 
 @pytest.mark.parametrize(("higher", "value", "threshold"), [(True, "0.9", 0.5), (False, "0.1", 0)])
