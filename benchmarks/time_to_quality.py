@@ -71,8 +71,7 @@ class Run:
 
     def v_rand(self):
         """Of the held-out sections, each at full size."""
-        settings = training.network_settings(self.args)
-        predict = prediction.section_predictor(self.trainee.network, self.normalisation, settings)
+        predict = prediction.section_predictor(self.trainee.network, self.normalisation)
         with averaged_weights(self.trainee):
             if self.rescaled:
                 found = [resize(predict(small(s)), s.shape, order=1) for s in self.raw]

@@ -40,7 +40,7 @@ def main():
     for engine in ("keras", "openvino") if engines.choose("auto") == "openvino" else ("keras",):
         network = unet.from_settings(SETTINGS, precision=precision)
         options = {"engine": engine, "precision": precision}
-        predict = prediction.section_predictor(network, normalisation, SETTINGS, **options)
+        predict = prediction.section_predictor(network, normalisation, **options)
         candidates[f"{engine} {precision}"] = partial(predict, images.sections[0])
     measure(candidates, 1, 1)  # compiles
     found = measure(candidates, args.rounds, 1)

@@ -184,7 +184,6 @@ def load_network(path, precision="float32"):
 def section_predictor(
     network,
     normalisation,
-    settings,
     *,
     engine="keras",
     precision="float32",
@@ -201,8 +200,6 @@ def section_predictor(
     network : keras.Model
     normalisation : data.Normalisation
         Of the TRAINING sections.
-    settings : dict
-        The network's settings, for its receptive field.
     engine, precision : str
         What computes, and for OpenVINO in which numbers; see `engines.forward`.
     tile, overlap : int, optional
@@ -346,12 +343,7 @@ def run_sections(args, sections, records, norms, how, say):
     if large:
         say_memory(args, sections, say)
     how |= {"tile": args.tile, "overlap": args.overlap, "tta": args.tta, "batch": args.batch_size, "log": say}
-    predict = mean_of(
-        [
-            section_predictor(network, norm, record["network"], **how)
-            for network, record, norm in zip(networks, records, norms, strict=True)
-        ]
-    )
+    predict = mean_of([section_predictor(*one, **how) for one in zip(networks, norms, strict=True)])
     if large:
         predictions = (predict(Unread(sections, index)) for index in range(len(sections)))
     else:

@@ -23,7 +23,6 @@ EXTRA = "the optional extra is not installed: pip install -r requirements-zarr.t
 zarr = pytest.importorskip("zarr", reason=EXTRA)
 
 PADDED = SimpleNamespace(multiple=4, shrink=0, remainder=0, radius=7)
-UNPADDED = SimpleNamespace(multiple=4, shrink=2, remainder=2, radius=2)
 NM = (40.0, 4.0, 8.0)
 
 
@@ -45,16 +44,6 @@ def load(weights, precision):
         around = np.pad(low, ((0, 0), (1, 1), (1, 1)))
         low = 0.5 * low + 0.3 * around[:, :-2, 1:-1] + 0.2 * around[:, 1:-1, 2:]
         return (0.25 * x + 0.75 * low.repeat(4, axis=1).repeat(4, axis=2)).astype(np.float32)
-
-    return predict
-
-
-def load_unpadded(weights, precision):
-    """A network that loses 2 px on each side."""
-
-    def predict(windows):
-        x = windows.astype(np.float32) / np.float32(255)
-        return 0.5 * x[:, 2:-2, 2:-2] + 0.3 * x[:, :-4, 2:-2] + 0.2 * x[:, 2:-2, 4:]
 
     return predict
 
@@ -160,15 +149,6 @@ def test_blocks_equal_sections_bit_for_bit(here, shape, halo, tta, batch_size):
     found, expected = here.predict(here.tiff(sections), **options)[:], here.expected(sections, **options)
     assert expected.std() > 0.02, "a constant would prove nothing"
     np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.parametrize("tta", ["none", "8"])
-@pytest.mark.parametrize("shape", [(96, 80), (101, 43), (49, 50)])
-def test_blocks_equal_sections_where_the_network_is_unpadded(here, shape, tta):
-    """Its last tile fills more than the others, and so more than a chunk."""
-    sections, options = pixels(1, *shape), {"network": load_unpadded, "field": UNPADDED, "tile": 22, "tta": tta}
-    found = here.predict(here.tiff(sections), **options)
-    np.testing.assert_array_equal(found[:], here.expected(sections, **options))
 
 
 @pytest.mark.parametrize("chunks", [(1, 32, 32), (3, 24, 24), (64, 96, 80)])
@@ -567,7 +547,7 @@ def test_a_network_of_the_suite_gives_the_same_bits_as_section_by_section(here):
     network, _ = prediction.load_network(here.weights)
     section, normalisation = pixels(70, 101), data.Normalisation.from_dict(record["normalisation"])
     options = {"tile": 64, "overlap": 8, "tta": "8", "batch": 2}
-    predict = prediction.section_predictor(network, normalisation, settings, **options)
+    predict = prediction.section_predictor(network, normalisation, **options)
     field = SimpleNamespace(multiple=4, shrink=0, remainder=0, radius=unet.field_from_settings(settings).radius)
     how = {"network": load_keras, "field": field, "tile": 64, "halo": 8, "tta": "8", "batch_size": 2}
     found = here.predict(here.tiff(section[None]), **how)[0]

@@ -237,10 +237,7 @@ def test_tiles_of_the_saved_network_equal_the_whole_section(done, frames):
     network, record = prediction.load_network(done / "w/cells")
     normalisation = data.Normalisation.from_dict(record["normalisation"])
     section = data.read_stack(frames / "01").sections[0]
-    whole, tiled = (
-        prediction.section_predictor(network, normalisation, record["network"], tile=tile)(section)
-        for tile in (None, 60)
-    )
+    whole, tiled = (prediction.section_predictor(network, normalisation, tile=tile)(section) for tile in (None, 60))
     assert whole.shape == section.shape
     np.testing.assert_allclose(whole, tiled, atol=1e-5)
 

@@ -77,7 +77,7 @@ def predict(call, weights, tmp_path):
 
 
 def expected(section, **options):
-    return prediction.section_predictor(network_of(), NORMALISATION, SETTINGS, **options)(section)
+    return prediction.section_predictor(network_of(), NORMALISATION, **options)(section)
 
 
 # -- sizes and tiles ---------------------------------------------------------------------------------------------
@@ -96,20 +96,6 @@ def test_a_section_of_any_size_is_predicted(predict, shape):
     np.testing.assert_allclose(found, expected(section), atol=1e-6)
 
 
-@pytest.mark.slow
-def test_a_section_of_4096_pixels_is_predicted_in_tiles(predict):
-    section = np.tile(section_of(512, 512), (8, 8))
-    done = predict(section[None])
-    assert done.code == 0
-    assert "25 tiles" in done.err
-    found = tifffile.imread("out.tif")
-    assert found.shape == (4096, 4096)
-    inner = slice(RADIUS + 4, 512 - RADIUS - 4)  # far from the border of the stack, every period is alike
-    np.testing.assert_allclose(
-        found[1024:1536, 2048:2560][inner, inner], found[512:1024, 512:1024][inner, inner], atol=1e-5
-    )
-
-
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize(("shape", "tile"), [((150, 203), 112), ((97, 260), 128)])
 def test_tiles_equal_the_whole_image_where_the_halo_covers_the_receptive_field(shape, tile, seed):
@@ -117,7 +103,7 @@ def test_tiles_equal_the_whole_image_where_the_halo_covers_the_receptive_field(s
     halo = tiling.round_up(RADIUS, 4)
 
     def predicted(side):
-        return prediction.section_predictor(network, NORMALISATION, SETTINGS, tile=side, overlap=halo)(section)
+        return prediction.section_predictor(network, NORMALISATION, tile=side, overlap=halo)(section)
 
     tiled, whole = predicted(tile), predicted(512)
     assert whole.std() > 0.05, "a constant would prove nothing"
@@ -126,15 +112,6 @@ def test_tiles_equal_the_whole_image_where_the_halo_covers_the_receptive_field(s
     plain = np.asarray(network(NORMALISATION(section)[None, :rows, :columns, None]))[0]
     inner = slice(RADIUS, -RADIUS)
     np.testing.assert_allclose(tiled[:rows, :columns][inner, inner], plain[inner, inner], atol=1e-5)
-
-
-def test_tiles_differ_from_the_whole_image_where_the_halo_is_too_small():
-    network, section = network_of(), section_of(150, 203)
-    small, whole = (
-        prediction.section_predictor(network, NORMALISATION, SETTINGS, tile=side, overlap=4)(section)
-        for side in (64, 512)
-    )
-    assert np.abs(small - whole).max() > 1e-3
 
 
 def test_the_engine_is_a_flag_and_says_what_it_is(predict):
@@ -211,7 +188,7 @@ def test_several_networks_are_averaged_each_with_its_own_normalisation(call, wei
     done = call(*words, "--output", "out.tif")
     assert done.code == 0, done.err
     assert str(tmp_path / "other") in done.err
-    second = prediction.section_predictor(network_of(1), other, SETTINGS)(section)
+    second = prediction.section_predictor(network_of(1), other)(section)
     np.testing.assert_allclose(tifffile.imread("out.tif"), (expected(section) + second) / 2, atol=1e-6)
     assert np.abs(second - expected(section)).max() > 0.1
     records = [{"threshold": 0.75, "background": 0.1}, {"threshold": 0.25}, {}]
@@ -282,13 +259,6 @@ def test_the_training_normalisation_is_used_and_not_the_stacks_own(predict):
         plain = np.asarray(network_of()(x.astype(np.float32)[None, ..., None]))[0]
         np.testing.assert_allclose(results[-1], plain, atol=1e-5)
     assert np.abs(results[0] - results[1]).max() > 0.01
-
-
-@pytest.mark.parametrize("kind", ["uint16", "float32"])
-def test_16_bit_and_float_stacks_are_read_as_they_are(predict, kind):
-    section = section_of(40, 48)
-    assert predict(section[None].astype(kind)).code == 0
-    np.testing.assert_allclose(tifffile.imread("out.tif"), expected(section), atol=1e-6)
 
 
 def test_voxel_size_is_carried_over(predict):
@@ -446,13 +416,6 @@ def test_a_prediction_says_of_which_pixels_and_weights_it_is_made(predict):
     assert origin.recorded("out.tif") == data.sha256_pixels(sections)
 
 
-def test_an_output_below_a_file_is_refused(predict):
-    Path("file").write_bytes(b"x")
-    done = predict(section_of(32, 40)[None], "--output", "file/out.tif")
-    assert done.code == 2
-    assert "could not be written" in done.err.splitlines()[-1]
-
-
 def test_a_section_that_cannot_be_read_leaves_no_output(predict, tmp_path):
     sections = np.stack([section_of(32, 40)] * 3).astype(np.float32)
     sections[2, 0, 0] = np.nan
@@ -577,25 +540,6 @@ def test_the_room_reserved_for_weights_is_enough(tmp_path, filters):
     prediction.reserve(tmp_path / "room", network)
     prediction.save_weights(network, tmp_path / "net", {})
     assert (tmp_path / "net.weights.h5").stat().st_size <= (tmp_path / "room").stat().st_size
-
-
-@pytest.mark.parametrize("moment", ["save", "replace"])
-def test_a_save_that_is_interrupted_leaves_the_old_weights(weights, monkeypatch, tmp_path, moment):
-    for name in ("net.json", "net.weights.h5"):
-        (tmp_path / name).write_bytes((weights.parent / name).read_bytes())
-    before = (tmp_path / "net.weights.h5").read_bytes()
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    if moment == "save":
-        monkeypatch.setattr(keras.Model, "save_weights", interrupted)
-    else:
-        monkeypatch.setattr(prediction.os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prediction.save_weights(network_of(seed=5), tmp_path / "net.weights", {})
-    assert (tmp_path / "net.weights.h5").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.json", "net.weights.h5"]
 
 
 def test_the_halo_of_the_study_is_the_receptive_radius():

@@ -105,9 +105,7 @@ def test_the_weights_are_those_of_the_lowest_validation_loss_and_their_record_sa
     for key in ("normalisation", "intensity", "network", "data"):
         assert record[key] == run[key]
     assert record["intensity"]["percentiles"][49] == np.percentile(images[:5], 50)
-    predict = prediction.section_predictor(
-        network, data.Normalisation.from_dict(record["normalisation"]), record["network"]
-    )
+    predict = prediction.section_predictor(network, data.Normalisation.from_dict(record["normalisation"]))
     best = scores.best_threshold([predict(images[i]) for i in (5, 6)], labels[5:7] // 255)
     assert record["threshold"] == best == run["threshold"]
 
@@ -478,7 +476,7 @@ def test_protocol_all_trains_on_every_section_keeps_the_last_weights_and_scores_
     images, labels = (tifffile.imread(small / name)[[0, 1, 3, 5, 6, 8]] for name in ("images.tif", "labels.tif"))
     normalisation = data.Normalisation.from_dict(kept["normalisation"])
     for tta, equal in (("4", True), ("none", False)):  # rotations are averaged where asked for
-        predict = prediction.section_predictor(network, normalisation, kept["network"], tta=tta)
+        predict = prediction.section_predictor(network, normalisation, tta=tta)
         found = evaluation.score_arrays(np.stack([predict(one) for one in images]), labels // 255, ("bce",))["bce"]
         assert (found == pytest.approx(record["training_sections"]["bce"], rel=1e-6)) is equal
 

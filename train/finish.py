@@ -19,7 +19,7 @@ def finish(recorder, stacks, tta):
     """Save the last weights, then score the chosen ones on the held-out sections, else on some training sections."""
     place, journal, network = recorder.place, recorder.journal, recorder.alone.network
     split, cells = stacks.split, stacks.cells
-    predict = prediction.section_predictor(network, stacks.normalisation, recorder.record["network"], tta=tta)
+    predict = prediction.section_predictor(network, stacks.normalisation, tta=tta)
     interior_of = cache(lambda i: finite(predict(stacks.images.sections[i]), i))  # some both choose and are scored
     chosen = some(split.inner or split.train)
     with averaged_weights(recorder.alone):
