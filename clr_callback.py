@@ -137,14 +137,7 @@ class _CyclicLR:
     """
 
     def __init__(
-        self,
-        base_lr=1e-5,
-        max_lr=1e-2,
-        step_size=2000,
-        mode="triangular",
-        gamma=1.0,
-        scale_fn=None,
-        scale_mode="cycle",
+        self, base_lr=1e-5, max_lr=1e-2, step_size=2000, mode="triangular", gamma=1.0, scale_fn=None, scale_mode="cycle"
     ):
         super().__init__()
         _check(base_lr, max_lr, step_size, mode, gamma, scale_fn, scale_mode)
@@ -157,8 +150,8 @@ class _CyclicLR:
         """Learning rate of that update, counted from 0."""
         bounds = (self.base_lr, self.max_lr, self.step_size)
         if self.scale_fn is None:
-            extra = (self.gamma,) if self.mode == "exp_range" else ()
-            return globals()[self.mode](update, *bounds, *extra)
+            formula = {"triangular": triangular, "triangular2": triangular2}.get(self.mode)
+            return formula(update, *bounds) if formula else exp_range(update, *bounds, self.gamma)
         x = cycle_number(update, self.step_size) if self.scale_mode == "cycle" else update
         return self.base_lr + (self.max_lr - self.base_lr) * wave(update, self.step_size) * self.scale_fn(x)
 
@@ -174,9 +167,8 @@ class _CyclicLR:
             raise ValueError("CyclicLR needs an optimizer with a constant learning rate, or with its own schedule().")
         if not self._in_graph and getattr(self.model, "steps_per_execution", 1) > 1:
             raise ValueError(
-                "With steps_per_execution above 1 the rate must be set in the graph: compile the optimizer with "
-                "learning_rate=CyclicLR(...).schedule(). "
-                f"Received: steps_per_execution={self.model.steps_per_execution}"
+                "CyclicLR needs an optimizer compiled with learning_rate=CyclicLR(...).schedule() for several "
+                f"updates in an execution. Received: steps_per_execution={self.model.steps_per_execution}"
             )
 
     def _updates_made(self):
@@ -204,20 +196,18 @@ class _CyclicLR:
 
 
 def _check(base_lr, max_lr, step_size, mode, gamma, scale_fn, scale_mode):
-    if not base_lr > 0:
-        raise ValueError(f"base_lr must be above 0. Received: {base_lr}")
-    if not max_lr >= base_lr:
-        raise ValueError(f"max_lr must be at least base_lr ({base_lr}). Received: {max_lr}")
-    if step_size < 1 or step_size != int(step_size):
-        raise ValueError(f"step_size must be a whole number of updates, at least 1. Received: {step_size}")
-    if scale_fn is None and mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}. Received: {mode}")
-    if not 0 < gamma <= 1:
-        raise ValueError(f"gamma must be above 0 and at most 1. Received: {gamma}")
-    if scale_fn is not None and not callable(scale_fn):
-        raise ValueError(f"scale_fn must be a function of one number. Received: {scale_fn!r}")
-    if scale_mode not in ("cycle", "iterations"):
-        raise ValueError(f"scale_mode must be cycle or iterations. Received: {scale_mode}")
+    whole, modes = step_size >= 1 and step_size == int(step_size), ", ".join(MODES)
+    for name, value, good, rule in (
+        ("base_lr", base_lr, base_lr > 0, "above 0"),
+        ("max_lr", max_lr, max_lr >= base_lr, f"at least base_lr ({base_lr})"),
+        ("step_size", step_size, whole, "a whole number of updates, at least 1"),
+        ("mode", mode, scale_fn is not None or mode in MODES, f"one of {modes}"),
+        ("gamma", gamma, 0 < gamma <= 1, "above 0 and at most 1"),
+        ("scale_fn", scale_fn, scale_fn is None or callable(scale_fn), "a function of one number"),
+        ("scale_mode", scale_mode, scale_mode in ("cycle", "iterations"), "cycle or iterations"),
+    ):
+        if not good:
+            raise ValueError(f"{name} must be {rule}. Received: {value}")
 
 
 def describe_schedule(updates, step_size):

@@ -2,7 +2,7 @@
 
 The former take `truth` and `interior`, tensors of shape (B, h, w), float32: 1 = interior, 0 = membrane, and return a
 float32 scalar. The latter, `weighted_cross_entropy`, takes logits, and a weight for every pixel, which numpy and scipy
-make of instance masks once a run: `instances`, `separate`, `border_weights`, `weight_maps`.
+make of instance masks once a run: `separate`, `border_weights`.
 
 >>> truth = ops.array([[[1.0, 0.0]]])
 >>> round(float(soft_dice(truth, truth)), 3)
@@ -87,13 +87,6 @@ def weighted_cross_entropy(truth, logits, weights):
     return -ops.mean(weights * ops.sum(chosen * likelihood, axis=-1))
 
 
-def instances(interior):
-    """Instances of a membrane label of shape (H, W), non-zero = interior: its 4-connected components, int32 from 1."""
-    from scipy import ndimage
-
-    return ndimage.label(np.asarray(interior) != 0)[0]
-
-
 def separate(labels, reach=1):
     """Put background between touching instances: the separation border of the 2015 paper.
 
@@ -138,13 +131,13 @@ def border_weights(labels, *, w0=10.0, sigma=5.0, class_balance=True):
     ----------
     labels : ndarray of int, shape (H, W)
         Instances, 0 = background; the parts of one label are one instance. Instances that touch have no background
-        between them to be weighted: `separate` them first, in the truth as well (`weight_maps` does both).
+        between them to be weighted: `separate` them first, in the truth as well.
     w0 : float
         Weight at a border of no width.
     sigma : float
         Standard deviation of the border term, px.
-    class_balance : bool
-        w_c of `class_weights` for these labels; otherwise w_c = 1.
+    class_balance : bool or (float, float)
+        w_c of `class_weights` for these labels, or as given, (background, interior); False: w_c = 1.
 
     Returns
     -------
@@ -158,8 +151,12 @@ def border_weights(labels, *, w0=10.0, sigma=5.0, class_balance=True):
         If an argument breaks a rule; the message names it.
     """
     labels = _checked(labels, w0, sigma)
-    balance = class_weights(np.count_nonzero(labels), labels.size) if class_balance else (1.0, 1.0)
-    return _weights(labels, w0, sigma, balance)
+    if class_balance is True:
+        class_balance = class_weights(np.count_nonzero(labels), labels.size)
+    background, interior = class_balance or (1.0, 1.0)
+    first, second = _two_nearest(labels, reach=ceil(sigma * sqrt(-2 * log(NEGLIGIBLE))))
+    border = w0 * np.exp(-((first + second) ** 2) / (2 * sigma**2))
+    return np.where(labels > 0, interior, background + border).astype(np.float32)
 
 
 def class_weights(interior, total):
@@ -173,36 +170,6 @@ def class_weights(interior, total):
     if interior in (0, total):
         return 1.0, 1.0
     return total / (2 * (total - interior)), total / (2 * interior)
-
-
-def weight_maps(labels, *, w0=10.0, sigma=5.0, class_balance=True, reach=1):
-    """Truth and weights of a stack, for a run to make once and keep in memory: 5 bytes a pixel.
-
-    Parameters
-    ----------
-    labels : sequence of ndarray of int, shape (S, H, W)
-        Instances of each section, 0 = background. For membrane labels, `instances` of each section.
-    w0, sigma
-        As in `border_weights`.
-    class_balance : bool or (float, float)
-        w_c balances the classes of the whole stack, or is given, (background, interior): the `class_weights` of the
-        training sections alone, where others are in the stack.
-    reach : int
-        Of `separate`, applied to each section; 0 for labels that must stay as they are, as those of membranes.
-
-    Returns
-    -------
-    truth : ndarray of shape (S, H, W)
-        uint8, 1 = interior of an instance, borders between touching instances taken out.
-    weights : ndarray of shape (S, H, W)
-        float32.
-    """
-    apart = [separate(_checked(section, w0, sigma), reach) for section in labels]
-    truth = np.stack([section > 0 for section in apart]).astype(np.uint8)
-    if class_balance is True:
-        class_balance = class_weights(np.count_nonzero(truth), truth.size)
-    balance = class_balance or (1.0, 1.0)
-    return truth, np.stack([_weights(section, w0, sigma, balance) for section in apart])
 
 
 def _checked(labels, w0, sigma):
@@ -220,13 +187,6 @@ def _checked(labels, w0, sigma):
     return (dense.reshape(labels.shape) + (numbers[0] > 0)).astype(np.int32)
 
 
-def _weights(labels, w0, sigma, balance):
-    reach = ceil(sigma * sqrt(-2 * log(NEGLIGIBLE)))
-    first, second = _two_nearest(labels, reach)
-    border = w0 * np.exp(-((first + second) ** 2) / (2 * sigma**2))
-    return np.where(labels > 0, balance[1], balance[0] + border).astype(np.float32)
-
-
 def _two_nearest(labels, reach):
     """Distances of every pixel to its nearest and second nearest instance; inf for some that exceed `reach`.
 
@@ -237,8 +197,6 @@ def _two_nearest(labels, reach):
 
     first, second = np.full(labels.shape, inf), np.full(labels.shape, inf)
     for number, box in enumerate(ndimage.find_objects(labels), 1):
-        if box is None:  # separated away
-            continue
         window = tuple(slice(max(0, cut.start - reach), cut.stop + reach) for cut in box)
         distance = ndimage.distance_transform_edt(labels[window] != number)
         nearest, next_nearest = first[window], second[window]

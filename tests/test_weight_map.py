@@ -155,14 +155,6 @@ def territories(cells, side=512):
 # -- instances and borders between them
 
 
-def test_instances_are_4_connected_components_of_the_interior():
-    membrane = np.array([[255, 255, 0, 255], [0, 0, 255, 0], [255, 0, 0, 0]], np.uint8)
-    found = losses.instances(membrane)
-    assert found.dtype == np.int32
-    np.testing.assert_array_equal(found, [[1, 1, 0, 2], [0, 0, 3, 0], [4, 0, 0, 0]])
-    assert not losses.instances(np.zeros((2, 3), bool)).any()
-
-
 @given(labels=LABELS, reach=st.integers(0, 2))
 def test_an_instances_pixel_is_taken_exactly_where_another_instance_is_in_reach(labels, reach):
     apart = losses.separate(labels, reach)
@@ -180,55 +172,34 @@ def test_separate_refuses_a_negative_reach():
 
 def test_the_border_between_touching_cells_is_background_and_bright():
     labels = np.repeat([[1, 2]], 10, axis=0).repeat(10, axis=1)
-    truth, weights = losses.weight_maps(labels[None], class_balance=False)
-    np.testing.assert_array_equal(truth[0, 5], [1] * 9 + [0, 0] + [1] * 9)
-    np.testing.assert_allclose(weights[0, :, 9:11], 1 + 10 * math.exp(-9 / 50), rtol=1e-6)
-    np.testing.assert_array_equal(weights[truth == 1], 1)
+    apart = losses.separate(labels)
+    weights = losses.border_weights(apart, class_balance=False)
+    np.testing.assert_array_equal(apart[5], [1] * 9 + [0, 0] + [2] * 9)
+    np.testing.assert_allclose(weights[:, 9:11], 1 + 10 * math.exp(-9 / 50), rtol=1e-6)
+    np.testing.assert_array_equal(weights[apart > 0], 1)
 
 
-# -- the maps of a stack
-
-
-def test_a_stack_is_balanced_as_a_whole():
-    labels = np.zeros((2, 4, 8), np.uint16)
-    labels[0, :, :4] = 1
-    truth, weights = losses.weight_maps(labels)
-    assert (truth.dtype, weights.dtype) == (np.uint8, np.float32)
-    np.testing.assert_array_equal(truth, labels)
-    np.testing.assert_allclose(weights, np.where(truth, 64 / 32, 64 / 96), rtol=1e-6)
-
-
-def test_a_section_of_a_stack_has_the_map_it_has_alone():
-    labels = np.stack([territories(5, 40), territories(9, 40)])
-    truth, weights = losses.weight_maps(labels, w0=3, sigma=2, class_balance=False)
-    for section, label in enumerate(labels):
-        apart = losses.separate(label)
-        np.testing.assert_array_equal(truth[section], apart > 0)
-        expected = losses.border_weights(apart, w0=3, sigma=2, class_balance=False)
-        np.testing.assert_array_equal(weights[section], expected)
-
-
-def test_reach_0_leaves_membrane_labels_as_they_are():
-    membrane = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 0]])
-    truth, weights = losses.weight_maps([losses.instances(membrane)], reach=0)
-    np.testing.assert_array_equal(truth[0], membrane)
-    assert weights[0][membrane == 0].min() > 2 > weights[0][membrane == 1].max()
+def test_class_weights_of_more_than_these_labels_can_be_given():
+    labels = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 0]])
+    weights = losses.border_weights(labels, w0=0, class_balance=losses.class_weights(3, 9))
+    np.testing.assert_allclose(weights, np.where(labels, 9 / 6, 9 / 12))
 
 
 def test_an_instance_thinner_than_its_borders_is_gone_without_harm():
-    truth, weights = losses.weight_maps(np.array([[[1, 1, 2, 3, 3]]]), class_balance=False)
-    np.testing.assert_array_equal(truth, [[[1, 0, 0, 0, 1]]])
-    np.testing.assert_allclose(weights[0, 0, 2], 1 + 10 * math.exp(-16 / 50), rtol=1e-6)
+    apart = losses.separate(np.array([[1, 1, 2, 3, 3]]))
+    np.testing.assert_array_equal(apart, [[1, 0, 0, 0, 3]])
+    np.testing.assert_allclose(losses.border_weights(apart, class_balance=False)[0, 2], 1 + 10 * math.exp(-16 / 50))
 
 
 def test_real_cells_that_nearly_touch_are_bright_between(hela):
     import tifffile
 
     labels = tifffile.imread(hela / "01_ST" / "SEG" / "man_seg000.tif")
-    truth, weights = losses.weight_maps(labels[None])
+    apart = losses.separate(labels)
+    weights = losses.border_weights(apart)
     assert 8 < weights.max() < 12
     assert 0.001 < (weights > 5).mean() < 0.02
-    assert not truth[weights > 5].any()
+    assert not apart[weights > 5].any()
 
 
 # -- the loss

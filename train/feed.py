@@ -8,6 +8,7 @@ import numpy as np
 import augment
 import data
 from network import losses
+from score import segments
 
 VALIDATION = 2**30  # added to the epoch that keys the windows of validation, so that they are not those of training
 MOST_WINDOWS = 64  # of a validation on inner sections
@@ -149,7 +150,6 @@ def pixel_weights(stacks, w0, sigma):
     balance = losses.class_weights(np.count_nonzero(train), train.size)
     found = np.zeros(masks.shape, np.float32)
     for i in {*split.train, *split.inner}:
-        labels = cells.sections[i] if cells else losses.instances(masks[i])
-        options = {"w0": w0, "sigma": sigma, "class_balance": balance, "reach": 1 if cells else 0}
-        found[i] = losses.weight_maps([labels], **options)[1][0]
+        labels = losses.separate(cells.sections[i]) if cells else segments.components(masks[i])
+        found[i] = losses.border_weights(labels, w0=w0, sigma=sigma, class_balance=balance)
     return found

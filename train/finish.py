@@ -8,8 +8,8 @@ import numpy as np
 import data
 from data import DataError
 from files import atomic
-from network import losses
 from predict import prediction
+from score import segments
 from train.progress import say
 from train.record import HISTORY
 from train.trainee import averaged_weights
@@ -130,7 +130,7 @@ def draw_weights(stacks, weights, path):
     import figures
 
     i = stacks.split.train[0]
-    labels = losses.instances(stacks.masks.sections[i])
+    labels = segments.components(stacks.masks.sections[i])
     figures.weight_map(weights[i], path, image=stacks.images.sections[i], labels=labels)
 
 
