@@ -61,7 +61,7 @@ class StackReader:
         self.shape = tuple(int(n) for n in shape)
         self.dtype = np.dtype(dtype).newbyteorder("=")
         self.source = str(source)
-        if min(self.shape) < 1 or len(self) > MOST_SECTIONS:
+        if min(self.shape) < 1 or self.shape[0] > MOST_SECTIONS:
             raise DataError(f"{source} holds no stack of sections: its header says {' x '.join(map(str, self.shape))}.")
         self.names = list(names) or _numbered(Path(source).stem, len(self))
         self.voxel_nm = voxel_nm

@@ -122,6 +122,8 @@ def _open_png(path, what, ids):
     Image.MAX_IMAGE_PIXELS = None  # large sections are no attack: what cannot fit is refused here
     try:
         with Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()  # the checksums, which reading the pixels does not look at
+        with Image.open(path, formats=["PNG"]) as picture:
             mode, frames = picture.mode, getattr(picture, "n_frames", 1)
             require_memory(8 * math.prod(picture.size), f"{path}: a picture of {size_words(picture.size[::-1])} px")
             pixels = np.asarray(picture if ids else _without_palette(picture))

@@ -314,6 +314,13 @@ def test_pages_of_two_sizes_are_refused(tmp_path):
     refused(tmp_path / "c.tif", r"2 separate images \(8 x 8, 9 x 8\)")
 
 
+def wrong_bit(path):
+    Image.fromarray(gray(dtype="uint16")[0]).save(path)
+    content = bytearray(path.read_bytes())
+    content[-200] ^= 1  # of the pixels
+    path.write_bytes(content)
+
+
 def film(path):
     frames = [Image.fromarray(section) for section in gray((3, 8, 8))]
     frames[0].save(path, save_all=True, append_images=frames[1:])
@@ -322,6 +329,7 @@ def film(path):
 BAD_PNG = {
     "is no readable PNG": lambda path: path.write_text("hello, this is no image at all"),
     "cut off": lambda path: (Image.fromarray(gray()[0]).save(path), path.write_bytes(path.read_bytes()[:600])),
+    "is no readable PNG ": wrong_bit,
     "is a film of 3": film,
     "PNG file": lambda path: tifffile.imwrite(path, gray(), photometric="minisblack"),
     "colour image": lambda path: Image.fromarray(gray((8, 8, 3))).save(path),
