@@ -21,14 +21,13 @@ import numpy as np
 
 from files import labels, omezarr
 from files.atomic import DataError, replacing
-from files.fetching import DATA_SETS, ISBI_ROLES, data_dir, dataset_path, fetch, is_cached
+from files.fetching import DATA_SETS, ISBI_ROLES, dataset_path, fetch
 from files.sections import (
     Stack,
     StackReader,
     flag,
     format_sections,
     memory_words,
-    natural_key,
     require_memory,
     shape_words,
     strips,

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tifffile
 
-from data import DataError, fetch, is_cached, read_stack, resolve, sha256_pixels
+from data import DataError, fetch, read_stack, resolve, sha256_pixels
 from files import fetching
+from files.fetching import is_cached
 
 NAMES = ("train-volume.tif", "train-labels.tif", "test-volume.tif")
 
