@@ -7,6 +7,7 @@ import signal
 import sys
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as of other programs whose reader has left
+received = []  # what signals raised: a framework that is tracing may lose it, or make another error of it
 
 
 class Terminated(KeyboardInterrupt):
@@ -50,19 +51,17 @@ def ends(main):
     """Exit code of `main`, called as a shell expects it; from then on signals come too late."""
     _open_streams()
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
-    received = []
-
-    def terminate(*_):
-        received.append(True)
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
+        signal.signal(signal.SIGINT, _stop)
     try:
         code = main()
     except SystemExit as stop:  # argparse's way out
         code = stop.code
-    except KeyboardInterrupt as stop:
-        code = getattr(stop, "code", 130)
+    except BaseException as error:
+        if not received and not isinstance(error, KeyboardInterrupt):
+            raise
+        code = getattr((received or [error])[0], "code", 130)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     sys.stdout.flush()
@@ -71,7 +70,12 @@ def ends(main):
         code = BROKEN_PIPE if lost.errno == errno.EPIPE else 2
         if code == 2:
             print(f"dilatedUnet.py: stdout could not be written: {lost.strerror}", file=sys.stderr)
-    return Terminated.code if received and code == 130 else code
+    return getattr(received[0], "code", 130) if received and code == 130 else code
+
+
+def _stop(number, _):
+    received.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+    raise received[-1]
 
 
 def _open_streams():

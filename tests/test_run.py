@@ -37,8 +37,7 @@ from conftest import (
 import clr_callback
 import data
 import dilatedUnet
-from files import atomic
-from files.shell import Terminated
+from files import atomic, shell
 from network import device, distribution, losses
 from predict import prediction
 from score import evaluation, scores
@@ -343,23 +342,14 @@ def test_adam_with_averaged_weights_resumes_exactly(train, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("lost", [False, True])
-@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (shell.Terminated, 143)])
 def test_a_signal_keeps_the_checkpoint_and_says_how_to_go_on(capsys, monkeypatch, stop, code, lost):
     """Also where TensorFlow, which was tracing, makes another error of it."""
 
-    def handler(*_):
-        raise stop
-
     def fit(*_, **__):
-        try:
-            signal.raise_signal(signal.SIGUSR1)
-        except KeyboardInterrupt:
-            if lost:
-                raise TypeError("None is no number") from None
-            raise
-
-    monkeypatch.setattr(training.signal, "SIGTERM", signal.SIGUSR1)
-    signal.signal(signal.SIGUSR1, handler)
+        if lost:
+            monkeypatch.setattr(shell, "received", [stop()])
+        raise TypeError("None is no number") if lost else stop
 
     course = SimpleNamespace(epochs=9, steps_per_epoch=2, updates=18)
     held = recorder.Recorder(records.Place(Path("run"), Path("x")), {}, course, records.Journal(rows=[{}, {}]))

@@ -28,7 +28,8 @@ FREE_ON_RESUME = (
     *("verb", "run", "argv", "recipe"),
 )
 PATHS = ("image_path", "mask_path", "run_dir", "weight_path")  # compared by what they lead to, not by their spelling
-NEEDED = {"settings": dict, "data": dict, "precision": str, "epochs": int, "finished": bool}  # of a run record
+NEEDED = {"settings": dict, "data": dict, "precision": str, "epochs": int, "finished": bool, "sittings": list}
+AT_THE_END = {"final": dict, "stopped_early": bool}  # what a finished run record has as well
 PROVENANCE = ("command", "versions", "commit", "hardware")
 HISTORY = ("epoch", "update", "learning_rate", "loss", "dice", "val_loss", "val_dice")
 MIN_DELTA = 1e-3  # of the validation loss, for early stopping; the study's value
@@ -92,21 +93,19 @@ class Journal:
     @classmethod
     def of(cls, kept):
         """From a checkpoint's values; ValueError where they are of another kind."""
-        found = cls(**{key: kept[key] for key in asdict(cls())})
-        for key, usual in asdict(cls()).items():
-            if not _is_like(getattr(found, key), usual):
-                raise ValueError(f"{key} is {getattr(found, key)!r:.40}")
-        for row in found.rows:
-            if not (isinstance(row, dict) and set(HISTORY[:5]) <= set(row) <= set(HISTORY)):
-                raise ValueError(f"rows holds {row!r:.40}")
-            if not all(_is_like(value, 0.0) for value in row.values()):
-                raise ValueError(f"rows holds {row!r:.40}")
-        return found
+        usual = asdict(cls())
+        for key in usual:
+            if not _is_like(kept[key], usual[key]):
+                raise ValueError(f"{key} is {kept[key]!r:.40}")
+        for row in kept["rows"]:
+            named = isinstance(row, dict) and set(HISTORY[:5]) <= set(row) <= set(HISTORY)
+            if not named or not all(_is_like(value, 0.0) for value in row.values()):
+                raise ValueError(f"a row is {row!r:.40}")
+        return cls(**{key: kept[key] for key in usual})
 
 
 def _is_like(value, usual):
-    kinds = (int, float) if isinstance(usual, float) else type(usual)
-    return isinstance(value, kinds) and isinstance(value, bool) == isinstance(usual, bool)
+    return type(value) in ((int, float) if isinstance(usual, float) else (type(usual),))
 
 
 def save_checkpoint(path, variables, journal):
@@ -146,10 +145,10 @@ def read_record(path):
         record = atomic.read_json(path, "--run_dir")
     except DataError as error:
         raise DataError(f"{path} is not a run record: {error}") from error
-    needed = NEEDED | ({"final": dict, "stopped_early": bool} if record.get("finished") is True else {})
-    for key, kind in needed.items():
+    record = {"sittings": []} | record  # which older records lack
+    for key, kind in (NEEDED | (AT_THE_END if record.get("finished") is True else {})).items():
         if not isinstance(record.get(key), kind):
-            raise DataError(f"{path} is not a run record: it lacks {key}, or has it in another form.")
+            raise DataError(f"{path} is not a run record: {key} is missing, or of another form.")
     return record
 
 
@@ -161,9 +160,8 @@ def sitting(argv):
 
 def continued(record, before, epoch):
     """The record of a run that goes on after `epoch`: scores stay until there are new ones, and every sitting."""
-    earlier = before.get("sittings")
-    if not (isinstance(earlier, list) and earlier and all(isinstance(one, dict) for one in earlier)):
-        earlier = [{key: before.get(key) for key in PROVENANCE} | {"from_epoch": 0}]
+    earlier = [one for one in before.get("sittings", []) if isinstance(one, dict)]
+    earlier = earlier or [{key: before.get(key) for key in PROVENANCE} | {"from_epoch": 0}]
     now = record["sittings"][-1] | {"from_epoch": epoch}
     if found := differences(earlier[-1], now):
         say(f"--resume: not as in the sitting before: {'; '.join(found)}")
@@ -173,13 +171,14 @@ def continued(record, before, epoch):
 
 def differences(before, now):
     """What is not as it was, in words."""
-    was, here = ({**_dict(s, "versions"), **_dict(s, "hardware"), "commit": s.get("commit")} for s in (before, now))
+
+    def flat(one):
+        parts = [one.get(key) for key in ("versions", "hardware")]
+        return {"commit": one.get("commit")} | {k: v for d in parts if isinstance(d, dict) for k, v in d.items()}
+
+    was, here = flat(before), flat(now)
     keys = sorted(was.keys() | here.keys())
     return [f"{key} was {was.get(key)}, is {here.get(key)}" for key in keys if was.get(key) != here.get(key)]
-
-
-def _dict(record, key):
-    return record[key] if isinstance(record.get(key), dict) else {}
 
 
 def versions():
@@ -213,13 +212,8 @@ def hardware():
 def intensity(sections, pixels=2**22):
     """The gray values that a network is trained on: type, range and percentiles 1..99 (of every nth row if many)."""
     few = sections[:, :: max(1, math.ceil(sections.size / pixels))]
-    percentiles = np.percentile(few, range(1, 100)).round(4).tolist()
-    return {
-        "dtype": str(sections.dtype),
-        "min": float(sections.min()),
-        "max": float(sections.max()),
-        "percentiles": percentiles,
-    }
+    ends = {"dtype": str(sections.dtype), "min": float(sections.min()), "max": float(sections.max())}
+    return ends | {"percentiles": np.percentile(few, range(1, 100)).round(4).tolist()}
 
 
 # -- before a run begins ----------------------------------------------------------------------------------------
@@ -275,10 +269,8 @@ def check_same_run(place, before, record, defaults):
     if before["precision"] != record["precision"]:
         raise DataError(f"--resume needs --precision {before['precision']}, as before. Received: {record['precision']}")
     if now["clr_mode"] == "cosine" and before["epochs"] != record["epochs"]:
-        raise DataError(
-            f"--epochs may not change on --resume with --clr_mode cosine, which is laid out for {before['epochs']} "
-            f"epochs. Received: {record['epochs']}"
-        )
+        rule = f"--epochs may not change on --resume with --clr_mode cosine, laid out for {before['epochs']} epochs"
+        raise DataError(f"{rule}. Received: {record['epochs']}")
 
 
 def nothing_left(before, epochs):

@@ -7,7 +7,7 @@ import time
 import keras
 
 from data import DataError
-from files import atomic
+from files import atomic, shell
 from network import distribution
 from predict import prediction
 from train.progress import Progress
@@ -21,30 +21,16 @@ OF_WEIGHTS = (
 
 
 class Recorder(keras.callbacks.Callback):
-    """One callback, since the order matters for an exact resume: the checkpoint is written last and holds all that
-    the others changed.
+    """One callback, for the order matters: the checkpoint is written last and holds all that the others changed.
 
-    Parameters
-    ----------
-    place : record.Place
-    record : dict
-        The run record.
-    course : trainee.Course
-    journal : record.Journal, optional
-        Of the sittings before.
-    validation : callable, optional
-        Number of an epoch to the batches that are validated after it.
-    spread : distribution.Alone
-        The devices.
-    copy : Trainee, optional
-        Where several devices train: their trainee's copy on one, to validate and to save.
+    `validation` is `Feed.validation()`; `copy`, where several devices train, the trainee on one, to validate and save.
     """
 
     def __init__(self, place, record, course, journal=None, *, validation=None, spread=None, copy=None):
         super().__init__()
         self.place, self.record, self.course, self.journal = place, record, course, journal or Journal()
         self.validation, self.spread, self.copy = validation, spread or distribution.Alone(), copy
-        self.progress, self.signals = Progress(course), []
+        self.progress = Progress(course)
 
     @property
     def alone(self):
@@ -76,7 +62,7 @@ class Recorder(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         loss, dice = float(logs["loss"]), float(logs["dice"])
         update = self.done + batch
-        for stop in self.signals:  # that was lost on the way here
+        for stop in shell.received:  # and lost on the way here
             raise stop
         self.check(math.isfinite(loss), update, "the loss is")
         self.progress.show(update + 1, loss, dice, float(self.course.rate(update)))

@@ -7,8 +7,6 @@ trained, `recorder` what happens after every epoch, `record` the run folder, `fi
 
 import contextlib
 import importlib.util
-import signal
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import augment
 import clr_callback
 import data
 from data import DataError
-from files import atomic
+from files import atomic, shell
 from network import device, distribution, layers, losses, optimizers, unet
 from predict import prediction
 from train import record as records
@@ -28,6 +26,8 @@ from train.finish import draw_weights, finish
 from train.progress import say
 from train.recorder import Recorder
 from train.trainee import Course, Trainee, find_rates
+
+SPLIT = ("train", "inner", "held_out", "gap")
 
 # -- the run ----------------------------------------------------------------------------------------------------
 
@@ -40,10 +40,8 @@ def run(args, defaults=None):
     with refused():
         spread = distribution.start(args.distribute)
     if args.batch_size % spread.replicas:
-        raise DataError(
-            f"--batch_size must be a multiple of the {spread.replicas} devices that share it. "
-            f"Received: {args.batch_size}"
-        )
+        rule = f"a multiple of the {spread.replicas} devices that share it"
+        raise DataError(f"--batch_size must be {rule}. Received: {args.batch_size}")
     place = place_of(args)
     try:
         return train(args, place, spread, defaults or {})
@@ -98,14 +96,13 @@ def fit(args, recorder, feed, extra, stacks):
     """The updates and the end; where a signal ends it, the checkpoint of the last epoch stays."""
     spread, journal = recorder.spread, recorder.journal
     try:
-        with heard(recorder.signals):
-            if not journal.stopped:
-                update(args, recorder, feed, extra)
-            if spread.chief:
-                with spread.apart():
-                    finish(recorder, stacks, args.tta)
+        if not journal.stopped:
+            update(args, recorder, feed, extra)
+        if spread.chief:
+            with spread.apart():
+                finish(recorder, stacks, args.tta)
     except BaseException as error:
-        stop = error if isinstance(error, KeyboardInterrupt) else next(iter(recorder.signals), None)
+        stop = error if isinstance(error, KeyboardInterrupt) else next(iter(shell.received), None)
         if stop is None:
             raise
         recorder.progress.end()
@@ -119,38 +116,9 @@ def fit(args, recorder, feed, extra, stacks):
 def update(args, recorder, feed, extra):
     """`keras.Model.fit`."""
     first_epoch, replicas = len(recorder.journal.rows), recorder.spread.replicas
-    recorder.model.fit(
-        recorder.spread.feed(lambda slices: feed.training(first_epoch, replicas, slices)),
-        initial_epoch=first_epoch,
-        epochs=args.epochs,
-        steps_per_epoch=args.steps_per_epoch,
-        callbacks=[recorder, *extra],
-        shuffle=False,
-        verbose=0,
-    )
-
-
-@contextlib.contextmanager
-def heard(signals):
-    """Note what Ctrl-C and SIGTERM raise: a framework that is tracing loses it, or makes another error of it."""
-
-    def note(number, frame):
-        try:
-            before[number](number, frame)
-        except KeyboardInterrupt as stop:
-            signals.append(stop)
-            raise
-
-    here = threading.current_thread() is threading.main_thread()
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} if here else {}
-    before = {number: handler for number, handler in before.items() if callable(handler)}
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    batches = recorder.spread.feed(lambda slices: feed.training(first_epoch, replicas, slices))
+    length = {"initial_epoch": first_epoch, "epochs": args.epochs, "steps_per_epoch": args.steps_per_epoch}
+    recorder.model.fit(batches, **length, callbacks=[recorder, *extra], shuffle=False, verbose=0)
 
 
 def together(spread, step):
@@ -236,34 +204,19 @@ def split_of(args, count):
     inner = args.inner_sections if args.protocol in ("holdout", "kfold") else 0
     if inner is None:
         inner = min(3, max(1, count // 8)) if count >= 4 else 0
-    return data.split_sections(
-        count,
-        args.protocol,
-        val_sections=data.parse_sections(args.val_sections) if args.val_sections else None,
-        fold=args.fold or 0,
-        folds=args.folds or 5,
-        gap=args.gap,
-        inner=inner,
-        train_sections=data.parse_sections(args.train_sections) if args.train_sections else None,
-    )
+    named = {"val_sections": args.val_sections, "train_sections": args.train_sections}
+    named = {name: data.parse_sections(text) for name, text in named.items() if text}
+    how = {"fold": args.fold or 0, "folds": args.folds or 5, "gap": args.gap, "inner": inner}
+    return data.split_sections(count, args.protocol, **how, **named)
 
 
 def feed_of(args, stacks):
     weights = pixel_weights(stacks, args.w0, args.sigma) if args.loss == "weighted" else None
     side, context = output_side(args)
-    return Feed(
-        stacks.images.sections,
-        stacks.masks.sections,
-        weights,
-        stacks.split,
-        recipe_of(args),
-        seed=args.seed,
-        side=side,
-        context=context,
-        batch_size=args.batch_size,
-        steps_per_epoch=args.steps_per_epoch,
-        val_windows=args.val_windows,
-    )
+    labels = (stacks.images.sections, stacks.masks.sections, weights)
+    sizes = {"side": side, "context": context, "batch_size": args.batch_size, "val_windows": args.val_windows}
+    keys = {"seed": args.seed, "steps_per_epoch": args.steps_per_epoch}
+    return Feed(*labels, stacks.split, recipe_of(args), **sizes, **keys)
 
 
 def recipe_of(args):
@@ -301,11 +254,9 @@ def make_trainee(args, course, normalisation, precision, spread=None):
             options["momentum"] = args.momentum
         if args.ema:
             options |= {"use_ema": True, "ema_momentum": args.ema}
-        trainee.compile(
-            optimizer=optimizers.OPTIMIZERS[args.optimizer](**options),
-            steps_per_execution=device.steps_per_execution(args.steps_per_execution, args.steps_per_epoch),
-            jit_compile=device.use_xla(spread.replicas),
-        )
+        optimizer = optimizers.OPTIMIZERS[args.optimizer](**options)
+        updates = device.steps_per_execution(args.steps_per_execution, args.steps_per_epoch)
+        trainee.compile(optimizer, steps_per_execution=updates, jit_compile=device.use_xla(spread.replicas))
         trainee.optimizer.build(network.trainable_variables)
         return trainee
 
@@ -322,8 +273,7 @@ def new_record(args, stacks, precision, network):
         "sittings": [now | {"from_epoch": 0}],
         "precision": precision,
         "seed": args.seed,
-        "split": {key: list(getattr(split, key)) for key in ("train", "inner", "held_out", "gap")}
-        | {"protocol": split.protocol},
+        "split": {key: list(getattr(split, key)) for key in SPLIT} | {"protocol": split.protocol},
         "normalisation": stacks.normalisation.to_dict(),
         "intensity": records.intensity(stacks.images.sections[list(split.train)]),
         "data": {
@@ -364,14 +314,12 @@ def restore(args, place, spread, trainee, copy):
     return journal
 
 
-def check_shared(spread, first_epoch, folder):
+def check_shared(spread, epoch, folder):
     """Every process has read the checkpoint that the chief has read."""
-    chiefs = spread.agree(first_epoch)
-    if first_epoch != chiefs:
-        raise DataError(
-            f"{folder} must be a folder that all machines share: the first process goes on after epoch {chiefs}, this "
-            f"one sees epoch {first_epoch}."
-        )
+    chiefs = spread.agree(epoch)
+    if epoch != chiefs:
+        words = f"the first process goes on after epoch {chiefs}, this one sees epoch {epoch}"
+        raise DataError(f"{folder} must be a folder that all machines share: {words}.")
 
 
 def extra_callbacks(args, place):

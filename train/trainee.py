@@ -1,5 +1,6 @@
 """What is trained: augmentation, network and loss as one compiled step, and the course of its updates."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -129,24 +130,19 @@ def weighted_loss(interior, mask, weights, logits):
     return losses.weighted_cross_entropy(mask > 0, logits, weights)
 
 
-class averaged_weights:
+@contextlib.contextmanager
+def averaged_weights(trainee):
     """With the optimizer's moving average of the weights in place, where it keeps one."""
-
-    def __init__(self, trainee):
-        self.optimizer = trainee.optimizer
-        self.pairs = []
-        if self.optimizer.use_ema:
-            averages = self.optimizer._model_variables_moving_average
-            self.pairs = list(zip(trainee.network.trainable_variables, averages, strict=True))
-
-    def __enter__(self):
-        # Copies, for JAX gives the buffers of a variable away to the step that it compiles.
-        self.trained = [np.array(variable) for variable, _ in self.pairs]
-        for variable, average in self.pairs:
-            variable.assign(np.array(average))
-
-    def __exit__(self, *_):
-        for (variable, _), value in zip(self.pairs, self.trained, strict=True):
+    averages = trainee.optimizer._model_variables_moving_average if trainee.optimizer.use_ema else []
+    variables = trainee.network.trainable_variables if averages else []
+    # Copies, for JAX gives the buffers of a variable away to the step that it compiles.
+    trained = [np.array(variable) for variable in variables]
+    for variable, average in zip(variables, averages, strict=True):
+        variable.assign(np.array(average))
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, trained, strict=True):
             variable.assign(value)
 
 
