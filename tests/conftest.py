@@ -243,6 +243,10 @@ def same(first, second):
     return all(a.dtype == second[k].dtype and a.tobytes() == second[k].tobytes() for k, a in first.items())
 
 
+def same_weights(path, other):
+    return same(weights_in(path), weights_in(other))
+
+
 def assert_same_run(run, other, weights=("best", "best")):
     """Two run folders hold the same history, checkpoint, best and last weights, bit for bit."""
     assert (run / "history.csv").read_bytes() == (other / "history.csv").read_bytes()
@@ -250,7 +254,7 @@ def assert_same_run(run, other, weights=("best", "best")):
     assert my_meta == their_meta
     assert same(mine, theirs)
     for ours, others in (weights, ("last", "last")):
-        assert same(weights_in(run / f"{ours}.weights.h5"), weights_in(other / f"{others}.weights.h5")), ours
+        assert same_weights(run / f"{ours}.weights.h5", other / f"{others}.weights.h5"), ours
         assert strict(run / f"{ours}.json")["after"] == strict(other / f"{others}.json")["after"]
 
 

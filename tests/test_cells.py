@@ -81,31 +81,8 @@ def test_the_architecture_brings_the_papers_recipe_unless_a_flag_says_otherwise(
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--arch unet2015 --filters 4,8", "--filters of unet2015 is one number"),
-        ("--depth 3", "--depth, --padding and --batch_norm go with --arch unet2015"),
-        ("--padding same", "--depth, --padding and --batch_norm go with --arch unet2015"),
-        ("--w0 5", "--w0 and --sigma go with --loss weighted"),
-        ("--arch unet2015 --loss bce --sigma 3", "--w0 and --sigma go with --loss weighted"),
-        ("--instances --protocol holdout --invert_mask", "--invert_mask is of no use with --instances"),
-        ("--instances", "--instances goes with --protocol holdout, kfold or all"),
-        ("--protocol all --gap 2", "--gap needs held-out sections"),
-        ("--protocol all --patience 3", "--patience needs validation"),
-    ],
-)
-def test_flags_that_contradict_each_other_are_refused(capsys, flags, words):
-    done = call_here(capsys, *flags.split())
-    assert (done.code, done.out) == (2, "")
-    assert words in done.err
-
-
-@pytest.mark.parametrize(
     ("window", "words"),
-    [
-        (62, "--window must be a multiple of 4 and at least 44. Received: 62; nearest: "),
-        (108, "--window must fit into the sections"),
-    ],
+    [(62, "must be a multiple of 4 and at least 44. Received: 62; nearest: "), (108, "must fit into the sections")],
 )
 def test_a_window_that_does_not_fit_is_refused(frames, window, words):
     with pytest.raises(data.DataError, match=words):
@@ -300,22 +277,12 @@ def test_instances_are_scored_by_section_and_as_a_whole():
     assert [one["seg"] for one in found["per_section"]] == [1, 0]
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--report r", "--instances goes without --report"),
-        ("--prediction images", "must have the same section size|whole numbers"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "words"), [("--report r", "goes without --report"), ("", "whole numbers")])
 def test_evaluate_refuses_what_cannot_be_scored(frames, capsys, tmp_path, flags, words):
     tifffile.imwrite(tmp_path / "p.tif", np.zeros((8, 64, 80), np.float32))
-    done = call_here(
-        capsys,
-        *("evaluate", "--instances", "--prediction", tmp_path / "p.tif", "--mask_path", frames / "01_ST/SEG"),
-        *(flags.split() if "report" in flags else ()),
-    )
-    assert done.code == 2
-    assert any(word in done.err for word in words.split("|"))
+    files = ("--prediction", tmp_path / "p.tif", "--mask_path", frames / "01_ST/SEG")
+    done = call_here(capsys, "evaluate", "--instances", *files, *flags.split())
+    assert (done.code, words in done.err) == (2, True), done.err
 
 
 def test_the_largest_input_of_an_unpadded_network_is_a_valid_size():

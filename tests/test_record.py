@@ -11,11 +11,16 @@ import pytest
 from conftest import arrays, files, strict
 from test_trainee import trainee
 
+import dilatedUnet
 from data import DataError
 from train import record as records
 from train import run as training
 
 ROW = {"epoch": 1, "update": 2, "learning_rate": 0.1, "loss": 0.5, "dice": 0.6, "val_loss": 0.7, "val_dice": 0.8}
+
+
+def place_of(*words):
+    return training.place_of(dilatedUnet.parse([str(word) for word in words]))
 
 
 # -- what a run remembers ----------------------------------------------------------------------------------------
@@ -55,27 +60,13 @@ def test_what_a_run_remembers_is_in_its_checkpoint_and_it_goes_on_waiting_where_
 @pytest.mark.parametrize(
     "spoilt",
     [
-        {"rows": None},
-        {"rows": {}},
-        {"rows": [3]},
-        {"rows": [{"epoch": 1}]},
-        {"rows": [ROW | {"loss": "0.5"}]},
-        {"rows": [ROW | {"more": 1.0}]},
-        {"best": "inf"},
-        {"waited": 1.5},
-        {"stopped": 1},
-        {"seconds": [1]},
-        {"names": 5},
-        "deep",
+        *({"rows": rows} for rows in (None, {}, [3], [{"epoch": 1}], [ROW | {"loss": "0.5"}], [ROW | {"more": 1.0}])),
+        *({"best": "inf"}, {"waited": 1.5}, {"stopped": 1}, {"seconds": [1]}, {"names": 5}, "deep"),
     ],
 )
 def test_a_checkpoint_of_wrong_types_is_refused(tmp_path, spoilt):
     meta = {"names": [], **asdict(records.Journal(rows=[ROW]))}
-    if spoilt == "deep":
-        text = "[" * 100_000 + "]" * 100_000
-    else:
-        kept = meta | spoilt
-        text = json.dumps({key: value for key, value in kept.items() if value is not None})
+    text = "[" * 100_000 + "]" * 100_000 if spoilt == "deep" else json.dumps(meta | spoilt)
     np.savez(tmp_path / "checkpoint.npz", meta=np.array(text))
     with pytest.raises(DataError, match="is not a checkpoint, or a broken one"):
         records.load_checkpoint(tmp_path / "checkpoint.npz", [])
@@ -101,14 +92,8 @@ def test_a_checkpoint_holds_everything_and_that_of_another_network_or_optimizer_
 @pytest.mark.parametrize(
     "spoilt",
     [
-        "not what it was",
-        "[1, 2]",
-        '{"a":' * 100_000 + "1" + "}" * 100_000,
-        {"settings": []},
-        {"epochs": "3"},
-        {"finished": 1},
-        {"final": None},
-        {"stopped_early": "no"},
+        *("not what it was", "[1, 2]", '{"a":' * 100_000 + "1" + "}" * 100_000, {"settings": []}, {"epochs": "3"}),
+        *({"finished": 1}, {"final": None}, {"stopped_early": "no"}, {"sittings": 5}),
     ],
 )
 def test_a_run_record_of_another_kind_is_refused(finished, tmp_path, spoilt):
@@ -184,36 +169,19 @@ def test_somebodys_file_is_replaced_with_force_only(tmp_path, name, resume):
 
 @pytest.mark.parametrize(
     ("weights", "words"),
-    [
-        ("r/run", "--weight_path must not be one of the run's own files"),
-        ("r/last", "--weight_path must not be one of the run's own files"),
-        ("link/run", "--weight_path must not be one of the run's own files"),
-        ("images", "--weight_path must not be an input"),
-    ],
+    [("r/run", "the run's own"), ("r/last", "the run's own"), ("link/run", "the run's own"), ("images", "an input")],
 )
 def test_no_file_is_written_twice_and_none_is_an_input_even_with_force(tmp_path, weights, words):
     (tmp_path / "r").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "r")
     (tmp_path / "images.json").write_text("a stack, for all that is known")
-    place = training.place_of(SimpleArgs(run_dir=str(tmp_path / "r"), weight_path=str(tmp_path / weights)))
-    with pytest.raises(DataError, match=words):
+    place = place_of("--run_dir", tmp_path / "r", "--weight_path", tmp_path / weights)
+    with pytest.raises(DataError, match=f"--weight_path must not be .*{words}"):
         records.prepare(place, {}, resume=False, force=True, inputs=(str(tmp_path / "images.json"), None), defaults={})
     assert (tmp_path / "images.json").exists()
 
 
-class SimpleArgs:
-    """Flags that are not given are the defaults."""
-
-    def __init__(self, **flags):
-        import dilatedUnet
-
-        self.__dict__ = vars(dilatedUnet.parse([])) | flags
-
-
-@pytest.mark.parametrize(
-    ("flags", "name"), [({}, "runs/dilated_unet-published-0"), ({"weight_path": "w/x.h5"}, "runs/x")]
-)
-def test_a_run_folder_is_named_after_the_weights_or_the_network(flags, name):
-    place = training.place_of(SimpleArgs(**flags))
-    assert place.folder == Path(name)
-    assert place.weights == (Path("w/x.weights.h5") if flags else Path(name, "best.weights.h5"))
+def test_a_run_folder_is_named_after_the_weights_or_the_network():
+    folder = Path("runs/dilated_unet-published-0")
+    assert place_of() == records.Place(folder, folder / "best.weights.h5")
+    assert place_of("--weight_path", "w/x.h5") == records.Place(Path("runs/x"), Path("w/x.weights.h5"))

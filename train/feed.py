@@ -76,18 +76,9 @@ class Feed:
 
     def crops(self, source, recipe, epoch, indices):
         images, masks, weights, sections = source
-        return augment.batch(
-            images,
-            masks,
-            recipe,
-            seed=self.seed,
-            epoch=epoch,
-            indices=indices,
-            window=self.side,
-            context=self.context,
-            sections=sections,
-            weights=weights,
-        )
+        keys = {"seed": self.seed, "epoch": epoch, "indices": indices, "sections": sections}
+        size = {"window": self.side, "context": self.context}
+        return augment.batch(images, masks, recipe, **keys, **size, weights=weights)
 
     def validation(self):
         """A function from an epoch's number to the batches that are validated after it; None without any.
@@ -114,9 +105,9 @@ class Feed:
     def preview(self, normalisation, n=12):
         """The first `n` windows as the network will see them, and their masks."""
         images, masks, _, sections = self.source("train")
-        numbers = {"seed": self.seed, "n": n, "window": self.side, "sections": sections}
-        constants = {"mean": normalisation.mean, "std": normalisation.std}
-        return augment.preview_batch(images, masks, self.recipe, **numbers, **constants)
+        how = {"seed": self.seed, "n": n, "window": self.side, "sections": sections}
+        how |= {"mean": normalisation.mean, "std": normalisation.std}
+        return augment.preview_batch(images, masks, self.recipe, **how)
 
 
 def grouped(items, size):

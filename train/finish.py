@@ -38,7 +38,7 @@ def finish(recorder, stacks, tta):
     role = "held_out" if split.held_out else "training_sections"
     truth = cells or stacks.masks
     shown = np.stack(list(prediction.segment_stack(interior, record))) if cells else interior
-    record[role] = (score_cells if cells else score)(truth.sections[sections], shown, sections)
+    record[role] = score(truth.sections[sections], shown, sections, bool(cells))
     draw_section(stacks.images, truth, shown, sections, place.picture(role))
     draw_curves(journal, recorder.course, place)
     atomic.write_json(place.record, record)
@@ -70,34 +70,25 @@ def choose(stacks, chosen, interior_of):
     return {"threshold": found.threshold, "background": found.background, "smallest_cell_px": found.min_size}
 
 
-def score_cells(cells, labels, sections):
-    """Scores of instances, and a plain word where there are none."""
+def score(truth, shown, sections, cells=False):
+    """Scores of whole sections, of labels where they are of cells, and a plain word where they are worth nothing."""
     from score import evaluation
 
-    if not cells.any():
-        say("WARNING: no section of these holds a cell, so there is nothing to score")
-        return {"sections": sections, "degenerate": "no cell"}
-    found = evaluation.score_instances(labels, cells, sections=sections)
-    found["degenerate"] = None if labels.any() else "the prediction holds no cell"
-    say(f"sections {data.format_sections(sections)}: mean IoU {found['mean_iou']:.4f}, SEG {found['seg']:.4f}")
-    if found["degenerate"]:
-        say(f"WARNING: {found['degenerate']}")
-    return found
-
-
-def score(truth, interior, sections):
-    """Scores of whole sections, and a plain word where the prediction is degenerate."""
-    from score import evaluation
-
+    what = "cell" if cells else "interior"
     if not truth.any():
-        say("WARNING: no section of these holds interior, so there is nothing to score")
-        return {"sections": sections, "degenerate": "no interior"}
-    scores = evaluation.score_arrays(interior, truth, tuple(evaluation.SCORES), sections=sections)
-    scores["degenerate"] = degenerate(interior, truth)
-    shown = {key: scores[key] for key in evaluation.DEFAULT_SCORES}
-    say(f"sections {data.format_sections(sections)}: " + ", ".join(f"{key} {shown[key]:.4f}" for key in shown))
-    say(f"WARNING: {scores['degenerate']}" if scores["degenerate"] else "the prediction beats 'always interior'")
-    return scores
+        say(f"WARNING: no section of these holds {what}, so there is nothing to score")
+        return {"sections": sections, "degenerate": f"no {what}"}
+    if cells:
+        found = evaluation.score_instances(shown, truth, sections=sections)
+        wrong = None if shown.any() else "the prediction holds no cell"
+        names = ("mean_iou", "seg")
+    else:
+        found = evaluation.score_arrays(shown, truth, tuple(evaluation.SCORES), sections=sections)
+        wrong, names = degenerate(shown, truth), evaluation.DEFAULT_SCORES
+    say(f"sections {data.format_sections(sections)}: " + ", ".join(f"{name} {found[name]:.4f}" for name in names))
+    if wrong or not cells:
+        say(f"WARNING: {wrong}" if wrong else "the prediction beats 'always interior'")
+    return found | {"degenerate": wrong}
 
 
 def degenerate(interior, truth):

@@ -226,7 +226,7 @@ def prepare(place, record, *, resume, force, inputs, defaults):
     """
     outputs = place.outputs()
     check_apart(place, outputs, inputs)
-    before = read_record(place.record) if resume or not force else None
+    before = read_record(place.record) if resume else None
     if resume and before and place.checkpoint.exists():
         check_same_run(place, before, record, defaults)
         return before

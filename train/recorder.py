@@ -7,7 +7,7 @@ import time
 import keras
 
 from data import DataError
-from files import atomic, shell
+from files import shell
 from network import distribution
 from predict import prediction
 from train.progress import Progress
@@ -35,7 +35,7 @@ class Recorder(keras.callbacks.Callback):
     @property
     def alone(self):
         """What is on one device: the copy, or else the trainee itself."""
-        return self.copy or self.model
+        return self.model if self.copy is None else self.copy
 
     @property
     def done(self):
@@ -51,11 +51,9 @@ class Recorder(keras.callbacks.Callback):
             yield
 
     def on_train_begin(self, logs=None):
-        if self.spread.chief:
-            atomic.write_json(self.place.record, self.record)
-            if not self.journal.rows:
-                with self.apart():
-                    self.save_checkpoint()
+        if self.spread.chief and not self.journal.rows:
+            with self.apart():
+                self.save_checkpoint()
         self.progress.start(self.done)
         self.began = time.monotonic() - self.journal.seconds
 

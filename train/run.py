@@ -84,8 +84,10 @@ def train(args, place, spread, defaults):
             record = records.continued(record, before, len(journal.rows))
         feed = feed_of(args, stacks)
         say(f"run record: {place.folder}; weights: {place.weights} (Keras 3 saves weights as .weights.h5)")
-        if feed.weights is not None and spread.chief:
-            draw_weights(stacks, feed.weights, place.picture("weights"))
+        if spread.chief:
+            atomic.write_json(place.record, record)  # first of all files: it makes the others this run's
+            if feed.weights is not None:
+                draw_weights(stacks, feed.weights, place.picture("weights"))
         validation = feed.validation()
         recorder = Recorder(place, record, course, journal, validation=validation, spread=spread, copy=copy)
         recorder.set_model(trainee)  # `fit` does, but not every resumption has an epoch left
@@ -310,6 +312,8 @@ def restore(args, place, spread, trainee, copy):
             records.load_checkpoint(place.checkpoint, copy.state())
     if len(journal.rows) > args.epochs:
         raise DataError(f"--epochs must be at least the {len(journal.rows)} done. Received: {args.epochs}")
+    if journal.validated and not place.weights.exists():
+        raise DataError(f"{place.weights}, the best weights so far, is gone: --force starts anew.")
     say(f"resumed after epoch {len(journal.rows)}, update {len(journal.rows) * args.steps_per_epoch}")
     return journal
 
