@@ -22,8 +22,7 @@ def main():
     job = parser.parse_args().job
     if sys.version_info < (3, 11):  # noqa: UP036 - this file is what an older Python is told it by
         sys.exit(f"Python 3.11 or newer is needed. This is {sys.version.split()[0]}.")
-    python = environment("requirements-test.txt" if job == "test" else "requirements.txt")
-    sys.exit(test(python) if job == "test" else demo(python))
+    sys.exit(test(environment("requirements-test.txt")) if job == "test" else demo(environment("requirements.txt")))
 
 
 def environment(requirements):
@@ -67,8 +66,7 @@ def demo(python):
     if suite("fetch", name):
         name = "synthetic"
         print("ISBI-2012 cannot be fetched here: going on with the built-in synthetic stack", flush=True)
-    images, weights = ("--image_path", name), ("--weight_path", RUN / "weights")
-    prediction = RUN / "test-prediction.tif"
+    images, weights, prediction = ("--image_path", name), ("--weight_path", RUN / "weights"), RUN / "prediction.tif"
     failed = suite("--recipe", "quick", *images, *weights, "--run_dir", RUN, "--force")
     failed = failed or suite("predict", *images, *weights, "--output", prediction, "--tta", "--force")
     if not failed:
