@@ -126,9 +126,7 @@ def dataset_path(name, role, *, log=print):
 
 
 def _isbi_path(role, log):
-    name = ISBI_ROLES.get(role)
-    if name is None:
-        raise DataError(f"{flag(role)} must be a file or a folder. Received: isbi2012")
+    name = ISBI_ROLES[role]
     cached = data_dir() / "isbi2012" / name
     if name in ISBI_FILES and is_published(cached):
         return cached
