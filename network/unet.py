@@ -23,6 +23,7 @@ CENTRE_DILATIONS = (1, 2, 4, 8, 16, 32)
 PARAMETERS_2017 = 2_772_816
 PARAMETERS_2015 = 31_030_658  # 64 filters, 4 levels, 1 channel, 2 classes
 PADDINGS = ("valid", "same")
+PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # and the dtype policy of each
 
 
 # -- the networks of 2017 ---------------------------------------------------------------------------------------
@@ -78,7 +79,13 @@ def build(
     ValueError
         If an argument is out of its range.
     """
-    _check(filters, dilate_rate, centre_dilations, channels, classes, precision)
+    _check(
+        precision,
+        ("filters", filters, filters and min(filters) >= 1, "one positive number per level"),
+        ("centre_dilations", centre_dilations, centre_dilations and min(centre_dilations) >= 1, "positive numbers"),
+        *(_at_least(1, "dilate_rate", dilate_rate), _at_least(1, "channels", channels)),
+        _at_least(2, "classes", classes),
+    )
     make = _Layers(precision, dropout, seed, bn_momentum)
     inputs = keras.Input((None, None, channels), name="section")
     x, skips = inputs, []
@@ -113,31 +120,22 @@ def build(
     return keras.Model(inputs, Interior(dtype="float32", name="interior")(x), name=name)
 
 
-def _check(filters, dilate_rate, centre_dilations, channels, classes, precision):
-    if not filters or min(filters) < 1:
-        raise ValueError(f"filters must be one positive number per level. Received: {filters}")
-    if not centre_dilations or min(centre_dilations) < 1:
-        raise ValueError(f"centre_dilations must be positive whole numbers. Received: {centre_dilations}")
-    _check_at_least(("dilate_rate", dilate_rate, 1), ("channels", channels, 1), ("classes", classes, 2))
-    _check_precision(precision)
+def _check(precision, *rules):
+    """Refuse what breaks a rule: (name, value, whether it is good, what it must be)."""
+    for name, value, good, rule in (*rules, ("precision", precision, precision in PRECISIONS, " or ".join(PRECISIONS))):
+        if not good:
+            raise ValueError(f"{name} must be {rule}. Received: {value}")
 
 
-def _check_at_least(*rules):
-    for name, value, least in rules:
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}. Received: {value}")
-
-
-def _check_precision(precision):
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"precision must be float32 or bfloat16. Received: {precision}")
+def _at_least(least, name, value):
+    return name, value, value >= least, f"at least {least}"
 
 
 class _Layers:
     """The layers of one network: dtype policy, dropout rate, and a seed of its own for every layer."""
 
     def __init__(self, precision, dropout, seed, bn_momentum):
-        self.dtype = {"float32": "float32", "bfloat16": "mixed_bfloat16"}[precision]
+        self.dtype = PRECISIONS[precision]
         self.rate, self.momentum = dropout, bn_momentum
         self.seeds = iter(range(seed * 1000, seed * 1000 + 1000))
 
@@ -241,7 +239,11 @@ def build_2015(
     the contracting path are dropped out, the upper of them before it is pooled and copied. One difference: that
     network has a ReLU behind each up-convolution, the paper's figure has none, and neither has this one.
     """
-    _check_2015(filters, levels, padding, channels, classes, precision)
+    _check(
+        precision,
+        *(_at_least(1, "filters", filters), _at_least(1, "levels", levels), _at_least(1, "channels", channels)),
+        *(_at_least(2, "classes", classes), ("padding", padding, padding in PADDINGS, " or ".join(PADDINGS))),
+    )
     make = _Layers2015(precision, dropout, seed, bn_momentum, padding, batch_norm)
     inputs = keras.Input((None, None, channels), name="section")
     x, skips = InputSize(name="input_size")(inputs), []
@@ -290,14 +292,6 @@ def with_logits(network):
     """
     logits = keras.layers.Activation("linear", dtype="float32", name="logits")(network.get_layer("head_conv").output)
     return keras.Model(network.input, (network.output, logits), name=f"{network.name}_with_logits")
-
-
-def _check_2015(filters, levels, padding, channels, classes, precision):
-    _check_at_least(("filters", filters, 1), ("channels", channels, 1), ("classes", classes, 2))
-    _check_at_least(("levels", levels, 1))
-    _check_precision(precision)
-    if padding not in PADDINGS:
-        raise ValueError(f"padding must be {' or '.join(PADDINGS)}. Received: {padding}")
 
 
 class _Layers2015(_Layers):

@@ -141,14 +141,6 @@ def _crop(ops, layer, x):
     return ops.slice(x, *map(np.array, ([top, left], [-bottom or 2**31, -right or 2**31], [1, 1], [2, 3])))
 
 
-def _interior(ops, layer, x):
-    return ops.gather(ops.softmax(x, 1), np.int64(1), np.int64(1))
-
-
-def _same(ops, layer, x):
-    return x
-
-
 def _numbers(variable):
     return keras.ops.convert_to_numpy(variable).astype(np.float32)
 
@@ -165,8 +157,8 @@ LAYERS = {
     keras.layers.Cropping2D: _crop,
     keras.layers.MaxPooling2D: _max_pooling,
     layers.BatchNormDropout: _batch_norm,
-    layers.Dropout: _same,
-    layers.InputSize: _same,
-    layers.Interior: _interior,
+    layers.Dropout: lambda ops, layer, x: x,
+    layers.InputSize: lambda ops, layer, x: x,
+    layers.Interior: lambda ops, layer, x: ops.gather(ops.softmax(x, 1), np.int64(1), np.int64(1)),
     layers.Upsample: _upsample,
 }
