@@ -266,7 +266,7 @@ class Normalisation:
         """Rebuild from `to_dict`, or refuse what is not three finite numbers."""
         try:
             found = cls(*(float(values[key]) for key in ("mean", "std", "epsilon")))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise DataError(f"normalisation must hold mean, std and epsilon. Received: {values}") from error
         scale = found.std + found.epsilon
         if not (math.isfinite(found.mean) and math.isfinite(scale) and found.std >= 0 and scale > 0):

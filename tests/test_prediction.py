@@ -495,6 +495,7 @@ def spoil_record(**changes):
         (spoil_record(background=[0.1]), "must hold a valid background of the record"),
         (spoil_record(smallest_cell_px=-1), "must hold a valid smallest_cell_px of the record"),
         (spoil_record(intensity={"dtype": "uint8"}), "must hold a valid intensity of the record"),
+        (spoil_record(normalisation={"mean": 10**400, "std": 1, "epsilon": 0}), "normalisation must hold mean"),
         (spoil_record(normalisation=None), "normalisation must hold mean, std and epsilon"),
         (spoil_weights(np.nan), "net.weights.h5 holds NaN or infinite numbers, in head_conv/bias"),
         (spoil_weights(np.inf), "net.weights.h5 holds NaN or infinite numbers, in head_conv/bias"),
