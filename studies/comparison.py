@@ -1,17 +1,16 @@
 """Results of runs -> comparison with what was published, verdicts, Markdown and figures, for `reproduce`.
 
-The functions take the plan (its table, its jobs) and the results that were found; what is missing stays visible.
+The functions take the results that were found of a plan (its table, its jobs); what is missing stays visible.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 from score.scores import SCORES
 from studies import verdicts
 
-ROUNDING = 0.0005  # half a unit of the last published digit
 SHOWN = ("loss", "val_loss", "dice", "val_dice")
 # A Dice of windows is soft, of probabilities, as the published one was; of held-out sections it is that of the mask.
 TITLES = {
@@ -23,115 +22,97 @@ DIGITS = {"held_out_warping_error": 6}
 HELD_OUT = ("loss", "val_loss", *(f"held_out_{name}" for name in ("bce", "dice", "v_rand", "v_info", "pixel_error")))
 
 
+def report(results) -> tuple[list[str], list[str]]:
+    """The Markdown, line by line, and the problems that make the exit code 1."""
+    table, lines = results.table, published_lines(results)
+    problems = problems_of(results, lines)
+    text = [f"### {heading(table, table.title)}", "", machines(results), ""] + [table.note, ""] * bool(table.note)
+    if lines:
+        head = ["row", "recipe", "", "published", "reproduced", "tolerance", "verdict", "held-out runs"]
+        text += [*markdown(head, lines), tolerance_words(table), ""]
+    text += held_out_table(results) + fold_table(results)
+    for factor in table.factors:
+        text += factor_words(factor, results)
+    text += comparison_words(results)
+    text += bullets("Learned nothing:", [words for _, words in degenerate(results)])
+    text += bullets("Targets:", [words for words, _ in targets(results)])
+    return text + bullets("Not reproduced:", problems), problems
+
+
 # -- published and reproduced -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Line:
-    """One metric of one row: published, reproduced, and what to say of it."""
-
-    row: object
-    metric: str
-    published: float | None
-    reproduced: str
-    held_out: str
-    tolerance: float | None
-    verdict: str
-
-
-def compare(plan, results) -> list[Line]:
-    """Published and reproduced, metric by metric; tolerances from the spread over the seeds of all such rows."""
-    asked = {job.row.name for job in plan.jobs if job.protocol == "published"}
+def published_lines(results) -> list[list[str]]:
+    """Published and reproduced, metric by metric of every row: the cells of a table."""
+    asked = {job.row.name for job in results.plan.jobs if job.protocol == "published"}
     return [
-        compare_metric(plan.table, results, row, metric)
-        for row in plan.table.rows
+        [row.name, recipe(results.plan, row), TITLES[metric], *compare(results, row, metric)]
+        for row in results.table.rows
         for metric in row.published or (SHOWN if "published" in row.protocols else ())
         if row.name in asked or metric.startswith("held_out_")
     ]
 
 
-def compare_metric(table, results, row, metric) -> Line:
-    """Like with like: a training's number beside the same number of the trainings that held sections back."""
-    held, digits = metric.startswith("held_out_"), DIGITS.get(metric, 4)
-    ours = [] if held else results.values(row.name, metric, held_out=False)
-    beside = plus_minus(results.values(row.name, metric, held_out=True), digits)
+def compare(results, row, metric) -> list[str]:
+    """Published, reproduced, tolerance, verdict; beside it the same number of trainings that held sections back."""
+    ours = [] if metric.startswith("held_out_") else results.values(row.name, metric, held_out=False)
+    beside = plus_minus(results.values(row.name, metric), DIGITS.get(metric, 4))
     published, stated = row.published.get(metric), row.tolerance.get(metric)
-    if published is None or stated is None:
-        return Line(row, metric, published, plus_minus(ours), beside, None, "not judged" if published else "")
+    if published is None:
+        return ["-", plus_minus(ours), "-", "", beside]
+    if stated is None:
+        return [f"{published:g}", plus_minus(ours), "-", "not judged", beside]
     if not ours:
-        reached, where = halfway(results, row, metric)
-        return Line(row, metric, published, reached, beside, stated, f"not judged: {where}" if where else "no value")
-    allowed = allowed_of(table, results, metric, len(ours), stated)
-    away = verdicts.mean_and_deviation(ours)[0] - published
+        reached, verdict = halfway(results, row, metric)
+        return [f"{published:g}", reached, f"± {stated:.2g}", verdict, beside]
+    # The spread is that over the seeds of all such rows; the quick recipe is another experiment, and keeps its own.
+    groups = [results.values(other.name, metric, held_out=False) for other in results.table.rows if other.published]
+    spread = verdicts.pooled_deviation(groups)
+    allowed = stated if results.table.quick else verdicts.tolerance(*spread, len(ours), stated)
+    away = verdicts.Sample(ours).mean - published
     verdict = "within" if abs(away) <= allowed else f"MISSED, {'above' if away > 0 else 'below'} by {abs(away):.3g}"
-    return Line(row, metric, published, plus_minus(ours), beside, allowed, verdict)
+    return [f"{published:g}", plus_minus(ours), f"± {allowed:.2g}", verdict, beside]
 
 
-def halfway(results, row, metric):
+def halfway(results, row, metric) -> tuple[str, str]:
     """What the run of a row that has come furthest has reached, and where it is."""
-    found = [
-        r for job, r in results.halfway if (job.row, job.protocol) == (row, "published") and metric in r["metrics"]
-    ]
+    ours = [result for job, result in results.halfway if job.row is row and job.protocol == "published"]
+    found = [result for result in ours if metric in result["metrics"]]
     if not found:
-        return "-", ""
+        return "-", "no value"
     result = max(found, key=lambda result: result["epoch"])
-    return f"{result['metrics'][metric]:.4f}", f"epoch {result['epoch']} of {result['settings']['epochs']}"
+    where = f"epoch {result['epoch']} of {result['settings']['epochs']}"
+    return f"{result['metrics'][metric]:.4f}", f"not judged: {where}"
 
 
-def allowed_of(table, results, metric, count, stated):
-    """The tolerance; the quick recipe is another experiment, so its own stated one stays."""
-    groups = [results.values(row.name, metric, False) for row in table.rows if metric in row.published]
-    deviation, freedom = verdicts.pooled_deviation(groups)
-    if table.quick:
-        return stated
-    return verdicts.tolerance(deviation, freedom, count, stated=stated, rounding=ROUNDING)
-
-
-def problems_of(table, results, lines) -> list[str]:
+def problems_of(results, lines) -> list[str]:
     """Why the table does not count as reproduced, each with the name of the row."""
-    problems = [f"{line.row.name}: {TITLES[line.metric]} {line.verdict}" for line in lines if is_problem(line, results)]
+    problems = []
+    for name, _, title, *_, verdict, _ in lines:
+        # a finished run without the number; a run that is missing is named by itself
+        if verdict.startswith("MISSED") or (verdict == "no value" and results.of(name, held_out=False)):
+            problems.append(f"{name}: {title} {verdict}")
     problems += [words for row, words in degenerate(results) if row.published or row.target]
-    problems += [words for row in table.rows for words, met in targets(row, results) if not met]
+    problems += [words for words, met in targets(results) if not met]
     return problems + [f"{words} (missing)" for words in results.missing]
 
 
 def degenerate(results):
     """(row, sentence) of every run that learned nothing; for a level of a factor that is a finding, not a failure."""
-    return [(job.row, f"{job.name}: {r['degenerate']}") for job, r in results.finished if r.get("degenerate")]
+    return [(job.row, f"{job.name}: {r['degenerate']}") for job, r in results.finished if r["degenerate"]]
 
 
-def is_problem(line, results):
-    """A missed tolerance, or a finished run without the number; a run that is missing is named by itself."""
-    return line.verdict.startswith("MISSED") or (line.verdict == "no value" and results.of(line.row.name, False))
-
-
-def targets(row, results):
+def targets(results):
     """(sentence, whether it is met) for each target of a row that has runs."""
-    for metric, wanted in row.target.items():
-        values = results.values(row.name, metric, held_out=True)
-        if values:
-            mean = verdicts.mean_and_deviation(values)[0]
-            verb = "reaches" if mean >= wanted else "misses"
-            yield f"{row.name}: mean {TITLES[metric]} {mean:.4f} {verb} the target of {wanted:g}", mean >= wanted
+    for row in results.table.rows:
+        for metric, wanted in row.target.items():
+            mean = verdicts.Sample(results.values(row.name, metric)).mean
+            if not math.isnan(mean):
+                verb = "reaches" if mean >= wanted else "misses"
+                yield f"{row.name}: mean {TITLES[metric]} {mean:.4f} {verb} the target of {wanted:g}", mean >= wanted
 
 
 # -- rendering --------------------------------------------------------------------------------------------------
-
-
-def report(plan, results) -> tuple[list[str], list[str]]:
-    """The Markdown, line by line, and the problems that make the exit code 1."""
-    table, lines = plan.table, compare(plan, results)
-    problems = problems_of(table, results, lines)
-    text = [f"### {heading(table, table.title)}", "", machines(results), ""] + [table.note, ""] * bool(table.note)
-    text += published_table(plan, results, lines) if lines else []
-    text += held_out_table(plan, results) + fold_table(table, results)
-    for factor in table.factors:
-        text += factor_words(table, factor, results)
-    text += comparison_words(table, results) if table.comparisons else []
-    met = [words for row in table.rows for words, _ in targets(row, results)]
-    text += bullets("Learned nothing:", [words for _, words in degenerate(results)]) + bullets("Targets:", met)
-    text += bullets("Not reproduced:", problems)
-    return text, problems
 
 
 def heading(table, title):
@@ -155,10 +136,8 @@ def plus_minus(values, digits=4, *, count=True) -> str:
     '0.6000 ± 0.1414 (2)'
     """
     mean, deviation = verdicts.mean_and_deviation(values)
-    if math.isnan(mean):
-        return "-"
     if math.isnan(deviation):
-        return f"{mean:.{digits}f}"
+        return "-" if math.isnan(mean) else f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}" + f" ({len(values)})" * count
 
 
@@ -187,17 +166,6 @@ def machines(results) -> str:
     )
 
 
-def published_table(plan, results, lines) -> list[str]:
-    head = ["row", "recipe", "", "published", "reproduced", "tolerance", "verdict", "held-out runs"]
-    body = []
-    for line in lines:
-        shown = "-" if line.published is None else f"{line.published:g}"
-        allowed = "-" if line.tolerance is None else f"± {line.tolerance:.2g}"
-        numbers = [shown, line.reproduced, allowed, line.verdict, line.held_out]
-        body.append([line.row.name, recipe(plan, line.row), TITLES[line.metric], *numbers])
-    return [*markdown(head, body), tolerance_words(plan.table), ""]
-
-
 def tolerance_words(table):
     common = (
         "Mean ± standard deviation (runs). Losses and Dice are those of the epoch whose weights were kept. In the "
@@ -216,29 +184,27 @@ def tolerance_words(table):
     )
 
 
-def held_out_table(plan, results) -> list[str]:
+def held_out_table(results) -> list[str]:
     """Every row with held-out runs."""
-    metrics = plan.table.shown or HELD_OUT
+    metrics = results.table.shown or HELD_OUT
     head = ["row", "recipe", "runs", *(TITLES[m] for m in metrics), "minutes", "parameters"]
     body = []
-    for row in plan.table.rows:
-        runs = results.of(row.name, held_out=True)
+    for row in results.table.rows:
+        runs = results.of(row.name).values()
+        scores = [plus_minus(results.values(row.name, m), DIGITS.get(m, 4), count=False) for m in metrics]
+        minutes = plus_minus([result["minutes"] for result in runs], 1, count=False)
+        parameters = " or ".join(f"{n:,}" for n in sorted({result["parameters"] for result in runs} - {None}))
         if runs:
-            values = {metric: results.values(row.name, metric, True) for metric in metrics}
-            scores = [plus_minus(found, DIGITS.get(metric, 4), count=False) for metric, found in values.items()]
-            parameters = {result.get("parameters") for result in runs.values()} - {None}
-            minutes = plus_minus([result["minutes"] for result in runs.values()], 1, count=False)
-            shown = " or ".join(f"{p:,}" for p in sorted(parameters)) or "-"
-            body.append([row.name, recipe(plan, row), len(runs), *scores, minutes, shown])
+            body.append([row.name, recipe(results.plan, row), len(runs), *scores, minutes, parameters or "-"])
     return ["Held-out sections:", "", *markdown(head, body)] if body else []
 
 
-def fold_table(table, results) -> list[str]:
+def fold_table(results) -> list[str]:
     """V_rand of every fold."""
     folds = sorted({job.fold for job, _ in results.finished if job.protocol == "kfold"})
     body = []
-    for row in table.rows if folds else ():
-        values = results.metric(row.name, "held_out_v_rand", True)
+    for row in results.table.rows if folds else ():
+        values = results.metric(row.name, "held_out_v_rand")
         cells = [plus_minus([v for (_, f), v in values.items() if f == fold]) for fold in folds]
         body.append([row.name, *cells, plus_minus(list(values.values()))])
     return markdown(["V_rand", *(f"fold {fold}" for fold in folds), "all"], body) if body else []
@@ -252,10 +218,10 @@ NO_DIFFERENCE = {
 }
 
 
-def comparison_words(table, results) -> list[str]:
+def comparison_words(results) -> list[str]:
     """ "Dilation makes no difference", for each pair of rows and metric."""
-    names = {row.name for row in table.rows}
-    asked = [c for c in table.comparisons if {c.ours, c.base} <= names]
+    names = {row.name for row in results.table.rows}
+    asked = [c for c in results.table.comparisons if {c.ours, c.base} <= names]
     found = [verdicts.paired(*(results.metric(name, c.metric, c.held_out) for name in (c.ours, c.base))) for c in asked]
     judged = verdicts.no_difference([(sample, c.margin) for c, sample in zip(asked, found, strict=True)])
     body = []
@@ -277,10 +243,9 @@ def comparison_words(table, results) -> list[str]:
 
 def histories(factor, results) -> dict[str, dict]:
     """{level: {(seed, fold): history}} of the held-out runs."""
-    found = {level: results.of(row, held_out=True) for level, row in factor.levels.items()}
     return {
-        level: {key: r["history"] for key, r in runs.items() if is_judged(r["history"])}
-        for level, runs in found.items()
+        level: {key: r["history"] for key, r in results.of(row).items() if is_judged(r["history"])}
+        for level, row in factor.levels.items()
     }
 
 
@@ -289,7 +254,7 @@ def is_judged(history):
     return all(len(history.get(c, ())) >= 4 and min(history[c]) > 0 for c in ("epoch", "loss", "val_loss"))
 
 
-def factor_words(table, factor, results) -> list[str]:
+def factor_words(factor, results) -> list[str]:
     """Verdicts on the conclusions about one factor, corrected for their number, and what to choose."""
     conclusions = verdicts.CONCLUSIONS.get(factor.name, ())
     found = [conclusion.sample(histories(factor, results)) for conclusion in conclusions]
@@ -297,7 +262,7 @@ def factor_words(table, factor, results) -> list[str]:
         [conclusion.words, conclusion.rule, sample if sample.values else "-", verdict]
         for conclusion, sample, verdict in zip(conclusions, found, verdicts.holds(found), strict=True)
     ]
-    text = [f"#### {heading(table, factor.title)}", ""]
+    text = [f"#### {heading(results.table, factor.title)}", ""]
     if body:
         text += markdown(["the study", "true where this is positive", "found", "verdict"], body)
     return [*text, *(steps(factor, results) if factor.name == "sections" else [choice(factor, results)]), ""]
@@ -305,7 +270,7 @@ def factor_words(table, factor, results) -> list[str]:
 
 def choice(factor, results) -> str:
     """What a user should choose, in two sentences."""
-    scores = {level: results.metric(row, factor.metric, True) for level, row in factor.levels.items()}
+    scores = {level: results.metric(row, factor.metric) for level, row in factor.levels.items()}
     means = {level: verdicts.independent(found).mean for level, found in scores.items() if found}
     if len(means) < 2:
         return "Choose: there are not yet held-out runs of two levels to choose from."
@@ -327,65 +292,64 @@ def steps(factor, results) -> list[str]:
     """How much more sections bring, from level to level."""
     found = {}
     for (few, row), (many, other) in pairwise(factor.levels.items()):
-        gain = verdicts.paired(*(results.metric(name, "held_out_v_rand", True) for name in (other, row)))
+        gain = verdicts.paired(*(results.metric(name, "held_out_v_rand") for name in (other, row)))
         if gain.values:
             found[f"from {few} to {many} sections V_rand changes by {gain}"] = gain
     lines = [f"{words}: {verdict}" for words, verdict in zip(found, verdicts.holds([*found.values()]), strict=True)]
     return bullets("More labelled sections:", lines) or ["No two levels have runs of the same seed yet.", ""]
 
 
-def pictures(table, folder) -> list[Path]:
-    """Files of `draw`, one per factor."""
-    return [folder / f"{table.name}-{factor.name}{'-quick' * table.quick}.png" for factor in table.factors]
+def picture(table, factor, folder) -> Path:
+    return Path(folder) / f"{table.name}-{factor.name}{'-quick' * table.quick}.png"
 
 
-def draw(plan, results, folder) -> list[Path]:
+def draw(results, folder) -> Iterator[Path]:
     """A figure per factor that has runs: losses against epochs, or a score against a number."""
     import figures
 
-    written = []
-    for factor, path in zip(plan.table.factors, pictures(plan.table, folder), strict=True):
+    for factor in results.table.factors:
         panels = score_panels(factor, results) if factor.x else loss_panels(factor, results)
         if panels:
-            folder.mkdir(parents=True, exist_ok=True)
-            note = heading(plan.table, factor.title)
-            written.append(figures.factor(panels, path, xlabel=factor.x or "epoch", title=note))
-    return written
+            words = {"xlabel": factor.x or "epoch", "title": heading(results.table, factor.title)}
+            yield figures.factor(panels, picture(results.table, factor, folder), **words)
 
 
 def loss_panels(factor, results) -> dict:
-    """{panel: {level: (epochs, mean, standard deviation)}}; the deviation of a single run is 0."""
-    found = histories(factor, results)
-    panels = {}
-    for title, column in (("training loss", "loss"), ("validation loss", "val_loss")):
-        levels = {level: over_runs(runs.values(), column) for level, runs in found.items()}
-        panels[title] = {level: curve for level, curve in levels.items() if curve[0]}
-    return {title: levels for title, levels in panels.items() if levels}
+    """{panel: {level: (epochs, mean, standard deviation)}}."""
+    found = {level: runs.values() for level, runs in histories(factor, results).items() if runs}
+    columns = {"training loss": "loss", "validation loss": "val_loss"} if found else {}
+    return {
+        title: {level: over_runs(runs, column) for level, runs in found.items()} for title, column in columns.items()
+    }
 
 
 def over_runs(runs, column):
-    """Epochs, mean and deviation over the runs that reached each epoch."""
+    """Over the runs that reached each epoch."""
     by_epoch = {}
     for history in runs:
-        for epoch, value in zip(history["epoch"], history.get(column, ()), strict=False):
+        for epoch, value in zip(history["epoch"], history[column], strict=True):
             by_epoch.setdefault(epoch, []).append(value)
-    epochs = sorted(by_epoch)
-    return (epochs, *spreads([by_epoch[epoch] for epoch in epochs]))
+    return curve(by_epoch)
 
 
-def spreads(groups):
-    found = [verdicts.mean_and_deviation(group) for group in groups]
-    return [mean for mean, _ in found], [0.0 if math.isnan(deviation) else deviation for _, deviation in found]
+def curve(groups):
+    """Sorted x, mean and standard deviation, of {x: values}; the deviation of a single value is 0."""
+    found = [verdicts.mean_and_deviation(groups[x]) for x in sorted(groups)]
+    return (
+        sorted(groups),
+        [m for m, _ in found],
+        [0.0 if math.isnan(deviation) else deviation for _, deviation in found],
+    )
 
 
 def score_panels(factor, results) -> dict:
     """V_rand and Dice on the held-out sections against the number that the factor changes."""
     panels = {}
     for metric in ("held_out_v_rand", "held_out_dice"):
-        scores = {level: results.values(row, metric, True) for level, row in factor.levels.items()}
-        points = sorted((x_of(factor, level, results), values) for level, values in scores.items() if values)
+        scores = {level: results.values(row, metric) for level, row in factor.levels.items()}
+        points = {x_of(factor, level, results): values for level, values in scores.items() if values}
         if points:
-            panels[f"held-out {TITLES[metric]}"] = {"": ([x for x, _ in points], *spreads([v for _, v in points]))}
+            panels[f"held-out {TITLES[metric]}"] = {"": curve(points)}
     return panels
 
 
@@ -393,4 +357,4 @@ def x_of(factor, level, results):
     """The number of a level: sections by its label, the receptive field from the records."""
     if level.isdigit():
         return int(level)
-    return next(iter(results.of(factor.levels[level], held_out=True).values()))["receptive_field_px"]
+    return next(iter(results.of(factor.levels[level]).values()))["receptive_field_px"]

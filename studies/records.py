@@ -4,10 +4,10 @@ A committed file holds one line per run, without weights. A run that is half-way
 as `"finished": false` and its epoch: it is shown and never judged.
 """
 
-import contextlib
 import json
 import math
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,7 @@ KINDS = {  # of a committed result
 
 @dataclass(frozen=True)
 class Found:
-    """State of a run (finished, half, absent, other, broken), in words, and what it has reached."""
+    """State of a run (finished, half, absent, other, broken), in words, and what it has reached, if anything."""
 
     state: str
     words: str
@@ -49,18 +49,18 @@ def find(plan, job) -> Found:
 
 def look_up(plan, job) -> Found:
     """What there is of a run in its folder."""
-    path = plan.runs and plan.folder(job) / "run.json"
-    if not path or not path.exists():
+    folder = plan.runs and plan.folder(job)
+    if not folder or not (path := folder / "run.json").exists():
         return Found("absent", "no run")
     try:
         record = read_json(path, "run record")
         differing = difference(plan, job, record["settings"] | {"epochs": record["epochs"]})
         if differing:
-            return Found("other", f"{path.parent} holds a run with other settings ({differing}): move it away")
-        result = check_result(result_of(record, read_history(path.parent / "history.csv")))
+            return Found("other", f"{folder} holds a run with other settings ({differing}): move it away")
+        result = check_result(result_of(record, read_history(folder / "history.csv")))
         if record["finished"]:
             return Found("finished", "finished", result)
-        return Found("half", f"half-finished in {path.parent}, {progress_words(result)}", result)
+        return Found("half", f"half-finished in {folder}, {progress_words(result)}", result)
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         return Found("broken", f"{path} is not a run record ({type(error).__name__}: {error}): move it away")
 
@@ -91,7 +91,7 @@ def result_of(record, history) -> dict:
     scored = record.get("held_out") or record.get("training_sections") or {}
     settings = {key: value for key, value in record["settings"].items() if key not in rows.IGNORED}
     half = {} if record["finished"] else {"finished": False, "epoch": len(history.get("epoch", ()))}
-    return {
+    return half | {
         **{key: record.get(key) for key in KEPT},
         "settings": settings | {"epochs": record["epochs"]},
         "device": record.get("hardware", {}).get("device"),
@@ -101,21 +101,19 @@ def result_of(record, history) -> dict:
         "degenerate": scored.get("degenerate"),
         "metrics": metrics,
         "history": thinned(history, at),
-    } | half
+    }
 
 
 def check_result(result) -> dict:
-    """The result, or ValueError: what every reader of one relies on."""
+    """The result, or ValueError or KeyError: what every reader of one relies on."""
+    half = not result.get("finished", True)
     for key, kind in KINDS.items():
         if not isinstance(result[key], kind):
             raise ValueError(f"{key} must be {'an object' if kind is dict else 'a number or text'}")
-    if not is_number(result["minutes"]):
-        raise ValueError("minutes must be a number")
-    half = not result.get("finished", True)
-    if half and not (isinstance(result.get("epoch"), int) and isinstance(result["settings"].get("epochs"), int)):
+    if half and not all(isinstance(epoch, int) for epoch in (result["epoch"], result["settings"]["epochs"])):
         raise ValueError("a run that is not finished must have its epoch")
-    if result["metrics"] != numbers(result["metrics"], short=float):
-        raise ValueError("metrics must be finite numbers")
+    if not all(map(is_number, (result["minutes"], *result["metrics"].values()))):
+        raise ValueError("minutes and metrics must be finite numbers")
     columns = result["history"].values()
     if len({len(column) for column in columns}) > 1 or not all(map(is_number, chain.from_iterable(columns))):
         raise ValueError("history must hold columns of numbers, all of one length")
@@ -131,7 +129,7 @@ def is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
-def numbers(scores, short=short) -> dict:
+def numbers(scores) -> dict:
     """The plain numbers of a dict."""
     return {key: short(value) for key, value in (scores or {}).items() if is_number(value)}
 
@@ -195,7 +193,7 @@ def collect(plan, folder):
     one that is half-way, nor one by another that has come less far.
     """
     path = record_file(folder, plan.table)
-    with patiently_locked(path):
+    with locked_patiently(path):
         kept = {row: dict(runs) for row, runs in read(folder, plan.table)}
         for job in plan.jobs:
             new, old = look_up(plan, job).result, kept.get(job.row.name, {}).get(job.key)
@@ -208,20 +206,16 @@ def epochs_done(result):
     return result["epoch"] if not result.get("finished", True) else math.inf
 
 
-@contextlib.contextmanager
-def patiently_locked(path):
-    """The lock of a file that nobody holds for long."""
-    deadline = time.monotonic() + PATIENCE_S
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(locked(path))
-                break
-            except DataError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
-        yield
+def locked_patiently(path) -> ExitStack:
+    """The lock, taken, of a file that nobody holds for long; `with` gives it back."""
+    stack = ExitStack()
+    for _ in range(5 * PATIENCE_S):
+        with suppress(DataError):
+            stack.enter_context(locked(path))
+            return stack
+        time.sleep(0.2)
+    stack.enter_context(locked(path))
+    return stack
 
 
 def as_lines(table, kept) -> str:
@@ -238,6 +232,7 @@ class Results:
     """The runs of a plan that are finished or half-way, and the words on those that are missing."""
 
     def __init__(self, plan):
+        self.plan, self.table = plan, plan.table
         self.finished, self.halfway, self.missing, absent = [], [], [], {}
         for job in plan.jobs:
             found = find(plan, job)
@@ -252,7 +247,7 @@ class Results:
                 self.missing.append(f"{job.name}: {found.words}")
         self.missing += [f"{row}: no run of {', '.join(keys)}" for row, keys in absent.items()]
 
-    def of(self, row, held_out):
+    def of(self, row, held_out=True):
         """{(seed, fold): result} of a row, held-out or published runs."""
         return {
             (job.seed, job.fold): result
@@ -260,10 +255,10 @@ class Results:
             if job.row.name == row and (job.protocol != "published") == held_out
         }
 
-    def metric(self, row, name, held_out):
+    def metric(self, row, name, held_out=True):
         """{(seed, fold): value}, where the run has it."""
         found = self.of(row, held_out)
         return {key: result["metrics"][name] for key, result in found.items() if name in result["metrics"]}
 
-    def values(self, row, name, held_out):
+    def values(self, row, name, held_out=True):
         return list(self.metric(row, name, held_out).values())

@@ -1,25 +1,17 @@
 """The published tables: run their rows, each a command line, compare, render.
 
     python dilatedUnet.py reproduce table --quick                   the 2017 table on a CPU, reduced, 6 minutes a run
-    python dilatedUnet.py reproduce table --seeds 3 --folds 5       in full, with 5-fold cross-validation beside it
-    python dilatedUnet.py reproduce table --budget 6                for six hours; the same command goes on from there
-    python dilatedUnet.py reproduce best                            the strongest recipe, 5-fold
-    python dilatedUnet.py reproduce study lr --quick                one factor of the training study; without, all four
-    python dilatedUnet.py reproduce study sections                  the learning curve
-    python dilatedUnet.py reproduce table --list                    the commands, to run one alone, and what they cost
-    python dilatedUnet.py reproduce table --render --output t.md    train nothing: the table of whatever records exist
-    python dilatedUnet.py reproduce all --render --output results/README.md     every table that has records
+    python dilatedUnet.py reproduce study lr --budget 6             one factor for six hours; the same command goes on
+    python dilatedUnet.py reproduce all --render --output results/README.md     every table, of the records there are
 
-Every row x seed x fold is a run in a folder of its own, `runs/reproduce/TABLE/ROW-PROTOCOL-fF-sS[-quick]`. A finished
-one is not repeated and a half-finished one is resumed, so the same command simply goes on; two of them at once share
-the rows. `--collect` copies the records, without weights, into `results/TABLE[-quick].json`, which are committed and
-from which `--render` works in a fresh clone; `--missing` trains only what that file lacks.
-
-Exit code 0: every row lies within its tolerance; 1: a row misses it, learned nothing, or lacks a run; 2: bad usage;
-130: interrupted, or the budget is used up.
+Every row x seed x fold is a run in `runs/reproduce/TABLE/ROW-PROTOCOL-fF-sS[-quick]`: a finished one is not repeated, a
+half-finished one is resumed, and two commands at once share the rows. `--collect` copies the records, without weights,
+into `results/TABLE[-quick].json`, from which `--render` works in a fresh clone. Exit code 0: every row lies within its
+tolerance; 1: a row misses it, learned nothing, or lacks a run; 2: bad usage; 130: interrupted, or over the budget.
 """
 
 import argparse
+import itertools
 import math
 import os
 import shlex
@@ -31,14 +23,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from files.atomic import DataError, locked, refuse_existing, write_text
+from files.atomic import DataError, locked, make_writable, refuse_existing, write_text
+from files.flags import number, up_to
 from files.shell import Terminated
 from studies import comparison, records, rows
 
 SUITE = Path(__file__).resolve().parent.parent / "dilatedUnet.py"
+JAX_CACHE = Path.home() / ".cache" / "dilated-unet" / "jax"
+MOST = 100  # seeds, or folds: beyond it is a slip of the keyboard
 MARK = "<!-- written by `python dilatedUnet.py reproduce"
-EVERYTHING = (("table", None), ("best", None), ("study", None), ("study", "sections"), ("study", "receptive"))
-EVERYTHING += (("unet2015", None),)
+EVERYTHING = (
+    *(("table", None), ("best", None), ("study", None), ("study", "sections"), ("study", "receptive")),
+    ("unet2015", None),
+)
 INTRODUCTION = """# Results
 
 Every table, from the records in this folder. QUICK tables are of reduced recipes for two CPU cores; they were recorded
@@ -54,12 +51,14 @@ def add_arguments(parser):
     group.add_argument("name", choices=(*rows.TABLES, "all"), help="table; all: every one, with --render")
     group.add_argument("factor", nargs="?", choices=tuple(rows.FACTORS), help="of study (default: the poster's four)")
     group.add_argument("--quick", action="store_true", help="reduced recipes for 2 CPU cores; every table says so")
-    group.add_argument("--seeds", type=int, metavar="N", help="seeds 0..N-1 (default: 3; 1 with --quick)")
-    group.add_argument("--folds", type=int, metavar="N", help="held-out runs as N-fold cross-validation (best: 5)")
+    group.add_argument("--seeds", type=up_to(MOST), metavar="N", help="seeds 0..N-1 (default: 3; 1 with --quick)")
+    folds, held_out = number(int, 2, MOST), "held-out runs as N-fold cross-validation (best: 5)"
+    group.add_argument("--folds", type=folds, metavar="N", help=held_out)
     group.add_argument("--protocol", choices=("published", "holdout", "kfold"), help="only the runs of this one")
     group.add_argument("--only", nargs="+", metavar="ROW", help="only these rows")
     group = parser.add_argument_group("what to do")
-    group.add_argument("--budget", type=float, metavar="HOURS", help="stop after so many hours, at an epoch's end")
+    hours = number(float, 0, 24 * 366, above=True)
+    group.add_argument("--budget", type=hours, metavar="HOURS", help="stop after so many hours, at an epoch's end")
     group.add_argument("--list", action="store_true", help="print the command lines and their cost, and train nothing")
     group.add_argument("--render", action="store_true", help="render whatever records exist, and train nothing")
     group.add_argument("--collect", action="store_true", help="copy records, no weights, into --records")
@@ -85,12 +84,15 @@ def run(args, parse) -> int:
     args.collect |= args.missing  # what was missing is added to the records
     plans = list(plans_of_all(args, parse)) if args.name == "all" else [plan_of(args, parse)]
     if args.figures and not args.force:
-        refuse_existing(*(path for plan in plans for path in comparison.pictures(plan.table, Path(args.figures))))
+        tables = [plan.table for plan in plans]
+        refuse_existing(*(comparison.picture(table, f, args.figures) for table in tables for f in table.factors))
     if args.list:
         print("\n".join(listing(plans[0], args.missing)))
         return 0
+    if args.collect:
+        make_writable(args.records)
     done = args.render or train(plans[0], args)
-    if args.collect and args.name != "all":
+    if args.collect:
         records.collect(plans[0], args.records)
     return finish(args, plans, done)
 
@@ -99,58 +101,47 @@ def check_flags(args):
     """Refuse before the work what would fail after it."""
     if args.render and (args.list or args.missing):
         raise DataError("--render trains nothing: choose it, or --list, or --missing.")
-    if args.name == "all" and not args.render:
-        raise DataError("all is for --render; to train, name one table: " + ", ".join(rows.TABLES) + ".")
-    if args.budget is not None and not 0 < args.budget < math.inf:
-        raise DataError(f"--budget must be a positive number of hours. Received: {args.budget}")
-    if args.output and not args.force and not is_ours(Path(args.output)):
+    if args.name == "all" and (args.collect or not args.render):
         raise DataError(
-            f"--output: {args.output} exists and is not a table written by reproduce (--force replaces it)."
+            "all is for --render alone; to train or collect, name one table: " + ", ".join(rows.TABLES) + "."
         )
-
-
-def is_ours(path):
-    """Whether a file may be replaced: it is not there yet, or was written by this verb."""
-    return not path.exists() or (path.is_file() and path.read_bytes().startswith(MARK.encode()))
+    output = Path(args.output or "")
+    ours = output.is_file() and output.read_bytes().startswith(MARK.encode())
+    if args.output and output.exists() and not (args.force or ours):
+        raise DataError(f"--output: {output} exists and is not a table written by reproduce (--force replaces it).")
 
 
 def plan_of(args, parse) -> rows.Plan:
-    """The runs that were asked for; every row is tried on the parser."""
+    """The runs that were asked for."""
     table = rows.select(args.name, args.factor, args.quick, args.only)
     kept = records.committed(args.records, table) if args.render or args.collect else {}
-    seeds = default_seeds(table, args, kept) if args.seeds is None else args.seeds
+    seeds = args.seeds or default_seeds(table, args, kept)
     jobs = rows.jobs_of(table, seeds, args.folds, args.protocol)
     if not jobs:
         raise DataError(f"--protocol must be one that {args.name} has. Received: {args.protocol}")
-    runs = None if args.runs is None else Path(args.runs)
-    plan = rows.Plan(table, jobs, parse, runs, kept if args.render or args.missing else {})
-    for job in jobs:
-        plan.settings(job)
-    return plan
+    runs = args.runs and Path(args.runs)
+    return rows.Plan(table, jobs, parse, runs, kept if args.render or args.missing else {})
 
 
 def default_seeds(table, args, kept):
-    """3, or 1 if quick; for --render as many as there are records of."""
+    """3, or 1 if quick; for --render as many as there are runs of."""
     default = 1 if table.quick else 3
     if not args.render:
         return default
-    names = {path.name for path in (Path(args.runs) / table.name).glob("*-s*")} if args.runs else set()
-    quick = [name.removesuffix("-quick") for name in names | set(kept) if name.endswith("-quick") == table.quick]
-    starts = tuple(f"{row.name}-" for row in table.rows)
-    seeds = [name.rpartition("-s")[2] for name in quick if name.startswith(starts)]
-    return max([int(seed) + 1 for seed in seeds if seed.isdigit()], default=default)
+    there = {path.name for path in (Path(args.runs) / table.name).glob("*-s*")} if args.runs else set()
+    jobs = rows.jobs_of(table, MOST, args.folds, args.protocol)
+    return max((job.seed + 1 for job in jobs if job.name in there | set(kept)), default=default)
 
 
 def plans_of_all(args, parse) -> Iterator[rows.Plan]:
     """Every table, with the rows that have committed records; of the full table of 2017 all rows, for it is the aim."""
-    for quick in (False, True):
-        for name, factor in EVERYTHING:
-            table = rows.select(name, factor, quick)
-            there = [row for row, _ in records.read(args.records, table)]
-            only = [row.name for row in table.rows if row.name in there or (name == "table" and not quick)]
-            if only:
-                chosen = {"name": name, "factor": factor, "quick": quick, "only": only, "runs": None}
-                yield plan_of(argparse.Namespace(**vars(args) | chosen), parse)
+    for quick, (name, factor) in itertools.product((False, True), EVERYTHING):
+        table = rows.select(name, factor, quick)
+        there = [row for row, _ in records.read(args.records, table)]
+        only = [row.name for row in table.rows if row.name in there or (name == "table" and not quick)]
+        if only:
+            chosen = {"name": name, "factor": factor, "quick": quick, "only": only, "runs": None}
+            yield plan_of(argparse.Namespace(**vars(args) | chosen), parse)
 
 
 def finish(args, plans, done):
@@ -160,9 +151,9 @@ def finish(args, plans, done):
     for plan in plans:
         results = records.Results(plan)
         if args.figures:
-            for path in comparison.draw(plan, results, Path(args.figures)):
+            for path in comparison.draw(results, args.figures):
                 say(f"figure: {path}")
-        lines, found = comparison.report(plan, results)
+        lines, found = comparison.report(results)
         text, problems = text + lines + (shown(plan) if everything else []), problems + found
     whole = "\n".join(text).rstrip() + "\n"
     if args.output:
@@ -175,9 +166,9 @@ def finish(args, plans, done):
 
 def shown(plan) -> list[str]:
     """Links to the committed pictures of a table."""
-    there = {path: path.exists() for path in comparison.pictures(plan.table, SUITE.parent / "images")}
-    titles = [factor.title for factor in plan.table.factors]
-    return [f"![{title}](../images/{path.name})\n" for title, path in zip(titles, there, strict=True) if there[path]]
+    images = SUITE.parent / "images"
+    pictures = [(factor.title, comparison.picture(plan.table, factor, images)) for factor in plan.table.factors]
+    return [f"![{title}](../images/{path.name})\n" for title, path in pictures if path.exists()]
 
 
 def command_words(args) -> str:
@@ -212,14 +203,14 @@ def train(plan, args) -> bool:
         if found.state in ("other", "broken"):
             say(f"{job.name} cannot run: {found.words}")
     todo = [(job, found) for job, found in states if found.state in ("absent", "half")]
-    work = [work_left(plan, job, found) for job, found in todo]
+    work = [rows.equivalent_windows(plan.settings(job)) for job, _ in todo]
     minutes = sum(job.row.minutes for job, _ in todo)
     machine = "2 CPU cores" if plan.table.quick else "one H200-class GPU (--list says what on a CPU)"
     say(f"{len(todo)} of {len(states)} runs to go: about {minutes:.0f} minutes on {machine}")
     for i, (job, found) in enumerate(todo):
-        say(f"[{i + 1}/{len(todo)}] {job.name}" + f" ({found.words})" * (found.state == "half"))
-        watch = Watch(plan.folder(job), f"[{i + 1}/{len(todo)}] {job.name}", plan.settings(job)["epochs"], deadline)
-        watch.others = sum(work[i + 1 :]) / work_of(plan, job)
+        name, epochs = f"[{i + 1}/{len(todo)}] {job.name}", plan.settings(job)["epochs"]
+        say(name + f" ({found.words})" * (found.state == "half"))
+        watch = Watch(plan.folder(job), name, epochs, deadline, others=sum(work[i + 1 :]) / work[i])
         code = run_alone(plan, job, watch)
         if args.collect:
             records.collect(plan, args.records)
@@ -230,16 +221,6 @@ def train(plan, args) -> bool:
         if code:
             say(f"{job.name} failed with exit code {code}; the others go on")
     return True
-
-
-def work_of(plan, job):
-    return rows.equivalent_windows(plan.settings(job))
-
-
-def work_left(plan, job, found):
-    """A run's work, in windows, less what a half-finished one has done."""
-    done = found.result["epoch"] / plan.settings(job)["epochs"] if found.state == "half" else 0
-    return work_of(plan, job) * (1 - done)
 
 
 def run_alone(plan, job, watch) -> int:
@@ -262,14 +243,16 @@ def run_alone(plan, job, watch) -> int:
 
 
 class Watch:
-    """Looks after a run that another process trains: how far it is, how long it will take, when it must stop."""
+    """Looks after a run that another process trains: how far it is, how long it will take, when it must stop.
+
+    `others` is the work of the runs that follow, as a multiple of this one's.
+    """
 
     EVERY_S = 60  # a line of progress
 
-    def __init__(self, folder, name, epochs, deadline=math.inf):
-        self.folder, self.name, self.epochs, self.deadline = folder, name, epochs, deadline
-        self.others = 0  # the work of the runs that follow, as a multiple of this one's
-        self.late, self.spoke, self.seconds = False, -math.inf, 0.0
+    def __init__(self, folder, name, epochs, deadline, others):
+        self.folder, self.name, self.epochs, self.deadline, self.others = folder, name, epochs, deadline, others
+        self.late, self.spoke = False, -math.inf
         self.saved, self.done, self.since = self._checkpoint(), self._epochs_done(), time.monotonic()
 
     def __call__(self) -> bool:
@@ -278,22 +261,23 @@ class Watch:
         done = self._epochs_done() if saved != self.saved else self.done
         if done <= self.done:
             return False
-        self.seconds = (now - self.since) / (done - self.done)
+        seconds = (now - self.since) / (done - self.done)
         self.saved, self.done, self.since = saved, done, now
         if now - self.spoke > self.EVERY_S:
             self.spoke = now
-            clear = "\r\x1b[K" if sys.stderr and sys.stderr.isatty() else ""  # the run's own bar
-            say(clear + self.words())
-        return done < self.epochs and self.is_late(self.seconds)
+            clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the run's own bar
+            say(clear + self.words(seconds))
+        return done < self.epochs and self.is_late(seconds)
 
     def is_late(self, seconds=0.0) -> bool:
         self.late = time.monotonic() + seconds >= self.deadline
         return self.late
 
-    def words(self):
-        left = self.seconds * (self.epochs - self.done)
-        rest = f", {clock(left + self.seconds * self.epochs * self.others)} with the rows that follow"
-        pace = f"{self.seconds:.3g} s an epoch, {clock(left)} to go"
+    def words(self, seconds):
+        """... at so many seconds an epoch."""
+        left = seconds * (self.epochs - self.done)
+        rest = f", {clock(left + seconds * self.epochs * self.others)} with the rows that follow"
+        pace = f"{seconds:.3g} s an epoch, {clock(left)} to go"
         return f"{self.name}: epoch {self.done} of {self.epochs}, {pace}{rest if self.others else ''}"
 
     def _checkpoint(self):
@@ -342,8 +326,5 @@ def in_own_process(argv, watch=lambda: False) -> int:
 
 def environment():
     """JAX compiles for minutes what it may find compiled: of the row before, or of the run that is resumed."""
-    cache = {} if os.environ.get("KERAS_BACKEND") != "jax" else {"JAX_COMPILATION_CACHE_DIR": str(JAX_CACHE)}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(JAX_CACHE)} if os.environ.get("KERAS_BACKEND") == "jax" else {}
     return cache | os.environ
-
-
-JAX_CACHE = Path.home() / ".cache" / "dilated-unet" / "jax"

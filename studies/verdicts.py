@@ -1,5 +1,6 @@
-"""What repeated runs allow one to say: intervals, tolerances, and the conclusions of the two studies as statements
-that a computer can decide. Numbers and histories in, verdicts out; no files, no runs.
+"""What repeated runs allow one to say: intervals, tolerances, and the study's conclusions as decidable statements.
+
+Numbers and histories in, verdicts out; no files, no runs.
 
 >>> ours, base = {(0, 0): 0.95, (1, 0): 0.96, (2, 0): 0.94}, {(0, 0): 0.94, (1, 0): 0.96, (2, 0): 0.93}
 >>> print(paired(ours, base))
@@ -15,6 +16,7 @@ from itertools import pairwise
 
 FEWEST = 3  # values that an interval needs; two would give t = 12.7
 LEVEL = 0.05  # of a table's wrong statements, and one minus the confidence of an interval
+ROUNDING = 0.0005  # half a unit of the last published digit
 STILL = 0.05  # a loss that changes by less than this part stagnates; one that rises by more diverges
 
 
@@ -27,10 +29,6 @@ class Sample:
 
     values: tuple[float, ...]
     unit: str = "seeds"
-
-    @property
-    def enough(self) -> bool:
-        return len(self.values) >= FEWEST
 
     @cached_property
     def mean(self) -> float:
@@ -45,29 +43,31 @@ class Sample:
         half = t_quantile(len(self.values) - 1) * self.standard_error
         return self.mean - half, self.mean + half
 
-    def p_zero(self) -> float:
-        """How easily a mean so far from 0 arises where the true one is 0 (two-sided p)."""
-        return min(1.0, 2 * self._tail(abs(self.mean)))
+    def p_zero(self) -> float | None:
+        """How easily a mean so far from 0 arises where the true one is 0 (two-sided p); None of too few values."""
+        return self._both_sides(abs(self.mean))
 
-    def p_beyond(self, margin: float) -> float:
-        """How easily such a mean arises where the true one is `margin` or more away from 0.
+    def p_beyond(self, margin: float) -> float | None:
+        """How easily such a mean arises where the true one is `margin` or more away from 0; None of too few values.
 
         Of two one-sided tests the one at the nearer limit, doubled, so that it is below 0.05 exactly where the whole
         95 % interval lies inside +- margin.
         """
-        return min(1.0, 2 * self._tail(margin - abs(self.mean)))
+        return self._both_sides(margin - abs(self.mean))
 
-    def _tail(self, distance):
-        """Probability of a mean by `distance` or more above the true one, by Student's t."""
+    def _both_sides(self, distance):
+        """Twice the probability of a mean by `distance` or more above the true one, by Student's t."""
         from scipy.special import stdtr
 
+        if len(self.values) < FEWEST:
+            return None
         if not self.standard_error:  # values that are all the same
             return float(distance <= 0)
-        return float(stdtr(len(self.values) - 1, -distance / self.standard_error))
+        return min(1.0, 2 * float(stdtr(len(self.values) - 1, -distance / self.standard_error)))
 
     def __str__(self):
         count = f"{len(self.values)} {self.unit if len(self.values) != 1 else self.unit[:-1]}"
-        limits = " [{:+.4f}, {:+.4f}]".format(*self.interval()) if self.enough else ""
+        limits = " [{:+.4f}, {:+.4f}]".format(*self.interval()) if len(self.values) >= FEWEST else ""
         return f"{self.mean:+.4f}{limits}, {count}"
 
 
@@ -98,33 +98,28 @@ def paired(ours: Mapping, base: Mapping) -> Sample:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (n - 1); nan for the deviation of a single value."""
-    values = list(values)
-    if not values:
-        return math.nan, math.nan
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+    """Mean and standard deviation (n - 1); nan where there are too few for it."""
+    return Sample(values).mean, statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def pooled_deviation(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
     """Standard deviation within groups, pooled over them, and its degrees of freedom."""
-    freedom = sum(len(group) - 1 for group in groups if group)
-    if not freedom:
-        return math.nan, 0
-    squares = sum((len(group) - 1) * statistics.variance(group) for group in groups if len(group) > 1)
-    return math.sqrt(squares / freedom), freedom
+    spread = [group for group in groups if len(group) > 1]
+    freedom = sum(len(group) - 1 for group in spread)
+    squares = sum((len(group) - 1) * statistics.variance(group) for group in spread)
+    return math.sqrt(squares / freedom) if freedom else math.nan, freedom
 
 
-def tolerance(deviation: float, freedom: int, count: int, *, stated: float, rounding: float) -> float:
+def tolerance(deviation: float, freedom: int, count: int, stated: float) -> float:
     """How far the mean of `count` runs may lie from a published single run.
 
     Both scatter with the seed, so their difference has the standard deviation s sqrt(1 + 1 / n): the 95 % prediction
-    interval t s sqrt(1 + 1 / n) is the tolerance, and at least half a unit of the last digit that was published. The
-    one stated beforehand is the ceiling, so that noise makes nothing easier to reproduce; it stands alone where s has
-    fewer than 3 degrees of freedom.
+    interval t s sqrt(1 + 1 / n) is the tolerance, and at least `ROUNDING`. The one stated beforehand is the ceiling, so
+    that noise makes nothing easier to reproduce; it stands alone where s has fewer than 3 degrees of freedom.
     """
     if freedom < FEWEST:
         return stated
-    return min(stated, max(rounding, t_quantile(freedom) * deviation * math.sqrt(1 + 1 / count)))
+    return min(stated, max(ROUNDING, t_quantile(freedom) * deviation * math.sqrt(1 + 1 / count)))
 
 
 # -- verdicts ---------------------------------------------------------------------------------------------------
@@ -150,8 +145,8 @@ def no_difference(table: Sequence[tuple[Sample, float]]) -> list[str]:
     Confirmed if the whole interval lies within +- margin, the smallest difference that would matter; refuted if it
     excludes 0; else undecided, the runs cannot tell. Both kinds are corrected for how many the table holds.
     """
-    within = holm([found.p_beyond(margin) if found.enough else None for found, margin in table])
-    beside = holm([found.p_zero() if found.enough else None for found, _ in table])
+    within = holm([found.p_beyond(margin) for found, margin in table])
+    beside = holm([found.p_zero() for found, _ in table])
     words = []
     for same, other in zip(within, beside, strict=True):
         certain = "confirmed" if same is not None and same < LEVEL else "refuted"
@@ -162,7 +157,7 @@ def no_difference(table: Sequence[tuple[Sample, float]]) -> list[str]:
 def holds(table: Sequence[Sample]) -> list[str]:
     """Verdicts on the statements of one table, each true where its number is positive, corrected likewise."""
     words = []
-    for found, p in zip(table, holm([found.p_zero() if found.enough else None for found in table]), strict=True):
+    for found, p in zip(table, holm([found.p_zero() for found in table]), strict=True):
         certain = "confirmed" if found.mean > 0 else "not confirmed"
         words.append("too few runs" if p is None else certain if p < LEVEL else "within noise")
     return words
@@ -177,8 +172,6 @@ def quarter(series: Sequence[float], which: int) -> float:
     >>> quarter([8.0, 6.0, 4.0, 2.0], 3)
     2.0
     """
-    if len(series) < 4:
-        raise ValueError(f"a history must have at least 4 epochs to be judged. Received: {len(series)}")
     count = len(series)
     return statistics.fmean(series[which * count // 4 : (which + 1) * count // 4])
 
