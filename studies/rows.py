@@ -115,8 +115,8 @@ OLDER = (
 def table_rows(quick: bool) -> Table:
     """The table of 2017, and its two factors one at a time."""
     rows = tuple(row_2017(name, network, values, quick) for name, (network, values) in ROWS_2017.items())
-    comparisons = comparisons_of(PAIRS_2017, MARGINS)
-    return Table("table", "The dilated U-net study of 2017", rows, quick, comparisons, note=OLDER * quick)
+    pairs = comparisons_of(PAIRS_2017, MARGINS)
+    return Table("table", "The dilated U-net study of 2017", rows, quick, pairs, note=OLDER * quick)
 
 
 def comparisons_of(pairs, metrics):
@@ -219,14 +219,12 @@ MEMBRANES_2015 = {"held_out_warping_error": 0.000353, "held_out_rand_error": 0.0
 CELLS_2015 = {"held_out_mean_iou": 0.7756}
 ADAM = {"batch_norm": None, "optimizer": "adam", "clr_mode": "cosine", "lr": "1e-5", "max_lr": "2e-3", "ema": 0.98}
 CELLS = ADAM | {"image_path": "dic-hela", "instances": None, "gap": 2, "padding": "same", "batch_size": 2}
-LENGTH_2015 = {"epochs": 100, "steps_per_epoch": 100}
-LENGTH_2015_QUICK = {"filters": 16, "epochs": 5, "steps_per_epoch": 100}
 
 
 def unet2015_rows(quick: bool) -> Table:
     """Membranes and touching cells with the network of 2015: as published, with batch norm and Adam, without w0."""
-    length = LENGTH_2015_QUICK if quick else LENGTH_2015
-    base, minutes = {"arch": "unet2015", "tta": 7} | length, 4 if quick else 12
+    size, minutes = ({"filters": 16, "epochs": 5}, 4) if quick else ({"epochs": 100}, 12)
+    base = {"arch": "unet2015", "tta": 7} | size | {"steps_per_epoch": 100}
     cells = base | CELLS | {"window": 256 if quick else 512}
     published = base | ({"window": 444} if quick else {})
     # batch norm wants several windows, and small ones, which unpadded convolutions would eat up
@@ -253,12 +251,7 @@ def unet2015_rows(quick: bool) -> Table:
     return Table("unet2015", "The U-Net of 2015", rows, quick, (weights,), factors, note, shown)
 
 
-TABLES: dict[str, Callable[[bool], Table]] = {
-    "table": table_rows,
-    "best": best_rows,
-    "study": study_rows,
-    "unet2015": unet2015_rows,
-}
+TABLES = {"table": table_rows, "best": best_rows, "study": study_rows, "unet2015": unet2015_rows}
 
 
 def select(name: str, factor: str | None, quick: bool, only: Sequence[str] | None = None) -> Table:
@@ -266,10 +259,10 @@ def select(name: str, factor: str | None, quick: bool, only: Sequence[str] | Non
     if factor and name != "study":
         raise DataError(f"{factor} is a factor of study: `reproduce study {factor}`. Received: {name}")
     table = study_rows(quick, factor) if name == "study" else TABLES[name](quick)
-    names = [row.name for row in table.rows]
-    unknown = [row for row in only or () if row not in names]
+    by_name = {row.name: row for row in table.rows}
+    unknown = [row for row in only or () if row not in by_name]
     if unknown:
-        raise DataError(f"--only must name rows of {name}: {', '.join(names)}. Received: {', '.join(unknown)}")
+        raise DataError(f"--only must name rows of {name}: {', '.join(by_name)}. Received: {', '.join(unknown)}")
     return replace(table, rows=tuple(row for row in table.rows if not only or row.name in only))
 
 
