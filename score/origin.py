@@ -6,6 +6,7 @@ other: `predict --image_path isbi2012` means the test stack, `evaluate --mask_pa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -15,37 +16,39 @@ import data
 from files.fetching import ISBI_ROLES
 
 
-def check(prediction, labels, given=None):
-    """Return warnings where a prediction was made from other images than are labelled, or refuse it.
+def check(prediction, labels, given, sections):
+    """Return warnings where a prediction was made from other images than are labelled, or is the images; or refuse it.
 
     Parameters
     ----------
-    prediction : StackReader
+    prediction, given : Sections
+        Of `score.evaluation`: what is to be scored, and what ``--image_path`` names, which may be None.
     labels : Stack
-    given : StackReader, optional
-        The images named by ``--image_path``.
+    sections : sequence of int
+        Which of the labels these are.
     """
-    made_from = prediction.made_of.get("pixels_sha256")
-    if not made_from:
-        return []
+    made_from = prediction.reader.made_of.get("pixels_sha256")
     own, other = images_of(labels)
+    if not made_from:
+        same = [given.source] if given is not None and all(map(np.array_equal, prediction, given)) else []
+        same += [_name(images) for images in (own, other) if images and _is(prediction, images, sections)]
+        return [f"warning: --prediction holds the pixels of {name}: images, not a prediction" for name in same[:1]]
     if other is not None and made_from == sha256(other):
         raise data.DataError(
             f"--prediction was made from {_name(other)}, and --mask_path labels {_name(own)}: name the labels of the "
             "images that were predicted (those of isbi2012's test images are isbi2012-test)."
         )
-    if (given or own) is None or made_from == sha256(given or own):
+    images = own if given is None else given.reader
+    if images is None or made_from == sha256(images):
         return []
-    return [f"warning: the prediction was made from other images than {_name(given or own)}, or from a part of them"]
+    return [f"warning: the prediction was made from other images than {_name(images)}, or from a part of them"]
 
 
 def images_of(labels):
     """Return the images of known labels, and those that they are taken for, by place or as a Stack; else None."""
     if labels.source == "synthetic":
-        roles = sorted(
-            ("image", "test"), key=lambda role: data.resolve("synthetic", role).description != labels.description
-        )
-        return tuple(data.resolve("synthetic", role) for role in roles)
+        both = (data.resolve("synthetic", role) for role in ("image", "test"))
+        return tuple(sorted(both, key=lambda images: images.description != labels.description))
     path = Path(labels.source)
     pairs = {ISBI_ROLES["mask"]: ("image", "test"), ISBI_ROLES["test_mask"]: ("test", "image")}
     if path.name in pairs:
@@ -55,6 +58,14 @@ def images_of(labels):
     else:
         found = []
     return tuple(place if place.exists() else None for place in found) or (None, None)
+
+
+def _is(prediction, images, sections):
+    """Whether a prediction is these sections of a stack of images, which may be damaged or of another size."""
+    with contextlib.suppress(data.DataError), data.iter_sections(images) as reader:
+        pairs = zip(prediction, sections, strict=True)
+        return len(reader) > max(sections) and all(np.array_equal(section, reader[i]) for section, i in pairs)
+    return False
 
 
 def sha256(images):

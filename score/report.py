@@ -24,12 +24,19 @@ ZOOM = 2  # pictures are drawn with 2 x 2 pixels for each of the data's, so that
 MOST_SECTIONS = 30
 PICTURES = ("section-*.png", "curves-*.png")  # beside report.html
 BLUE, ORANGE, MAGENTA = figures.BLUE, figures.ORANGE, "#CC3C96"
-MARKS = {  # of the errors: colour, hatch in the legend of a figure, meaning
-    "split": (BLUE, "///", "a true cell cut in two or more (blue, rising stripes; heavy line: the false wall)"),
-    "merger": (ORANGE, "\\\\\\", "true cells joined in the prediction (orange, falling stripes)"),
-    "missed membrane": (MAGENTA, "...", "true membrane predicted as interior (magenta, dotted line)"),
+STRIPES = "repeating-linear-gradient({0}deg,{1} 0 2px,transparent 2px 6px)"
+CHESSBOARD = "repeating-conic-gradient({1} 0 25%,#fff 0 50%) 0 0/6px 6px"
+MARKS = {  # of the errors: colour, hatch in the legend of a figure, its angle and fill on the page, meaning
+    "split": (
+        BLUE,
+        "///",
+        -45,
+        STRIPES,
+        "a true cell cut in two or more (blue, rising stripes; heavy: the false wall)",
+    ),
+    "merger": (ORANGE, "\\\\\\", 45, STRIPES, "true cells joined in the prediction (orange, falling stripes)"),
+    "missed membrane": (MAGENTA, "...", 0, CHESSBOARD, "true membrane predicted as interior (magenta, dotted line)"),
 }
-LEADING = {"v_rand": "V_rand", "v_info": "V_info"}
 
 PUBLISHED_NOTE = (
     "Published results are on the challenge's TEST stack (30 sections of the same tissue); other sections, "
@@ -56,7 +63,7 @@ PUBLISHED = {
 
 
 def rows(result):
-    """Return (name, title, value, which is better, threshold, lowest .. highest section, U-Net 2015, best) as text."""
+    """Return (title, value, which is better, threshold, lowest .. highest section, U-Net 2015, best) as text."""
     return [_row(name, SCORES[name], result) for name in SCORES if name in result]
 
 
@@ -66,7 +73,6 @@ def _row(name, score, result):
     published = PUBLISHED.get(name, {})
     best = next(iter(published), None)
     return (
-        name,
         title(score),
         rounded(name, result[name]),
         "higher" if score.higher_is_better else "lower",
@@ -90,12 +96,15 @@ def rounded(name, value):
 def table(result):
     """Return the scores as a table for the terminal."""
     head = ("score", "value", "better", "threshold", "sections", "U-Net 2015 *", "best published *")
-    lines = [head, *(row[1:] for row in rows(result))]
+    lines = [head, *rows(result)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     body = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    sections = result["sections"]
-    count = f"{len(sections)} section{'s' * (len(sections) != 1)}: {data.format_sections(sections)}"
-    return "\n".join(["", count, body[0], "-" * len(body[0]), *body[1:], f"* {PUBLISHED_NOTE}", ""])
+    words = _sections_words(result["sections"])
+    return "\n".join(["", words, body[0], "-" * len(body[0]), *body[1:], f"* {PUBLISHED_NOTE}", ""])
+
+
+def _sections_words(sections):
+    return f"{len(sections)} section{'s' * (len(sections) != 1)}: {data.format_sections(sections)}"
 
 
 # --- files
@@ -109,26 +118,21 @@ def write(folder, result, prediction, references, raw=None):
     """
     folder = Path(folder)
     atomic.make_writable(folder)
-    charts = [_chart(result, names, folder / f"curves-{kind}.png") for kind, names in _charts(result).items()]
+    charts = {}  # names of the scores whose curves each of them shows
+    for name in result["curves"]:
+        charts.setdefault(SCORES[name].chart, []).append(name)
+    drawn = [_chart(result, names, folder / f"curves-{kind}.png") for kind, names in charts.items()]
+    legend = {name: mark[:2] for name, mark in MARKS.items()}
     blocks = []
     for place in worst_first(result)[:MOST_SECTIONS]:
         pictures = section_pictures(result, prediction[place], references[place], None if raw is None else raw[place])
         number = result["sections"][place]
         shown = {f"section {number}: {name.lower()}": picture for name, (picture, _) in pictures.items()}
-        legend = {name: mark[:2] for name, mark in MARKS.items()}
         figures.sheet(shown, folder / f"section-{number:03d}.png", legend=legend)
         blocks.append(_section_html(result, place, pictures))
     target = folder / "report.html"
-    atomic.write_text(target, _page(result, charts, blocks))  # an existing report was refused before the work began
+    atomic.write_text(target, _page(result, drawn, blocks))  # an existing report was refused before the work began
     return target
-
-
-def _charts(result):
-    """Return {chart: names of the scores whose curves it shows}."""
-    charts = {}
-    for name in result["curves"]:
-        charts.setdefault(SCORES[name].chart, []).append(name)
-    return charts
 
 
 def _chart(result, names, path):
@@ -136,11 +140,9 @@ def _chart(result, names, path):
     thresholds = result["thresholds"][: min(len(result["curves"][name]) for name in names)]
     curves = {title(SCORES[name]): result["curves"][name] for name in names}
     figures.score_curves(thresholds, curves, path, higher_is_better=SCORES[names[0]].higher_is_better)
-    best = [
-        f"{title(SCORES[name])} is best, {rounded(name, result[name])}, at {result['best_thresholds'][name]:.1f}"
-        for name in names
-    ]
-    words = "Against the threshold: " + "; ".join(best) + " (large open marker)."
+    at = {name: f"{rounded(name, result[name])}, at {result['best_thresholds'][name]:.1f}" for name in names}
+    best = "; ".join(f"{title(SCORES[name])} is best, {words}" for name, words in at.items())
+    words = f"Against the threshold: {best} (large open marker)."
     return f"<figure>{_img(path.read_bytes(), words)}<figcaption>{html.escape(words)}</figcaption></figure>"
 
 
@@ -164,21 +166,18 @@ def section_pictures(result, prediction, reference, raw=None):
     """Return {title: (uint8 picture, alt text)} of one section: raw, truth, prediction, errors."""
     threshold = overlay_threshold(result)
     maps = segments.split_merge_maps(reference, segments.above(prediction, threshold))
-    pictures = {}
     ground = _stretched(prediction if raw is None else raw)
-    if raw is not None:
-        pictures["Raw"] = (ground, "the raw section")
-    pictures["Truth"] = (np.uint8(reference > 0) * 255, "the labels: interior white, membrane black")
-    pictures["Prediction"] = (np.uint8(np.clip(prediction, 0, 1) * 255), "the interior probability: 1 white, 0 black")
     cells = segments.components(reference > 0)
     split, merged = (np.setdiff1d(cells[mask], 0).size for mask in (maps.splits, maps.mergers))
     words = (
         f"at threshold {threshold:.1f}, over the {'prediction' if raw is None else 'raw section'}: "
-        f"{split} cells split, {merged} cells merged, "
-        f"{int(maps.missed.sum())} px of the membrane's centre line missed"
+        f"{split} cells split, {merged} cells merged, {int(maps.missed.sum())} px of the membrane's centre line missed"
     )
-    pictures["Errors"] = (paint(ground, maps), words)
-    return pictures
+    return ({} if raw is None else {"Raw": (ground, "the raw section")}) | {
+        "Truth": (np.uint8(reference > 0) * 255, "the labels: interior white, membrane black"),
+        "Prediction": (np.uint8(np.clip(prediction, 0, 1) * 255), "the interior probability: 1 white, 0 black"),
+        "Errors": (paint(ground, maps), words),
+    }
 
 
 def _stretched(image):
@@ -189,65 +188,50 @@ def _stretched(image):
 
 def paint(ground, maps):
     """Draw `segments.Maps` over a gray section: uint8 RGB, `ZOOM` times as large."""
+    from scipy.ndimage import binary_dilation, binary_erosion
+
+    around = np.ones((3, 3))
     picture = np.repeat(_enlarge(ground)[..., None] * 0.75 + 50, 3, axis=-1)
     rows, columns = np.indices(picture.shape[:2])
     for mask, colour, diagonal in ((maps.splits, BLUE, rows + columns), (maps.mergers, ORANGE, rows - columns)):
         region = _enlarge(mask)
         _blend(picture, region, colour, 0.18)
         _blend(picture, region & (diagonal % 14 < 3), colour, 0.75)
-        _blend(picture, region & ~_eroded(region, 2), colour, 0.9)
-    _blend(picture, _grown(_enlarge(maps.cuts), 1), BLUE, 1.0)
-    wall = _grown(_enlarge(maps.missed), 2)
+        _blend(picture, region & ~binary_erosion(region, around, 2, border_value=1), colour, 0.9)
+    _blend(picture, binary_dilation(_enlarge(maps.cuts), around), BLUE, 1.0)
+    wall = binary_dilation(_enlarge(maps.missed), around, 2)
     _blend(picture, wall, "#FFFFFF", 0.9)
     _blend(picture, wall & ((rows // 3 + columns // 3) % 2 == 0), MAGENTA, 1.0)
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
 def _enlarge(array):
-    return np.repeat(np.repeat(array, ZOOM, axis=0), ZOOM, axis=1)
+    return np.kron(array, np.ones((ZOOM, ZOOM), array.dtype))
 
 
 def _blend(picture, mask, colour, strength):
-    picture[mask] = (1 - strength) * picture[mask] + strength * np.array(_rgb(colour))
-
-
-def _eroded(mask, pixels):
-    from scipy import ndimage
-
-    return ndimage.binary_erosion(mask, np.ones((3, 3)), iterations=pixels, border_value=1)
-
-
-def _grown(mask, pixels):
-    from scipy import ndimage
-
-    return ndimage.binary_dilation(mask, np.ones((3, 3)), iterations=pixels)
-
-
-def _rgb(colour):
-    return tuple(bytes.fromhex(colour.lstrip("#")))
+    picture[mask] = (1 - strength) * picture[mask] + strength * np.array(list(bytes.fromhex(colour[1:])))
 
 
 # --- html
 
 
-def _uri(picture):
-    """Return an image as a data URI: PNG for masks and charts, WebP for the rest (a fifth of the size)."""
+def _img(picture, alt):
+    """Return an <img> that holds its data: the bytes of a PNG, PNG for masks, WebP else (a fifth of the size)."""
     from PIL import Image
 
-    kind, buffer = "png", io.BytesIO()
+    kind, size, buffer = "png", "", io.BytesIO()
     if isinstance(picture, bytes):
         buffer.write(picture)
-    elif picture.ndim == 2 and np.isin(picture, (0, 255)).all():
-        Image.fromarray(picture).convert("1").save(buffer, "PNG", optimize=True)
     else:
-        kind = "webp"
-        Image.fromarray(picture).save(buffer, "WEBP", quality=82)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _img(picture, alt):
-    size = "" if isinstance(picture, bytes) else f' width="{picture.shape[1]}" height="{picture.shape[0]}"'
-    return f'<img src="{_uri(picture)}" alt="{html.escape(alt)}"{size}>'
+        size = f' width="{picture.shape[1]}" height="{picture.shape[0]}"'
+        if picture.ndim == 2 and np.isin(picture, (0, 255)).all():
+            Image.fromarray(picture).convert("1").save(buffer, "PNG", optimize=True)
+        else:
+            kind = "webp"
+            Image.fromarray(picture).save(buffer, "WEBP", quality=82)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img src="data:image/{kind};base64,{encoded}" alt="{html.escape(alt)}"{size}>'
 
 
 def _section_html(result, place, pictures):
@@ -275,7 +259,7 @@ def _table_html(result):
         f"<tr><th scope=row>{name}<small>{better} is better</small></th>"
         + "".join(f"<td>{html.escape(cell) or '&ndash;'}</td>" for cell in (value, *rest))
         + "</tr>"
-        for _, name, value, better, *rest in rows(result)
+        for name, value, better, *rest in rows(result)
     ]
     columns = "".join(f"<th scope=col>{words}</th>" for words in head)
     return f"<table><thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -293,26 +277,20 @@ def _words_html(result):
 
 
 def _legend_html():
-    fills = (
-        "repeating-linear-gradient(-45deg,{0} 0 2px,transparent 2px 6px)",
-        "repeating-linear-gradient(45deg,{0} 0 2px,transparent 2px 6px)",
-        "repeating-conic-gradient({0} 0 25%,#fff 0 50%) 0 0/6px 6px",
-    )
     items = "".join(
-        f'<li><span class=swatch style="background:{fill.format(colour)};border-color:{colour}"></span>'
+        f'<li><span class=swatch style="background:{fill.format(angle, colour)};border-color:{colour}"></span>'
         f"{name}: {html.escape(words)}</li>"
-        for fill, (name, (colour, _, words)) in zip(fills, MARKS.items(), strict=True)
+        for name, (colour, _, angle, fill, words) in MARKS.items()
     )
     return f"<ul class=legend>{items}</ul>"
 
 
 def _lead(result):
     """Return the one or two sentences a reader needs first."""
-    sections = result["sections"]
-    text = f"{len(sections)} section{'s' * (len(sections) != 1)} ({data.format_sections(sections)})"
+    sections, text = result["sections"], _sections_words(result["sections"])
     if "v_rand" not in result:
         return text + "."
-    best = ", ".join(f"{name} <b>{result[key]:.4f}</b>" for key, name in LEADING.items() if key in result)
+    best = ", ".join(f"{SCORES[key].title} <b>{result[key]:.4f}</b>" for key in ("v_rand", "v_info") if key in result)
     text += f": {best} (1 is perfect; best threshold for V_rand {result['best_thresholds']['v_rand']:.1f})"
     worst = worst_first(result)[0]
     value = result["per_section"]["v_rand"][worst]

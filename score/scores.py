@@ -2,30 +2,18 @@
 
     curves = v_scores(probabilities, references)        # both leaderboard scores, border thinning done once
     curves["v_rand"].value, curves["v_rand"].threshold  # the score, and the threshold at which it was reached
-    warping_error(probabilities, references).value      # the slow one: 0.03 s a section and threshold
 
-Conventions. A proposal is the probability of the cell INTERIOR, 1 = interior and 0 = membrane; a reference is
-a mask whose pixels > 0 are interior. Stacks are sequences of sections of shape (H, W), read one after the
-other, so memory is linear in one section. Axes are (row, column); where the challenge's scorer scans with x
-as the outer loop, columns are the outer loop here.
-
-References
-----------
-.. [1] Arganda-Carreras et al., Crowdsourcing the creation of image segmentation algorithms for
-       connectomics, Frontiers in Neuroanatomy 9:142 (2015), doi:10.3389/fnana.2015.00142: V_rand, V_info,
-       border thinning.
-.. [2] Jain et al., Boundary learning by optimization with topological constraints, CVPR 2010,
-       doi:10.1109/CVPR.2010.5539950: warping error.
-.. [3] Ronneberger, Fischer, Brox, U-Net, arXiv:1505.04597: warping, Rand and pixel error; mean IoU of cells.
-.. [4] Maska et al., A benchmark for comparison of cell tracking algorithms, Bioinformatics 30:1609 (2014),
-       doi:10.1093/bioinformatics/btu080: SEG.
-.. [5] Guo et al., On calibration of modern neural networks, arXiv:1706.04599: expected calibration error.
+A proposal is the probability of the cell INTERIOR, 1 = interior and 0 = membrane; a reference is a mask whose pixels
+> 0 are interior. Stacks are sequences of sections of shape (H, W), axes (row, column), read one after the other, so
+memory is linear in one section. References: [1]_ V_rand, V_info, doi:10.3389/fnana.2015.00142; [2]_ warping error,
+doi:10.1109/CVPR.2010.5539950; [3]_ U-Net, arXiv:1505.04597; [4]_ SEG, doi:10.1093/bioinformatics/btu080;
+[5]_ calibration, arXiv:1706.04599.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -35,26 +23,22 @@ from score.segments import DAM, above, components, pairs_of_labels, segment, thi
 from score.topology import topology_errors
 
 FIXED_THRESHOLD = 0.5
+NO_INTERIOR = "references must hold interior pixels (> 0). Received: none in any section"
 # 0.0, then += 0.1 in double arithmetic: the fourth is 0.30000000000000004, the last 0.9999999999999999.
 THRESHOLDS: tuple[float, ...] = tuple(itertools.accumulate([0.0] + [0.1] * 10))
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score and how it is shown; tables, reports and comparisons read it from here.
-
-    `title` is its name in a sentence, `words` what it tells. `of` is what its function takes: "thresholds", two
-    stacks, for a Curve; "counts", those of `confusion`; "stack", two stacks, for a number; "cells", two stacks of
-    instances. `chart` shows its curve; each has one axis, the warping error being a thousand times smaller.
-    """
+    """A score and how it is shown; tables, reports and comparisons read it from here."""
 
     function: Callable
-    title: str
-    words: str
-    of: str
+    title: str  # its name in a sentence
+    words: str  # what it tells
+    of: str  # "thresholds": two stacks, for a Curve; "stack": two, for a number; "counts": `confusion`'s; "cells": two
     higher_is_better: bool = True
     digits: int = 5
-    chart: str = ""
+    chart: str = ""  # shows its curve; each chart has one axis, and the warping error is a thousand times smaller
 
 
 SCORES: dict[str, Score] = {}
@@ -114,10 +98,8 @@ def rand_sums(table: Overlap) -> np.ndarray:
     recall AB / A. Counts rather than fractions, so that sections add up weighted by n^2; within one section n
     cancels out.
     """
-    squares = [
-        float(np.sum(counts.astype(np.float64) ** 2)) for counts in (table.joint, table.proposal, table.reference)
-    ]
-    return np.array([squares[0] + table.dams, squares[1] + table.dams, squares[2]])
+    squares = [np.sum(counts.astype(np.float64) ** 2) for counts in (table.joint, table.proposal, table.reference)]
+    return np.array(squares) + np.array([table.dams, table.dams, 0])
 
 
 def rand_score(sums: np.ndarray) -> tuple[float, float, float]:
@@ -139,10 +121,8 @@ def information_score(table: Overlap) -> tuple[float, float, float]:
     dams = table.dams / pixels * np.log(pixels)
     truth, proposal = _entropy(table.reference, pixels), _entropy(table.proposal, pixels) + dams
     mutual = max(truth + proposal - _entropy(table.joint, pixels) - dams, 0.0)
-    return tuple(
-        _ratio(part, whole, empty=0.0)
-        for part, whole in ((2 * mutual, truth + proposal), (mutual, proposal), (mutual, truth))
-    )
+    parts = (2 * mutual, truth + proposal), (mutual, proposal), (mutual, truth)
+    return tuple(_ratio(part, whole, empty=0.0) for part, whole in parts)
 
 
 def _entropy(counts: np.ndarray, pixels: int) -> float:
@@ -158,7 +138,7 @@ def _ratio(part: float, whole: float, empty: float = np.nan) -> float:
 
 
 def v_scores(
-    probabilities: Iterable, references: Iterable, thresholds: Iterable[float] = THRESHOLDS
+    probabilities: Iterable, references: Iterable, thresholds: Sequence[float] = THRESHOLDS
 ) -> dict[str, Curve]:
     """Return the two leaderboard scores, ``{"v_rand": Curve, "v_info": Curve}``; higher is better.
 
@@ -175,25 +155,20 @@ def v_scores(
     thresholds of the MEAN over the sections, so the two may choose different thresholds. Sections without
     reference interior do not count.
     """
-    thresholds = np.asarray(tuple(thresholds), np.float64)
-    rows = [_v_section(*pair, thresholds) for pair in _sections(probabilities, references)]
-    values = np.array(rows)  # (S, T, score, F / precision / recall)
+
+    def both(probability, truth, threshold):
+        table = overlap(truth, thin_borders(above(probability, threshold)))
+        return rand_score(rand_sums(table)), information_score(table)
+
+    values = _tabulate(both, probabilities, references, thresholds)  # (S, T, score, F / precision / recall)
     counted = ~np.isnan(values[:, 0, 0, 0])
     if not counted.any():
-        raise ValueError("references must hold interior pixels (> 0). Received: none in any section")
-    means = values[counted].mean(axis=0)
-    return {
-        name: _curve(
-            thresholds, means[:, k, 0], values[:, :, k, 0], np.argmax, precision=means[:, k, 1], recall=means[:, k, 2]
-        )
-        for k, name in enumerate(("v_rand", "v_info"))
-    }
-
-
-def _v_section(probability: np.ndarray, reference: np.ndarray, thresholds: np.ndarray) -> list:
-    truth = components(reference > 0)
-    tables = (overlap(truth, thin_borders(above(probability, t))) for t in thresholds)
-    return [(rand_score(rand_sums(table)), information_score(table)) for table in tables]
+        raise ValueError(NO_INTERIOR)
+    curves = {}
+    for k, name in enumerate(("v_rand", "v_info")):
+        f, precision, recall = values[counted, :, k].mean(axis=0).T
+        curves[name] = _curve(thresholds, f, values[:, :, k, 0], np.argmax, precision=precision, recall=recall)
+    return curves
 
 
 @declare(
@@ -203,7 +178,7 @@ def _v_section(probability: np.ndarray, reference: np.ndarray, thresholds: np.nd
     "thresholds",
     chart="scores",
 )
-def v_rand(probabilities: Iterable, references: Iterable, thresholds: Iterable[float] = THRESHOLDS) -> Curve:
+def v_rand(probabilities: Iterable, references: Iterable, thresholds: Sequence[float] = THRESHOLDS) -> Curve:
     """Foreground-restricted Rand score after border thinning, see `v_scores`."""
     return v_scores(probabilities, references, thresholds)["v_rand"]
 
@@ -215,7 +190,7 @@ def v_rand(probabilities: Iterable, references: Iterable, thresholds: Iterable[f
     "thresholds",
     chart="scores",
 )
-def v_info(probabilities: Iterable, references: Iterable, thresholds: Iterable[float] = THRESHOLDS) -> Curve:
+def v_info(probabilities: Iterable, references: Iterable, thresholds: Sequence[float] = THRESHOLDS) -> Curve:
     """Foreground-restricted information-theoretic score after border thinning, see `v_scores`."""
     return v_scores(probabilities, references, thresholds)["v_info"]
 
@@ -228,22 +203,22 @@ def v_info(probabilities: Iterable, references: Iterable, thresholds: Iterable[f
     higher_is_better=False,
     chart="errors",
 )
-def rand_error(probabilities: Iterable, references: Iterable, thresholds: Iterable[float] = THRESHOLDS) -> Curve:
+def rand_error(probabilities: Iterable, references: Iterable, thresholds: Sequence[float] = THRESHOLDS) -> Curve:
     """1 - max over thresholds of the Rand F-score without thinning [3]_; lower is better.
 
     The sums of `rand_sums` are added over the sections and divided once, and every membrane pixel is a
     segment of its own.
     """
-    thresholds = np.asarray(tuple(thresholds), np.float64)
-    rows = []
-    for probability, reference in _sections(probabilities, references):
-        truth = components(reference > 0)
-        rows.append([rand_sums(overlap(truth, components(above(probability, t)))) for t in thresholds])
-    stack = np.array([rand_score(sums) for sums in np.sum(rows, axis=0)])
-    if np.isnan(stack[:, 0]).any():
-        raise ValueError("references must hold interior pixels (> 0). Received: none in any section")
-    sections = np.array([[rand_score(sums)[0] for sums in row] for row in rows])
-    return _curve(thresholds, 1 - stack[:, 0], 1 - sections, np.argmin, precision=stack[:, 1], recall=stack[:, 2])
+
+    def count(probability, truth, threshold):
+        return rand_sums(overlap(truth, components(above(probability, threshold))))
+
+    sums = _tabulate(count, probabilities, references, thresholds)
+    f, precision, recall = np.apply_along_axis(rand_score, -1, sums.sum(axis=0)).T
+    if np.isnan(f).any():
+        raise ValueError(NO_INTERIOR)
+    sections = np.apply_along_axis(rand_score, -1, sums)[..., 0]
+    return _curve(thresholds, 1 - f, 1 - sections, np.argmin, precision=precision, recall=recall)
 
 
 @declare(
@@ -254,16 +229,11 @@ def rand_error(probabilities: Iterable, references: Iterable, thresholds: Iterab
     higher_is_better=False,
     chart="errors",
 )
-def pixel_error(probabilities: Iterable, references: Iterable, thresholds: Iterable[float] = THRESHOLDS) -> Curve:
-    """1 - max over thresholds of the pixel F1, interior being the positive class, pooled counts [3]_.
-
-    The counts of `confusion` are added over the sections and divided once; lower is better.
-    """
-    thresholds = np.asarray(tuple(thresholds), np.float64)
-    rows = np.array([[confusion(p, r, t) for t in thresholds] for p, r in _sections(probabilities, references)])
-    stack = [dice(counts) for counts in rows.sum(axis=0)]
-    sections = np.array([[dice(counts) for counts in row] for row in rows])
-    return _curve(thresholds, 1 - np.array(stack), 1 - sections, np.argmin)
+def pixel_error(probabilities: Iterable, references: Iterable, thresholds: Sequence[float] = THRESHOLDS) -> Curve:
+    """1 - max over thresholds of the pixel F1, interior being the positive class, pooled counts [3]_."""
+    counts = _tabulate(confusion, probabilities, references, thresholds)
+    stack, sections = (1 - np.apply_along_axis(dice, -1, one) for one in (counts.sum(axis=0), counts))
+    return _curve(thresholds, stack, sections, np.argmin)
 
 
 @declare(
@@ -276,22 +246,22 @@ def pixel_error(probabilities: Iterable, references: Iterable, thresholds: Itera
     chart="warping",
 )
 def warping_error(
-    probabilities: Iterable, references: Iterable, thresholds: Iterable[float] = THRESHOLDS[:10]
+    probabilities: Iterable, references: Iterable, thresholds: Sequence[float] = THRESHOLDS[:10]
 ) -> Curve:
     """Splits and mergers left after warping the reference onto the proposal, per pixel; their minimum [2]_.
 
     `details` holds the number of split and of merger pixels of the stack at each threshold. The sections are
     padded with one pixel of membrane; the error is divided by the pixels of the sections themselves.
     """
-    thresholds = np.asarray(tuple(thresholds), np.float64)
-    rows, sizes = [], []
-    for probability, reference in _sections(probabilities, references):
-        rows.append([[int(m.sum()) for m in topology_errors(probability, reference, t)] for t in thresholds])
-        sizes.append(reference.size)
-    counts = np.array(rows)  # (S, T, splits / mergers)
-    splits, mergers = counts.sum(axis=0).T
-    per_section = counts.sum(axis=2) / np.array(sizes)[:, None]
-    return _curve(thresholds, (splits + mergers) / sum(sizes), per_section, np.argmin, splits=splits, mergers=mergers)
+
+    def count(probability, truth, threshold):
+        splits, mergers = topology_errors(probability, truth, threshold)
+        return int(splits.sum()), int(mergers.sum()), truth.size
+
+    counts = _tabulate(count, probabilities, references, thresholds)  # (S, T, splits / mergers / pixels)
+    splits, mergers, pixels = counts.sum(axis=0).T
+    sections = counts[..., :2].sum(axis=2) / counts[..., 2]
+    return _curve(thresholds, (splits + mergers) / pixels, sections, np.argmin, splits=splits, mergers=mergers)
 
 
 # --- pixels and cells
@@ -307,28 +277,28 @@ def confusion(probability: np.ndarray, reference: np.ndarray, threshold: float =
 
 @declare("Dice", "Overlap of predicted and true interior at threshold 0.5, 2 TP / (2 TP + FP + FN).", "counts")
 def dice(counts: np.ndarray) -> float:
-    """2 TP / (2 TP + FP + FN) of `confusion` counts, summed over sections first; 1 if nothing is positive."""
+    """Of `confusion` counts, summed over the sections first; 1 if nothing is positive."""
     tp, fp, fn, _ = counts
     return _ratio(2 * tp, 2 * tp + fp + fn, empty=1.0)
 
 
 @declare("IoU", "Overlap of predicted and true interior at threshold 0.5, TP / (TP + FP + FN).", "counts")
 def iou(counts: np.ndarray) -> float:
-    """TP / (TP + FP + FN) of `confusion` counts (Jaccard index); 1 if nothing is positive."""
+    """Of `confusion` counts, the Jaccard index; 1 if nothing is positive."""
     tp, fp, fn, _ = counts
     return _ratio(tp, tp + fp + fn, empty=1.0)
 
 
 @declare("precision", "The share of the predicted interior (threshold 0.5) that is interior.", "counts")
 def precision(counts: np.ndarray) -> float:
-    """TP / (TP + FP) of `confusion` counts: how much of the proposed interior is interior; 1 if none is."""
+    """TP / (TP + FP) of `confusion` counts; 1 if nothing is proposed."""
     tp, fp, _, _ = counts
     return _ratio(tp, tp + fp, empty=1.0)
 
 
 @declare("recall", "The share of the true interior that was predicted (threshold 0.5).", "counts")
 def recall(counts: np.ndarray) -> float:
-    """TP / (TP + FN) of `confusion` counts: the share of the interior that was found; 1 if there is none."""
+    """TP / (TP + FN) of `confusion` counts; 1 if there is no interior."""
     tp, _, fn, _ = counts
     return _ratio(tp, tp + fn, empty=1.0)
 
@@ -339,11 +309,11 @@ def recall(counts: np.ndarray) -> float:
     "stack",
     higher_is_better=False,
 )
-def bce(probabilities: Iterable, references: Iterable, epsilon: float = 1e-7) -> float:
-    """Mean binary cross-entropy in nats, -mean(y ln P + (1 - y) ln(1 - P)), P clipped as Keras does."""
+def bce(probabilities: Iterable, references: Iterable) -> float:
+    """-mean(y ln P + (1 - y) ln(1 - P)), P clipped as Keras does."""
     total = pixels = 0
     for probability, reference in _sections(probabilities, references):
-        p = np.clip(probability.astype(np.float64), epsilon, 1 - epsilon)
+        p = np.clip(probability.astype(np.float64), 1e-7, 1 - 1e-7)
         total -= np.sum(np.log(np.where(reference > 0, p, 1 - p)))
         pixels += reference.size
     return float(total / pixels)
@@ -444,13 +414,13 @@ def _best_jaccard(prediction: np.ndarray, reference: np.ndarray, majority: bool)
 # --- the threshold to segment with
 
 
-def best_threshold(probabilities: Iterable, references: Iterable, thresholds: Iterable[float] = THRESHOLDS) -> float:
+def best_threshold(probabilities: Iterable, references: Iterable) -> float:
     """Return the threshold of the highest V_rand on these (training) sections; of equals that nearest to 0.5.
 
     >>> best_threshold(np.full((1, 4, 4), 0.7), np.ones((1, 4, 4)))
     0.5
     """
-    result = v_rand(probabilities, references, thresholds)
+    result = v_rand(probabilities, references)
     best = result.thresholds[result.curve >= result.curve.max()]
     return float(best[np.argmin(np.abs(best - 0.5))])
 
@@ -464,15 +434,12 @@ class Segmentation(NamedTuple):
     mean_iou: float
 
 
-def best_segmentation(
-    probabilities: Iterable, references: Iterable, thresholds: Iterable[float] = (0.5, 0.6, 0.7, 0.8, 0.9)
-) -> Segmentation:
+def best_segmentation(probabilities: Sequence, references: Sequence) -> Segmentation:
     """Return the settings of the highest mean IoU on these (training) sections of probabilities and instances.
 
     Seeds are P > threshold and hold at least a tenth of the median reference cell; cells end at P = background, 0.3 or
     0.5. Of equals, the first.
     """
-    probabilities, references = list(probabilities), list(references)
     sizes = np.concatenate([np.unique(one[one > 0], return_counts=True)[1] for one in references])
     smallest = max(1, int(np.median(sizes)) // 10)
 
@@ -480,33 +447,35 @@ def best_segmentation(
         options = {"min_size": smallest, "background": background, "lines": False}
         return mean_iou((segment(one, threshold, **options) for one in probabilities), references)
 
-    tried = [Segmentation(t, b, smallest, score(t, b)) for t in thresholds for b in (0.3, 0.5)]
+    settings = itertools.product((0.5, 0.6, 0.7, 0.8, 0.9), (0.3, 0.5))
+    tried = [Segmentation(*pair, smallest, score(*pair)) for pair in settings]
     return max(tried, key=lambda one: one.mean_iou)
 
 
 # --- machinery
 
 
-def _curve(thresholds: np.ndarray, curve: np.ndarray, sections: np.ndarray, pick: Callable, **details) -> Curve:
-    best = int(pick(curve))
+def _tabulate(count: Callable, probabilities: Iterable, references: Iterable, thresholds: Sequence) -> np.ndarray:
+    """Return `count(probability, true segments, threshold)` of every section and threshold, shape (S, T, ...)."""
+    pairs = ((p, components(r > 0)) for p, r in _sections(probabilities, references))
+    return np.array([[count(p, truth, t) for t in thresholds] for p, truth in pairs])
+
+
+def _curve(thresholds: Sequence, curve: np.ndarray, sections: np.ndarray, pick: Callable, **details) -> Curve:
+    best, thresholds = int(pick(curve)), np.asarray(thresholds, np.float64)
     return Curve(float(curve[best]), float(thresholds[best]), thresholds, curve, sections[:, best], details)
 
 
 def _sections(probabilities: Iterable, references: Iterable) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Go through two stacks together, section by section, and refuse what does not fit."""
-    count = 0
-    for probability, reference in itertools.zip_longest(probabilities, references):
-        if probability is None or reference is None:
+    number = -1
+    for number, pair in enumerate(itertools.zip_longest(probabilities, references, fillvalue=())):
+        shapes = [np.shape(section) for section in pair]
+        if len(shapes[0]) != 2 or shapes[0] != shapes[1]:
             raise ValueError(
-                f"probabilities and references must have as many sections. Received: one of them ends after {count}"
+                "probabilities and references must be as many sections, of one shape (H, W). Received: "
+                f"{shapes[0]} and {shapes[1]} in section {number}"
             )
-        probability, reference = np.asarray(probability), np.asarray(reference)
-        if probability.ndim != 2 or probability.shape != reference.shape:
-            raise ValueError(
-                "probabilities and references must be sections of one shape (H, W). Received: "
-                f"{probability.shape} and {reference.shape}"
-            )
-        count += 1
-        yield probability, reference
-    if count == 0:
+        yield np.asarray(pair[0]), np.asarray(pair[1])
+    if number < 0:
         raise ValueError("probabilities must hold at least one section. Received: 0")

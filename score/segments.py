@@ -15,6 +15,7 @@ import numpy as np
 
 # Labels of the flooding: segments are positive, DAM separates them, the other two exist only while it runs.
 DAM, UNVISITED, QUEUED = 0, -1, -2
+MIN_SHARE, MIN_PIXELS = 0.1, 50  # of two segments that meet, see `split_merge_maps`
 
 
 def above(probability: np.ndarray, threshold: float) -> np.ndarray:
@@ -112,44 +113,28 @@ def segment(
 class Maps(NamedTuple):
     """Where a binary prediction goes wrong, bool arrays of shape (H, W); see `split_merge_maps`."""
 
-    splits: np.ndarray
-    mergers: np.ndarray
-    missed: np.ndarray
-    cuts: np.ndarray
+    splits: np.ndarray  # reference segments, whole, of which two or more predicted segments hold a tenth
+    mergers: np.ndarray  # those, whole, in a predicted segment with another one at least a tenth as large
+    missed: np.ndarray  # the centre line of the reference membrane where it is predicted interior
+    cuts: np.ndarray  # predicted membrane lines inside the split segments: where the false walls stand
 
 
-def split_merge_maps(
-    reference: np.ndarray, prediction_binary: np.ndarray, *, min_share: float = 0.1, min_pixels: int = 50
-) -> Maps:
-    """Mark the reference segments that a prediction splits or merges, and the membrane it misses.
+def split_merge_maps(reference: np.ndarray, prediction: np.ndarray) -> Maps:
+    """Mark the reference segments that a prediction splits or merges, and the membrane it misses; interior > 0.
 
-    Parameters
-    ----------
-    reference, prediction_binary : ndarray of shape (H, W)
-        Masks, interior > 0.
-    min_share, min_pixels : float, int
-        Two segments meet if they share at least this part of the smaller one and this many pixels, so that
-        borders a few pixels off and specks do not count.
-
-    Returns
-    -------
-    Maps
-        ``splits``: reference segments, whole, of which two or more predicted segments hold a `min_share`.
-        ``mergers``: those, whole, in a predicted segment with another one at least `min_share` as large: a cell that
-        swallows a sliver is not marked, the sliver is.
-        ``missed``: the centre line of the reference membrane where it is predicted interior.
-        ``cuts``: predicted membrane lines inside the split segments: where the false walls stand.
+    Two segments meet if they share a tenth of the smaller one, and 50 pixels: borders a few pixels off and specks do
+    not count. A cell that swallows a sliver is not marked as merged, the sliver is.
     """
-    truth, proposal = components(np.asarray(reference) > 0), thin_borders(np.asarray(prediction_binary) > 0)
+    truth, proposal = components(np.asarray(reference) > 0), thin_borders(np.asarray(prediction) > 0)
     inside = truth > 0
     i, j, shared = pairs_of_labels(truth, proposal)
     sizes, widths = np.bincount(truth[inside]), np.bincount(proposal[inside])
-    meet = shared >= np.maximum(min_share * np.minimum(sizes[i], widths[j]), min_pixels)
+    meet = shared >= np.maximum(MIN_SHARE * np.minimum(sizes[i], widths[j]), MIN_PIXELS)
     i, j, shared = i[meet], j[meet], shared[meet]
-    large = shared >= min_share * sizes[i]
+    large = shared >= MIN_SHARE * sizes[i]
     splits = inside & np.isin(truth, np.flatnonzero(np.bincount(i[large]) >= 2))
-    mergers = inside & np.isin(truth, i[_largest_partner(j, shared) >= np.maximum(min_share * sizes[i], 1)])
-    missed = (thin_borders(inside) == DAM) & (np.asarray(prediction_binary) > 0)
+    mergers = inside & np.isin(truth, i[_largest_partner(j, shared) >= np.maximum(MIN_SHARE * sizes[i], 1)])
+    missed = (thin_borders(inside) == DAM) & (np.asarray(prediction) > 0)
     return Maps(splits, mergers, missed, splits & (proposal == DAM))
 
 
@@ -168,9 +153,8 @@ def _largest_partner(group: np.ndarray, shared: np.ndarray) -> np.ndarray:
 def compiled(kernel: Callable) -> Callable:
     """Compile a kernel with numba at its first use; numba takes 0.3 s to import, so not before.
 
-    The machine code is cached beside this file, or in the user's cache folder where that cannot be written;
-    where neither can, it is compiled for this process alone. Without numba the same function runs as plain
-    Python, hundreds of times slower.
+    The machine code is cached beside this file, or in the user's cache folder where that cannot be written; where
+    neither can, it is compiled for this process alone. Without numba the function runs, hundreds of times slower.
     """
     try:
         import numba

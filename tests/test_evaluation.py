@@ -42,6 +42,12 @@ def numbers(flags):
         return json.load(file)
 
 
+def sections(stack):
+    """A stack in memory as the verb reads one from a file."""
+    reader = data.iter_sections(data.Stack(stack, source="memory"))
+    return evaluation.Sections(reader, range(len(stack)))
+
+
 # --- scores
 
 
@@ -114,40 +120,32 @@ def test_scaled_integers_score_like_their_probabilities(files, labelled, capsys,
     assert f"divided by {full}" in capsys.readouterr().out
 
 
-MASKS = [(np.uint8, 1), (np.uint8, 255), (np.uint16, 65535), (np.uint16, 1), (bool, 1)]
-
-
-@pytest.mark.parametrize(("dtype", "one"), MASKS)
+@pytest.mark.parametrize(
+    ("dtype", "one"), [(np.uint8, 1), (np.uint8, 255), (np.uint16, 65535), (np.uint16, 1), (bool, 1)]
+)
 def test_masks_are_masks_whatever_their_one_is_and_flat_curves_are_warned_of(labelled, dtype, one):
     mask = ((labelled[0] > 0.5) * np.array(one)).astype(dtype)
     mask[2] = 0
-    found, words = evaluation.to_probabilities(mask)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, mask > 0)
+    found, words = evaluation.to_probabilities(sections(mask))
+    assert found[0].dtype == np.float32
+    np.testing.assert_array_equal(list(found), mask > 0)
     assert "a mask" in words
-    assert any("every threshold" in warning for warning in evaluation.warnings_about(found, labelled[1]))
+    (warning,) = evaluation.warnings_about(found, labelled[1])
+    assert "every threshold" in warning
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        np.array([[[0.0, 1.5]]], np.float32),
-        np.array([[[-0.1, 1.0]]], np.float64),
-        np.array([[[0.5, np.nan]]], np.float32),
-        np.array([[[0, 1, 2, 7]]], np.uint16),
-        np.array([[[0, 1, 2]]], np.int32),
-        np.array([[[-1, 0, 1]]], np.int16),
-    ],
+    ("values", "dtype"),
+    [([0, 1.5], "f4"), ([-0.1, 1], "f8"), ([0, 1, 2, 7], "u2"), ([0, 1, 2], "i4"), ([-1, 0, 1], "i2")],
 )
-def test_values_out_of_range_are_refused_in_one_sentence(wrong):
-    with pytest.raises(DataError, match=r"^--prediction .*Received: .*\S") as caught:
-        evaluation.to_probabilities(wrong)
-    assert "\n" not in str(caught.value)
+def test_values_out_of_range_are_refused_in_one_sentence(values, dtype):
+    with pytest.raises(DataError, match=r"^--prediction .*Received: .*\.\..* in memory$"):
+        evaluation.to_probabilities(sections(np.array([[values]], dtype)))
 
 
 def test_what_looks_inverted_is_warned_of_and_invert_mask_turns_the_labels(files, labelled, capsys):
-    assert evaluation.warnings_about(*labelled) == []
-    assert evaluation.warnings_about(np.full((1, 64, 80), 0.3, np.float32), labelled[1][:1]) == []
+    for fine in (labelled[0], np.full((6, 64, 80), 0.3, np.float32)):
+        assert evaluation.warnings_about(sections(fine), labelled[1]) == []
     for prediction, labels, flags, inverted in (
         (1 - labelled[0], labelled[1], [], True),
         (labelled[0], 255 - labelled[1], ["--invert_mask"], False),
@@ -213,41 +211,67 @@ def test_bad_input_is_refused_and_nothing_is_written(name, files, labelled, tmp_
 def origin_of(images, labels, given=None):
     """What is said of a prediction of these images: warnings, or a refusal."""
     made_of = {"pixels_sha256": data.sha256_pixels(images)}
-    flat = [np.full(images.shape[1:], 0.5)] * len(images)
-    data.write_prediction("p.tif", flat, count=len(images), shape=images.shape[1:], made_of=made_of, force=True)
-    with data.iter_sections("p.tif") as prediction:
-        return origin.check(prediction, labels, given)
+    prediction = data.Stack(np.full(images.shape, 0.5, np.float32), source="p.tif", made_of=made_of)
+    return said_of(data.iter_sections(prediction), labels, given)
 
 
-def test_a_prediction_of_other_images_is_refused_where_they_are_known_and_warned_of_else(tmp_path, monkeypatch):
+def said_of(prediction, labels, given=None):
+    which = range(len(prediction))
+    given = given and evaluation.Sections(given, which)
+    return origin.check(evaluation.Sections(prediction, which), labels, given, which)
+
+
+@pytest.fixture
+def challenge(tmp_path, monkeypatch):
+    """A folder, which is the current one, with files as the challenge has them: images, test images, labels."""
     monkeypatch.chdir(tmp_path)
-    train, test, part = np.random.default_rng(0).integers(0, 256, (3, 6, 16, 16)).astype(np.uint8)
-    for name, sections in (("train-volume", train), ("test-volume", test), ("train-labels", train > 9)):
-        tifffile.imwrite(f"{name}.tif", sections, photometric="minisblack")
-    labels = data.read_stack("train-labels.tif", what="mask")
+    train, test = np.clip(np.random.default_rng(0).normal(120, 40, (2, 6, 16, 16)), 0, 255).astype(np.uint8)
+    for name, stack in (("train-volume", train), ("test-volume", test), ("train-labels", train > 99)):
+        tifffile.imwrite(f"{name}.tif", stack, photometric="minisblack")
+    return train, test, data.read_stack("train-labels.tif", what="mask")
+
+
+def test_a_prediction_of_other_images_is_refused_where_they_are_known_and_warned_of_else(challenge):
+    train, test, labels = challenge
+    warned = "warning: the prediction was made from other images than t"
+    assert origin_of(train, labels) == []
+    assert origin_of(train[::-1], labels)[0].startswith(warned)
     with data.iter_sections("test-volume.tif") as other:
-        assert origin_of(train, labels) == []
-        assert origin_of(part, labels)[0].startswith("warning: the prediction was made from other images than train-vo")
-        assert origin_of(train, labels, other)[0].startswith("warning: the prediction was made from other images than")
-        assert origin.check(other, labels) == [], "nothing is recorded"
+        assert origin_of(train, labels, other)[0].startswith(warned)
     with pytest.raises(DataError, match=r"was made from test-volume.*labels train-volume.*isbi2012-test"):
         origin_of(test, labels)
     assert origin_of(test, data.Stack(test, source="test-labels.tif")) == []
+    assert said_of(data.iter_sections(data.Stack(test[::-1])), labels) == [], "nothing is recorded"
 
 
 def test_the_painted_test_images_and_those_of_the_labels_are_told_apart(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     paint = data.synthetic
     monkeypatch.setattr(data, "synthetic", lambda seed: paint(2, (32, 32), seed))
     images = {name: data.resolve(name, "image").sections for name in ("synthetic", "synthetic-test")}
-    for name in images:
+    for name, other in (tuple(images), tuple(images)[::-1]):
         labels, _ = data.read_labels(name)
-        for other, sections in images.items():
-            if other == name:
-                assert origin_of(sections, labels) == []
-            else:
-                with pytest.raises(DataError, match="was made from synthetic"):
-                    origin_of(sections, labels)
+        assert origin_of(images[name], labels) == []
+        with pytest.raises(DataError, match="was made from synthetic"):
+            origin_of(images[other], labels)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "flags", "words"),
+    [
+        ("train-volume.tif", "", "holds the pixels of train-volume.tif"),
+        ("test-volume.tif", "--sections 1-3", "holds the pixels of test-volume.tif"),
+        ("some.tif", "--sections 1-3 --image_path train-volume.tif", "holds the pixels of train-volume.tif"),
+        ("some.tif", "--sections 1-3", "holds the pixels of train-volume.tif"),
+        ("turned.tif", "--image_path turned.tif", "holds the pixels of turned.tif"),
+        ("turned.tif", "", "look like gray values of an image"),
+    ],
+)
+def test_a_raw_image_given_as_a_prediction_is_warned_of(challenge, capsys, prediction, flags, words):
+    for name, stack in (("some", challenge[0][1:4]), ("turned", challenge[0][::-1])):
+        tifffile.imwrite(f"{name}.tif", stack, photometric="minisblack")
+    evaluate(["--prediction", prediction, "--mask_path", "train-labels.tif", "--scores", "dice", *flags.split()])
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert sum(words in warning for warning in warnings) == 1
 
 
 # --- output
