@@ -266,6 +266,8 @@ def check_same_run(place, before, record, defaults):
         raise DataError(f"--resume needs the same settings: --weight_path was {weights}. Received: {place.weights}")
     if any(before["data"].get(key) != record["data"][key] for key in ("image_sha256", "mask_sha256")):
         raise DataError("--resume needs the same data: the pixels of --image_path or --mask_path have changed.")
+    if before.get("split", record["split"]) != record["split"]:
+        raise DataError("--resume needs the same split, and this version of the program splits the sections otherwise.")
     if before["precision"] != record["precision"]:
         raise DataError(f"--resume needs --precision {before['precision']}, as before. Received: {record['precision']}")
     if now["clr_mode"] == "cosine" and before["epochs"] != record["epochs"]:
