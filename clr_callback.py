@@ -52,6 +52,18 @@ def cosine(update, base_lr, max_lr, updates, warm_up=0):
     return ops.where(update < warm_up, max_lr * (update + 1) / (warm_up + 1), falling)
 
 
+def rate_of(mode, base_lr, max_lr, step_size, gamma, updates=0):
+    """Learning rate as a function of the update, a number or a tensor: one of `MODES`, "none", or a run's "cosine"."""
+    bounds = (base_lr, max_lr, step_size)
+    return {
+        "none": lambda update: base_lr + 0 * update,
+        "cosine": lambda update: cosine(update, base_lr, max_lr, updates, min(100, updates // 20)),
+        "triangular": lambda update: triangular(update, *bounds),
+        "triangular2": lambda update: triangular2(update, *bounds),
+        "exp_range": lambda update: exp_range(update, *bounds, gamma),
+    }[mode]
+
+
 def _operations(x):
     """numpy for numbers and arrays, `keras.ops` for tensors: the functions have the same names."""
     if isinstance(x, (int, float, np.ndarray, np.generic)):
@@ -148,10 +160,8 @@ class _CyclicLR:
 
     def rate(self, update):
         """Learning rate of that update, counted from 0."""
-        bounds = (self.base_lr, self.max_lr, self.step_size)
         if self.scale_fn is None:
-            formula = {"triangular": triangular, "triangular2": triangular2}.get(self.mode)
-            return formula(update, *bounds) if formula else exp_range(update, *bounds, self.gamma)
+            return rate_of(self.mode, self.base_lr, self.max_lr, self.step_size, self.gamma)(update)
         x = cycle_number(update, self.step_size) if self.scale_mode == "cycle" else update
         return self.base_lr + (self.max_lr - self.base_lr) * wave(update, self.step_size) * self.scale_fn(x)
 

@@ -5,9 +5,7 @@
     python figures.py learning_rate runs/start --output learning_rate.png
 
 Every function takes the place to write to after what it draws, replaces the file there as a whole, and returns the
-path. Colours are those of Okabe and Ito (doi:10.1038/nmeth.1618), told apart by all common kinds of colour vision;
-lines differ in style or marker as well, so that a grey print still reads. matplotlib is imported when the first
-figure is drawn, and its global state (pyplot, rcParams) is left alone.
+path. matplotlib is imported when the first figure is drawn; its global state (pyplot, rcParams) is left alone.
 """
 
 import argparse
@@ -24,6 +22,7 @@ import numpy as np
 import clr_callback
 from files import atomic
 
+# Okabe and Ito (doi:10.1038/nmeth.1618): told apart by all common kinds of colour vision
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#6E6E6E"
 
@@ -36,7 +35,7 @@ STYLES = (
     (BLACK, (0, (3, 1, 1, 1, 1, 1)), "P"),
     (SKY, (0, (1, 1)), "X"),
 )
-"""Colour, line style and marker of the first, second, ... line of a figure; past the seventh they repeat."""
+"""Colour, line style and marker of a figure's lines, so that a gray print still reads; past the seventh they repeat."""
 
 WIDTH_IN, DPI = 9.0, 160
 """A figure is 1440 px wide, shown at 900 px or less: 10 pt letters are then 14 px high."""
@@ -54,30 +53,23 @@ def curves(history, path):
     `history` holds one value per epoch, None or NaN where there is none, of any of 'loss', 'val_loss', 'dice',
     'val_dice', and 'lr' or 'learning_rate'; 'epoch' (from 1, as in history.csv) if it does not simply count.
     """
-    columns = {name: _floats(values) for name, values in history.items() if name in _CURVE_NAMES}
+    columns = {name: _floats(values) for name, values in history.items()}
     columns = {name: values for name, values in columns.items() if np.isfinite(values).any()}
-    rows = [names for names in _CURVE_ROWS if any(name in columns for name, _ in names)]
+    rows = {title: [name for name in names if name in columns] for title, names in _CURVES.items()}
+    rows = {title: names for title, names in rows.items() if names}
     if not rows:
         raise ValueError(f"history must hold a loss, Dice or rate of an epoch. Received: {sorted(history)}")
-    heights = [0.55 if names is _RATE_ROW else 1.0 for names in rows]
+    heights = [0.55 if title == "learning rate" else 1.0 for title in rows]
     figure = _figure(height_in=2.1 * sum(heights) + 0.7)
     all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, names in zip(all_axes, rows, strict=True):
-        _draw_row(axes, names, columns)
-    _mark_best(all_axes[0], columns)
+    for axes, (title, names) in zip(all_axes, rows.items(), strict=True):
+        _draw_row(axes, title, {name: columns[name] for name in names}, columns.get("epoch"))
     all_axes[-1].set_xlabel("epoch")
     _whole_numbers(all_axes[-1])
     return _save(figure, path)
 
 
-_RATE_ROW = (("learning_rate", "learning rate"), ("lr", "learning rate"))
-_CURVE_ROWS = (
-    (("loss", "training"), ("val_loss", "validation")),
-    (("dice", "training"), ("val_dice", "validation")),
-    _RATE_ROW,
-)
-_CURVE_NAMES = {"epoch"} | {name for names in _CURVE_ROWS for name, _ in names}
-_ROW_TITLES = {"loss": "loss", "dice": "Dice", "learning_rate": "learning rate"}
+_CURVES = {"loss": ("loss", "val_loss"), "Dice": ("dice", "val_dice"), "learning rate": ("learning_rate", "lr")}
 
 
 def learning_rate(rates, path, *, label="", recorded=None):
@@ -86,8 +78,7 @@ def learning_rate(rates, path, *, label="", recorded=None):
     `recorded`, (updates, rates), is what a history says was used: dots on the line.
     """
     rates = _floats(rates)
-    figure = _figure(height_in=3.0)
-    axes = _axes(figure, "update", "learning rate", label)
+    figure, axes = _chart(3.0, "update", "learning rate", label)
     axes.plot(np.arange(1, rates.size + 1), rates, color=BLUE, linewidth=1.8, label="schedule")
     if recorded is not None:
         every = max(1, len(recorded[0]) // 25)
@@ -105,8 +96,7 @@ def lr_find(rates, losses, suggestion, path):
     """Learning-rate range test: the loss of each update against its rate, the suggested range of rates marked."""
     rates, losses = _floats(rates), _floats(losses)
     low, high = suggestion
-    figure = _figure(height_in=3.6)
-    axes = _axes(figure, "learning rate", "training loss", "")
+    figure, axes = _chart(3.6, "learning rate", "training loss")
     axes.set_xscale("log")
     axes.axvspan(low, high, color=SKY, alpha=0.25, linewidth=0, label=f"suggested: {low:.2g} to {high:.2g}")
     for edge in (low, high):
@@ -133,7 +123,9 @@ def factor(panels, path, *, xlabel="epoch", title=""):
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     for axes, (name, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=False):
         for level, (x, mean, deviation) in lines.items():
-            _mean_and_spread(axes, level, _floats(x), _floats(mean), _floats(deviation), styles[level])
+            x, mean, deviation = map(_floats, (x, mean, deviation))
+            axes.fill_between(x, mean - deviation, mean + deviation, color=styles[level][0], alpha=0.18, linewidth=0)
+            _line(axes, x, mean, level or "_", styles[level])  # a line named _ is not in the legend
         axes.set(xlabel=xlabel)
         axes.set_title(name, loc="left", fontsize=11)
         _tidy(axes)
@@ -149,9 +141,8 @@ def factor(panels, path, *, xlabel="epoch", title=""):
 
 def score_curves(thresholds, curves, path, *, higher_is_better=True):
     """Scores, or errors, by their names against the threshold on the interior probability, the best of each marked."""
-    figure = _figure(height_in=4.5)
     label = f"{'score, higher' if higher_is_better else 'error, lower'} is better"
-    axes = _axes(figure, "threshold on the interior probability", label, "")
+    figure, axes = _chart(4.5, "threshold on the interior probability", label)
     for (name, values), (colour, line, marker) in zip(curves.items(), cycle(STYLES), strict=False):
         best = int(np.argmax(values) if higher_is_better else np.argmin(values))
         words = f"{name}: best {values[best]:.4g} at {thresholds[best]:.2g}"
@@ -169,20 +160,16 @@ def sheet(pictures, path, *, legend=None):
     """
     from matplotlib.patches import Patch
 
-    height, width = next(iter(pictures.values())).shape[:2]
-    figure = _figure(height_in=WIDTH_IN / len(pictures) * height / width + 0.8)
-    grid = figure.subplots(1, len(pictures), squeeze=False)[0]
-    for axes, (title, picture) in zip(grid, pictures.items(), strict=True):
+    figure, (row,) = _pictures(1, len(pictures), next(iter(pictures.values())).shape, pictures, room_in=0.8)
+    for axes, picture in zip(row, pictures.values(), strict=True):
         _gray(axes, picture, (0, 255))
-        _frame(axes)
-        axes.set_title(title, fontsize=10)
     marks = [
         Patch(facecolor="white", edgecolor=colour, hatch=hatch, label=words)
         for words, (colour, hatch) in (legend or {}).items()
     ]
     if marks:
         figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)
-    return _save_pictures(figure, path, dpi=DPI)
+    return _save_pictures(figure, path)
 
 
 # --- images
@@ -196,14 +183,14 @@ def preview(images, masks, path):
     images, masks = np.asarray(images), np.asarray(masks)
     columns = min(len(images), 4)
     rows = -(-len(images) // columns)
-    figure = _figure(height_in=WIDTH_IN / columns * rows * images.shape[1] / images.shape[2])
-    grid = figure.subplots(rows, columns, squeeze=False)
+    figure, grid = _pictures(rows, columns, images.shape[1:])
     scale = _gray_range(images)
-    for axes in grid.flat:
+    for axes in grid.flat[len(images) :]:
         axes.axis("off")
     for axes, image, mask in zip(grid.flat, images, masks, strict=False):
         _gray(axes, image, scale)
-        _outline(axes, mask)
+        if 0 < np.count_nonzero(mask) < mask.size:  # some versions of matplotlib warn of a contour that is nowhere
+            axes.contour(mask > 0, levels=[0.5], colors=[ORANGE], linewidths=0.9)
     return _save_pictures(figure, path, dpi=100)
 
 
@@ -214,11 +201,9 @@ def panel(raw, truth, prediction, path, *, titles=None):
     masks, interior probability 0..1, or numbers of cells.
     """
     given = {"section": raw, "labels": truth, "predicted interior probability": prediction}
-    shown = {name: _rows(stack) for name, stack in given.items() if stack is not None}
-    titles = list(shown if titles is None else titles)
-    count, height, width = shown["section"].shape
-    figure = _figure(height_in=WIDTH_IN / len(shown) * count * height / width + 0.3)
-    grid = figure.subplots(count, len(shown), squeeze=False)
+    shown = {name: np.reshape(stack, (-1, *np.shape(stack)[-2:])) for name, stack in given.items() if stack is not None}
+    count, *shape = shown["section"].shape
+    figure, grid = _pictures(count, len(shown), shape, shown if titles is None else titles)
     for row, axes_row in enumerate(grid):
         for axes, (name, stack) in zip(axes_row, shown.items(), strict=True):
             if name == "section":
@@ -227,24 +212,18 @@ def panel(raw, truth, prediction, path, *, titles=None):
                 _instances(axes, stack[row])
             else:
                 _gray(axes, stack[row], (0.0, _full_scale(stack[row])))
-            _frame(axes)
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, fontsize=11, pad=5)
-    return _save_pictures(figure, path, dpi=DPI)
+    return _save_pictures(figure, path)
 
 
 def weight_map(weights, path, *, image, labels):
     """Weight of every pixel in the loss, beside the image and the instances it comes from, all of shape (H, W)."""
-    figure = _figure(height_in=WIDTH_IN / 3.15 * weights.shape[0] / weights.shape[1] + 0.4)
-    grid = figure.subplots(1, 3)
-    for axes, title in zip(grid, ("image", "instances", "weight in the loss"), strict=True):
-        _frame(axes)
-        axes.set_title(title, fontsize=11)
+    titles = ("image", "instances", "weight in the loss")
+    figure, (grid,) = _pictures(1, 3, weights.shape, titles)
     _gray(grid[0], image)
     _instances(grid[1], labels)
     shown = grid[2].imshow(weights, cmap="viridis", interpolation="nearest")
     figure.colorbar(shown, ax=grid[2], fraction=0.046, pad=0.03)
-    return _save_pictures(figure, path, dpi=DPI)
+    return _save_pictures(figure, path)
 
 
 def animation(sections, masks, path):
@@ -269,7 +248,7 @@ def _save(figure, path):
     return Path(path)
 
 
-def _save_pictures(figure, path, dpi):
+def _save_pictures(figure, path, dpi=DPI):
     """Render pictures to PNG with a palette of 256 colours: noise in full colour costs twice the bytes."""
     from PIL import Image
 
@@ -289,13 +268,27 @@ def _figure(height_in):
     return figure
 
 
-def _axes(figure, xlabel, ylabel, title):
-    """The only axes of a figure of lines."""
+def _chart(height_in, xlabel, ylabel, title=""):
+    """A figure of lines, and its only axes."""
+    figure = _figure(height_in)
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, loc="left", fontsize=11)
     _tidy(axes)
-    return axes
+    return figure, axes
+
+
+def _pictures(rows, columns, shape, titles=(), room_in=0.4):
+    """A figure of framed pictures of shape (h, w), titles above the first row; its axes, a row of them for each row."""
+    figure = _figure(WIDTH_IN / columns * rows * shape[0] / shape[1] + room_in)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():  # a hairline: a white mask still has a border on a white page
+            spine.set(color=GREY, linewidth=0.6)
+    for axes, title in zip(grid[0], titles, strict=False):
+        axes.set_title(title, fontsize=11)
+    return figure, grid
 
 
 def _tidy(axes):
@@ -315,19 +308,30 @@ def _floats(values):
     return np.array([np.nan if value is None or value == "" else float(value) for value in values], dtype=float)
 
 
-def _draw_row(axes, names, columns):
+def _draw_row(axes, title, columns, epochs):
     """One quantity of the history: training and validation, or the learning rate."""
-    present = [(name, label) for name, label in names if name in columns]
-    for (name, label), style in zip(present, STYLES, strict=False):
-        _line(axes, _epochs(columns, columns[name].size), columns[name], label, style)
-    axes.set_ylabel(_ROW_TITLES[names[0][0]])
+    for (name, values), style in zip(columns.items(), STYLES, strict=False):
+        x = np.arange(1, values.size + 1) if epochs is None else epochs
+        _line(axes, x, values, "validation" if name.startswith("val_") else "training", style)
+        if name == "val_loss":
+            _mark_best(axes, x, values)
+    axes.set_ylabel(title)
     _tidy(axes)
-    if names is _RATE_ROW:
+    if title == "loss":
+        _log_if_wide(axes, [*columns.values()])
+    if title == "learning rate":
         _plain_numbers(axes.yaxis)
     else:
         _legend(axes)
-    if names[0][0] == "loss":
-        _log_if_wide(axes, [columns[name] for name, _ in present])
+
+
+def _mark_best(axes, epochs, losses):
+    """Ring the lowest validation loss: those are the weights that are kept."""
+    best = int(np.nanargmin(losses))
+    axes.plot(
+        epochs[best], losses[best], linestyle="none", marker="o", markersize=11, fillstyle="none", color=BLACK,
+        markeredgewidth=1.4, label=f"best: {losses[best]:.4g} in epoch {epochs[best]:.0f}",
+    )  # fmt: skip
 
 
 def _line(axes, x, y, label, style):
@@ -337,31 +341,6 @@ def _line(axes, x, y, label, style):
         x, y, color=colour, linestyle=line, linewidth=1.6, label=label,
         marker=marker, markersize=4.5, markevery=max(1, len(x) // 12),
     )  # fmt: skip
-
-
-def _mean_and_spread(axes, label, x, mean, deviation, style):
-    """A line with its shade, mean - deviation to mean + deviation; an empty label stays out of the legend."""
-    axes.fill_between(x, mean - deviation, mean + deviation, color=style[0], alpha=0.18, linewidth=0)
-    _line(axes, x, mean, label or "_", style)
-
-
-def _epochs(columns, count):
-    """Epochs counted from 1, as the progress bar counts them."""
-    return columns["epoch"] if "epoch" in columns else np.arange(1, count + 1)
-
-
-def _mark_best(axes, columns):
-    """Ring the lowest validation loss: those are the weights that are kept."""
-    losses = columns.get("val_loss", np.array([]))
-    if not np.isfinite(losses).any():
-        return
-    best = int(np.nanargmin(losses))
-    epoch = _epochs(columns, losses.size)[best]
-    axes.plot(
-        epoch, losses[best], linestyle="none", marker="o", markersize=11, fillstyle="none", color=BLACK,
-        markeredgewidth=1.4, label=f"best: {losses[best]:.4g} in epoch {epoch:.0f}",
-    )  # fmt: skip
-    _legend(axes)
 
 
 def _log_if_wide(axes, lines):
@@ -404,19 +383,6 @@ def _whole_numbers(axes):
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
-def _rows(stack):
-    """One section as a stack of one."""
-    stack = np.asarray(stack)
-    return stack[None] if stack.ndim == 2 else stack
-
-
-def _frame(axes):
-    """No ticks, a hairline around: a white mask still has a border on a white page."""
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set(color=GREY, linewidth=0.6)
-
-
 def _gray_range(sections):
     """Black and white points: percentiles, so that a few hot pixels do not darken the rest."""
     low, high = np.percentile(np.concatenate([np.ravel(section)[::7] for section in sections]), (0.5, 99.5))
@@ -432,13 +398,6 @@ def _gray(axes, image, scale=None):
 def _full_scale(mask):
     """The value shown white: 1 in probabilities (rounding allowed) and 0/1 masks, 255 in 8-bit masks."""
     return 255.0 if np.max(mask) > 1.5 else 1.0
-
-
-def _outline(axes, mask):
-    """Draw the border between interior and membrane, if there is one."""
-    inside = np.asarray(mask) > 0
-    if inside.any() and not inside.all():  # some versions of matplotlib warn of a contour that is nowhere
-        axes.contour(inside, levels=[0.5], colors=[ORANGE], linewidths=0.9)
 
 
 def _instances(axes, labels):
@@ -487,27 +446,27 @@ def build_parser():
     parser = silent(prog="figures.py", description="Draw runs and stacks; an existing picture is replaced.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=silent)
     stack = "TIFF stack, or a folder with the challenge's files"
-    verb = _verb(verbs, "animate", _animate, ".gif", "sections beside their masks or predictions, as a GIF")
-    verb.add_argument("--image_path", required=True, metavar="PATH", help=stack)
-    verb.add_argument("--mask_path", required=True, metavar="PATH", help=f"masks or probabilities: {stack}")
-    verb.add_argument("--test", action="store_true", help="in a folder, take the test stack, not the training stack")
-    verb.add_argument("--every", type=int, default=1, metavar="N", help="show each N-th section (default: 1)")
-    verb = _verb(verbs, "curves", _curves, ".png", "loss and Dice against the epoch")
-    verb.add_argument("run", metavar="RUN_OR_HISTORY", help="run folder, or its history.csv")
-    verb = _verb(verbs, "learning_rate", _learning_rate, ".png", "the learning rate of every update of a run")
-    verb.add_argument("run", metavar="RUN_OR_RECORD", help="run folder, or its run.json")
+    for name, draw, suffix, words in (
+        ("animate", _animate, ".gif", "sections beside their masks or predictions, as a GIF"),
+        ("curves", _curves, ".png", "loss and Dice against the epoch"),
+        ("learning_rate", _learning_rate, ".png", "the learning rate of every update of a run"),
+    ):
+        verb = verbs.add_parser(name, help=words)
+        verb.add_argument("--output", required=True, metavar=f"FILE{suffix}", help="an existing file is replaced")
+        verb.set_defaults(draw=draw, suffix=suffix)
+        if draw is not _animate:
+            verb.add_argument("run", help="run folder, or its history.csv (curves) or run.json (learning_rate)")
+            continue
+        verb.add_argument("--image_path", required=True, metavar="PATH", help=stack)
+        verb.add_argument("--mask_path", required=True, metavar="PATH", help=f"masks or probabilities: {stack}")
+        verb.add_argument(
+            "--test", action="store_true", help="in a folder, take the test stack, not the training stack"
+        )
+        verb.add_argument("--every", type=int, default=1, metavar="N", help="show each N-th section (default: 1)")
     return parser
 
 
-def _verb(verbs, name, draw, suffix, words):
-    verb = verbs.add_parser(name, help=words)
-    verb.add_argument("--output", required=True, metavar=f"FILE{suffix}", help="an existing file is replaced")
-    verb.set_defaults(draw=draw, suffix=suffix)
-    return verb
-
-
 def _animate(args):
-    """The `animate` verb."""
     if args.every < 1:
         raise ValueError(f"--every must be at least 1. Received: {args.every}")
     sections = _read_stack(args.image_path, "image", args.test)
@@ -533,7 +492,6 @@ def _read_stack(text, what, test):
 
 
 def _curves(args):
-    """The `curves` verb."""
     return curves(read_history(_file_of_run(args.run, "history.csv")), args.output)
 
 
@@ -557,7 +515,7 @@ def read_history(path):
 
 
 def _learning_rate(args):
-    """The `learning_rate` verb: the schedule of the settings, and on it what the history recorded."""
+    """The schedule of the settings, and on it what the history recorded."""
     path = _file_of_run(args.run, "run.json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -579,15 +537,8 @@ def scheduled_rates(record):
     updates = record.get("final", {}).get("update", planned)
     if not 0 < updates <= 10**7:
         raise ValueError(f"the updates must be 1 to 10 million. Received: {updates}")
-    low, high, half_cycle = settings["lr"], settings["max_lr"], settings["step_size"]
-    warm_up = min(100, planned // 20)
-    rate = {
-        "none": lambda update: low,
-        "cosine": lambda update: clr_callback.cosine(update, low, high, planned, warm_up),
-        "triangular": lambda update: clr_callback.triangular(update, low, high, half_cycle),
-        "triangular2": lambda update: clr_callback.triangular2(update, low, high, half_cycle),
-        "exp_range": lambda update: clr_callback.exp_range(update, low, high, half_cycle, settings["clr_gamma"]),
-    }[settings["clr_mode"]]
+    keys = ("clr_mode", "lr", "max_lr", "step_size", "clr_gamma")
+    rate = clr_callback.rate_of(*map(settings.get, keys), planned)
     return np.array([rate(update) for update in range(updates)])
 
 

@@ -35,12 +35,7 @@ class Course:
     @cached_property
     def rate(self):
         """Learning rate of an update, counted from 0: a function of a number or of a tensor."""
-        if self.mode == "none":
-            return lambda update: self.lr + 0 * update
-        if self.mode == "cosine":
-            warm_up = min(100, self.updates // 20)
-            return lambda update: clr_callback.cosine(update, self.lr, self.max_lr, self.updates, warm_up)
-        return clr_callback.CyclicLR(self.lr, self.max_lr, self.step_size, self.mode, self.gamma).rate
+        return clr_callback.rate_of(self.mode, self.lr, self.max_lr, self.step_size, self.gamma, self.updates)
 
     @property
     def highest(self):
