@@ -5,7 +5,7 @@ displacement, changing as slowly, curves their borders. Organelles live in the c
 network has to tell the outline of a mitochondrion or a vesicle from a membrane. Gray values are 0..255.
 """
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -31,8 +31,7 @@ def paint(sections, size, seed):
     rng = np.random.default_rng((seed, sections, *size))
     scene = _scene(rng, sections, size)
     half_width = _half_width(scene, sections)
-    gray = np.empty((sections, *size), np.uint8)
-    interior = np.empty((sections, *size), np.uint8)
+    gray, interior = np.empty((2, sections, *size), np.uint8)
     for z in range(sections):
         cells = _cells(scene, z, half_width)
         interior[z] = cells.depth > 0
@@ -42,9 +41,6 @@ def paint(sections, size, seed):
         _add_membranes(tissue, scene, cells, z)
         gray[z] = _expose(rng, tissue, scene, z)
     return gray, interior
-
-
-# --- Smooth random numbers ----------------------------------------------------------------------------------
 
 
 def _spline(n, spacing):
@@ -74,53 +70,28 @@ def _grain(rng, size, spacing):
     return _Field(rng, (1, *size), (1, spacing, spacing))(0)
 
 
-# --- Cells --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Scene:
-    size: tuple
-    sites: np.ndarray  # (S, n, 2): row and column of every cell's site in every section
-    radii: np.ndarray  # (S, n), px
-    warp: list  # (amplitude in px, field of rows, field of columns)
-    thickness: _Field
-    faintness: _Field
-    synapses: _Field
-    shade: _Field
-    brightness: np.ndarray  # (S, 2): offset and contrast of a section
-    tone: np.ndarray  # (n,): gray value of a cell
-    crowd: np.ndarray  # (n,): how full of vesicles
-    mitochondria: dict
-
-
-@dataclass
-class _Cells:
-    """One section: which cell a pixel belongs to, where it lies, and how deep inside the cell it is."""
-
-    owner: np.ndarray
-    place: np.ndarray  # (H, W, 2), warped row and column
-    depth: np.ndarray  # px from the membrane's edge, negative inside the membrane
-    width: np.ndarray  # half the membrane's width, px
-
-
 def _scene(rng, sections, size):
+    """What the sections share; S sections, n cells. The order is that of the random numbers."""
     shape = (sections, *size)
     sites, radii = _scatter(rng, size)
-    count, slow = len(sites), _spline(sections, 7)
+    count, slow, drift = len(sites), _spline(sections, 7), _spline(sections, 3)
     wander = np.tensordot(slow, rng.standard_normal((slow.shape[1], count, 2)), 1)
     growth = np.tensordot(slow, rng.standard_normal((slow.shape[1], count)), 1)
     warp = [(24, 95, 9), (6, 30, 5), (1.3, 10, 2)]
-    drift = _spline(sections, 3)
-    return _Scene(
-        size,
-        sites + 7 * wander,
-        radii * np.clip(1 + 0.3 * growth, 0.2, 1.6),
-        [(px, *(_Field(rng, shape, (z, knots, knots)) for _ in range(2))) for px, knots, z in warp],
-        *(_Field(rng, shape, spacing) for spacing in ((3, 45, 45), (3, 35, 35), (3, 22, 22), (6, 200, 200))),
-        np.tensordot(drift, rng.standard_normal((drift.shape[1], 2)), 1),
-        rng.normal(0, 9, count),
-        rng.lognormal(-0.6, 0.9, count),
-        _mitochondria(rng, radii, sections),
+    return SimpleNamespace(
+        size=size,
+        sites=sites + 7 * wander,  # (S, n, 2): row and column of every cell's site in every section
+        radii=radii * np.clip(1 + 0.3 * growth, 0.2, 1.6),  # (S, n), px
+        # (amplitude in px, field of rows, field of columns)
+        warp=[(px, *(_Field(rng, shape, (z, knots, knots)) for _ in range(2))) for px, knots, z in warp],
+        thickness=_Field(rng, shape, (3, 45, 45)),
+        faintness=_Field(rng, shape, (3, 35, 35)),
+        synapses=_Field(rng, shape, (3, 22, 22)),
+        shade=_Field(rng, shape, (6, 200, 200)),
+        brightness=np.tensordot(drift, rng.standard_normal((drift.shape[1], 2)), 1),  # (S, 2): offset, contrast
+        tone=rng.normal(0, 9, count),  # (n,): gray value of a cell
+        crowd=rng.lognormal(-0.6, 0.9, count),  # (n,): how full of vesicles
+        mitochondria=_mitochondria(rng, radii, sections),
     )
 
 
@@ -129,8 +100,7 @@ def _scatter(rng, size):
     height, width = (n + 2 * REACH for n in size)
     radius = 27 * np.exp(np.clip(0.6 * _grain(rng, (height, width), 75), -0.6, 1.0))
     darts = rng.integers(0, (height, width), (height * width // 60, 2))
-    sites = np.empty((0, 2))
-    radii = np.empty(0)
+    sites, radii = np.empty((0, 2)), np.empty(0)
     for dart in darts:
         near = radius[tuple(dart)] * rng.uniform(0.8, 1.25)
         if not len(sites) or (((sites - dart) ** 2).sum(1) > (0.5 * (near + radii)) ** 2 * 2).all():
@@ -138,8 +108,8 @@ def _scatter(rng, size):
     return sites - REACH, radii
 
 
-def _cells(scene, z, half_width=0.0):
-    """Cut the cells: a power diagram, as the nearest sites in one dimension more (Aurenhammer 1987)."""
+def _cells(scene, z, half_width):
+    """Cut the cells of a section: a power diagram, as the nearest sites in one dimension more (Aurenhammer 1987)."""
     from scipy.spatial import cKDTree
 
     place = np.stack(np.mgrid[: scene.size[0], : scene.size[1]], -1).astype(float)
@@ -155,18 +125,19 @@ def _cells(scene, z, half_width=0.0):
     distance = border.min(-1, initial=1e3)
     broad = np.clip(scene.thickness(z) - 1.1, 0, None)  # here the membrane is cut at a slant
     width = np.exp(0.15 * scene.thickness(z)) + 0.8 * broad
-    if not half_width:
-        return distance / width
-    return _Cells(index[..., 0], place, distance - half_width * width, half_width * width)
+    return SimpleNamespace(
+        owner=index[..., 0],
+        place=place,  # (H, W, 2), warped row and column
+        reach=distance / width,  # half the width of the membrane that would come so far
+        depth=distance - half_width * width,  # px from the membrane's edge, negative inside the membrane
+        width=half_width * width,  # half the membrane's, px
+    )
 
 
 def _half_width(scene, sections):
     """Choose the membranes' width by the fraction of interior wanted, within what looks like a membrane."""
     some = sorted({0, sections // 3, 2 * sections // 3, sections - 1})
-    return float(np.clip(np.quantile([_cells(scene, z) for z in some], 1 - INTERIOR), 1.5, 6.0))
-
-
-# --- What is in them ----------------------------------------------------------------------------------------
+    return float(np.clip(np.quantile([_cells(scene, z, 0).reach for z in some], 1 - INTERIOR), 1.5, 6.0))
 
 
 def _cytoplasm(rng, scene, cells):
@@ -200,20 +171,17 @@ def _add_mitochondria(rng, tissue, scene, cells, z):
     share = 1 - ((z - many["middle"]) / many["half_length"]) ** 2
     for i in np.flatnonzero(share > 0.05):
         cell = many["cell"][i]
-        if boxes[cell] is None:
+        box = boxes[cell]
+        if box is None:
             continue
-        at = cells.place[boxes[cell]] - scene.sites[z, cell] - many["offset"][i]
-        along, across, axes = *_turned(at, many["turn"][i]), many["axes"][i] * np.sqrt(share[i])
+        row, column = np.moveaxis(cells.place[box] - scene.sites[z, cell] - many["offset"][i], -1, 0)
+        sin, cos, axes = np.sin(many["turn"][i]), np.cos(many["turn"][i]), many["axes"][i] * np.sqrt(share[i])
+        along, across = cos * row + sin * column, cos * column - sin * row
         inside = (1 - np.hypot(along / axes[0], across / axes[1])) * axes.min()
-        here = (inside > 0) & (cells.owner[boxes[cell]] == cell) & (cells.depth[boxes[cell]] > 1.5)
-        cristae = 20 * np.sin(along * 0.85 + 1.6 * wiggle[boxes[cell]])
-        matrix = 0.35 * (tissue[boxes[cell]] - 150) + 96 + cristae - 50 * np.exp(-(((inside - 1.4) / 1.3) ** 2))
-        tissue[boxes[cell]] = np.where(here, matrix, tissue[boxes[cell]])
-
-
-def _turned(at, angle):
-    sin, cos = np.sin(angle), np.cos(angle)
-    return cos * at[..., 0] + sin * at[..., 1], cos * at[..., 1] - sin * at[..., 0]
+        here = (inside > 0) & (cells.owner[box] == cell) & (cells.depth[box] > 1.5)
+        cristae = 20 * np.sin(along * 0.85 + 1.6 * wiggle[box])
+        matrix = 0.35 * (tissue[box] - 150) + 96 + cristae - 50 * np.exp(-(((inside - 1.4) / 1.3) ** 2))
+        tissue[box] = np.where(here, matrix, tissue[box])
 
 
 def _add_vesicles(rng, tissue, scene, cells):
@@ -243,9 +211,6 @@ def _add_membranes(tissue, scene, cells, z):
     dense = 1 / (1 + np.exp(-6 * (scene.synapses(z) - 1.8)))
     tissue -= 60 * dense * np.exp(-np.maximum(cells.depth, 0) / 5)
     np.maximum(tissue, 30, out=tissue)
-
-
-# --- The microscope -----------------------------------------------------------------------------------------
 
 
 def _expose(rng, tissue, scene, z):
