@@ -19,6 +19,7 @@ from augment import RECIPES, Recipe
 from network import hashing
 
 WINDOW = 48
+NO_GRAY = dict.fromkeys(("gamma", "noise", "brightness", "contrast"), 0)
 SINGLE = {
     "flips": Recipe(flips=True, quarter_turns=True),
     "rotation": Recipe(max_rotation_deg=180),
@@ -26,9 +27,9 @@ SINGLE = {
     "shear": Recipe(max_shear_deg=30),
     "shift": Recipe(max_shift_px=20),
     "elastic": Recipe(elastic_sd_px=3, elastic_grid=5),
-    "everything": replace(RECIPES["all"], max_shear_deg=20, elastic_sd_px=4),
+    "everything": replace(RECIPES["all"], max_shear_deg=20, elastic_sd_px=4, **NO_GRAY),
 }
-STATIC = pytest.mark.parametrize("made", SINGLE.values(), ids=SINGLE.keys())
+GEOMETRY = pytest.mark.parametrize("made", SINGLE.values(), ids=SINGLE.keys())
 
 
 def stack(sections=4, shape=(70, 90), dtype=np.uint8, seed=0):
@@ -40,8 +41,12 @@ def batch(images, masks, made, *, seed=3, epoch=1, indices=range(6), window=WIND
     return augment.batch(images, masks, made, seed=seed, epoch=epoch, indices=indices, window=window, sections=sections)
 
 
-def warp(arrays, made, *, window=WINDOW, mean=0.0, std=1.0, **kwargs):
-    image, mask = augment.warp(arrays, made, window=window, mean=mean, std=std, **kwargs)
+def draw(made=RECIPES["none"], index=0, *, seed=0, epoch=0, sections=(0,), shape=(64, 64), window=64):
+    return augment.draw(made, seed=seed, epoch=epoch, index=index, sections=sections, shape=shape, window=window)
+
+
+def warp(arrays, made, *, window=WINDOW, mean=0.0, std=1.0):
+    image, mask = augment.warp(arrays, made, window=window, mean=mean, std=std)
     return ops.convert_to_numpy(image)[..., 0], ops.convert_to_numpy(mask)
 
 
@@ -58,25 +63,21 @@ def compiled(function):
     return function
 
 
-def compiled_warp(arrays, made, *, order="linear"):
-    run = compiled(lambda tensors: augment.warp(tensors, made, window=WINDOW, mean=0.0, std=1.0, order=order))
+def compiled_warp(arrays, made):
+    run = compiled(lambda tensors: augment.warp(tensors, made, window=WINDOW, mean=0.0, std=1.0))
     image, mask = run({name: ops.convert_to_tensor(array) for name, array in arrays.items()})
     return ops.convert_to_numpy(image)[..., 0], ops.convert_to_numpy(mask)
 
 
-def central_draw(made, images, *, window=WINDOW, **changes):
-    """A draw from the middle of a section, with the map of `augment.affine(**changes)`."""
-    _sections, rows, columns = images.shape
-    made_draw = augment.draw(made, seed=0, epoch=0, index=0, sections=[0], shape=(rows, columns), window=window)
-    origin = ((rows - window) // 2, (columns - window) // 2)
-    return replace(made_draw, origin=origin, affine=augment.affine(**changes), grid=made_draw.grid * 0)
+RUNS = pytest.mark.parametrize("run", [warp, compiled_warp], ids=["eager", "compiled"])
 
 
 def transformed(images, made, *, window=WINDOW, **changes):
-    """The central window of section 0 after one given transform, and the same window untransformed."""
-    one = central_draw(made, images, window=window, **changes)
+    """The central window of section 0 after the map of `augment.affine(**changes)`, and the same window before."""
+    one = draw(made, shape=images.shape[1:], window=window)
+    row, column = ((side - window) // 2 for side in images.shape[1:])
+    one = replace(one, origin=(row, column), affine=augment.affine(**changes), grid=one.grid * 0)
     image, _ = warp(augment.collate(images, images, [one], made), made, window=window)
-    (row, column) = one.origin
     return image[0], images[0, row : row + window, column : column + window]
 
 
@@ -109,22 +110,18 @@ def test_a_crop_alone_is_the_sections_pixels_bit_for_bit(dtype):
     images = stack(dtype=dtype) * dtype(3) / 3 if dtype == np.float32 else stack(dtype=dtype)
     masks = (stack(seed=1) > 60).astype(np.uint8)
     arrays = batch(images, masks, RECIPES["none"])
-    assert arrays["image"].dtype == dtype
-    assert arrays["image"].shape == (6, WINDOW, WINDOW)
+    assert (arrays["image"].dtype, arrays["image"].shape) == (dtype, (6, WINDOW, WINDOW))
     image, mask = warp(arrays, RECIPES["none"])
     for index in range(6):
-        one = augment.draw(
-            RECIPES["none"], seed=3, epoch=1, index=index, sections=range(4), shape=(70, 90), window=WINDOW
-        )
+        one = draw(index=index, seed=3, epoch=1, sections=range(4), shape=(70, 90), window=WINDOW)
         place = np.s_[one.section, one.origin[0] : one.origin[0] + WINDOW, one.origin[1] : one.origin[1] + WINDOW]
         np.testing.assert_array_equal(image[index], images[place])
         np.testing.assert_array_equal(mask[index], masks[place])
 
 
 @pytest.mark.parametrize("window", [48, 33])
-@pytest.mark.parametrize("made", [SINGLE["flips"], RECIPES["all"]], ids=["exact", "resampled"])
+@pytest.mark.parametrize("made", [SINGLE["flips"], SINGLE["everything"]], ids=["exact", "resampled"])
 def test_flips_and_quarter_turns_move_pixels_without_changing_them(made, window):
-    made = replace(made, gamma=0, noise=0, brightness=0, contrast=0)
     images = stack()
     for turns, rows, columns in itertools.product(range(4), (False, True), (False, True)):
         image, crop = transformed(images, made, window=window, quarter_turns=turns, flip=(rows, columns))
@@ -136,8 +133,8 @@ def test_flips_and_quarter_turns_move_pixels_without_changing_them(made, window)
 @pytest.mark.parametrize(("flips", "turns", "kinds"), [(True, True, 8), (True, False, 4), (False, True, 4)])
 def test_flips_and_quarter_turns_are_drawn_evenly(flips, turns, kinds):
     made = Recipe(flips=flips, quarter_turns=turns)
-    draws = [augment.draw(made, seed=0, epoch=0, index=i, sections=[0], shape=(64, 64), window=64) for i in range(800)]
-    counts = np.unique([d.affine[:, :2].ravel() for d in draws], axis=0, return_counts=True)[1]
+    maps = [draw(made, i).affine[:, :2].ravel() for i in range(800)]
+    counts = np.unique(maps, axis=0, return_counts=True)[1]
     assert len(counts) == kinds
     np.testing.assert_allclose(counts, 800 / kinds, rtol=0.3)
 
@@ -158,7 +155,7 @@ def test_the_mask_keeps_its_values_whatever_they_are():
         assert np.isin(mask, masks.astype(np.float32)).all()
 
 
-@STATIC
+@GEOMETRY
 def test_uint8_uint16_and_float32_give_the_same_bits(made):
     first = warp(batch(stack(), stack(), made), made)
     for dtype in (np.uint16, np.float32):
@@ -170,26 +167,21 @@ def test_uint8_uint16_and_float32_give_the_same_bits(made):
 # --- one map
 
 
-@STATIC
-@pytest.mark.parametrize("run", [warp, compiled_warp], ids=["eager", "compiled"])
+@GEOMETRY
+@RUNS
 def test_image_and_mask_stay_registered_in_every_pixel(made, run):
-    made = replace(made, gamma=0, noise=0, brightness=0, contrast=0)
-    rows, columns = np.indices((70, 90))
-    grid = (((rows % 8 == 0) | (columns % 8 == 0)) * 200 + (rows * 7 + columns * 3) % 50).astype(np.uint8)
-    grids = np.stack([grid, grid.T[:70, :70].repeat(2, axis=1)[:, :90]])
-    image, mask = run(batch(grids, grids, made, indices=range(8)), made, order="nearest")
-    assert len(np.unique(image)) > 50
-    assert (image == mask).mean() == 1.0
+    """On ramps, whose nearest value is the linear one, rounded; one along the rows, one along the columns."""
+    ramps = np.indices((70, 90)).astype(np.uint8)
+    image, mask = run(batch(ramps, ramps, made, indices=range(8)), made)
+    assert len(np.unique(mask)) > 50
+    assert np.abs(image - mask).max() <= 0.5 + 1e-3
 
 
-@STATIC
-@pytest.mark.parametrize("run", [warp, compiled_warp], ids=["eager", "compiled"])
+@GEOMETRY
+@RUNS
 def test_the_warp_is_scipys_with_the_same_map_and_mirrored_borders(made, run):
-    made = replace(made, gamma=0, noise=0, brightness=0, contrast=0)
     images, masks = stack(), stack(seed=1)
-    draws = [
-        augment.draw(made, seed=5, epoch=0, index=i, sections=range(4), shape=(70, 90), window=WINDOW) for i in range(3)
-    ]
+    draws = [draw(made, i, seed=5, sections=range(4), shape=(70, 90), window=WINDOW) for i in range(3)]
     image, mask = run(augment.collate(images, masks, draws, made), made)
     for k, one in enumerate(draws):
         place = source_map(one, WINDOW)
@@ -202,44 +194,35 @@ def test_the_warp_is_scipys_with_the_same_map_and_mirrored_borders(made, run):
         np.testing.assert_array_equal(mask[k][~near_tie], nearest[~near_tie])
 
 
-@STATIC
+@GEOMETRY
 def test_a_ramp_reads_back_the_map_to_a_thousandth_of_a_pixel(made):
-    made = replace(made, gamma=0, noise=0, brightness=0, contrast=0)
-    rows, columns = np.indices((240, 260)).astype(np.float32)
+    ramps = np.indices((240, 260)).astype(np.float32)
     for index in range(3):
-        one = augment.draw(made, seed=1, epoch=0, index=index, sections=[0], shape=(240, 260), window=WINDOW)
-        one = replace(one, origin=(90, 110))
-        read = [warp(augment.collate(ramp[None], ramp[None], [one], made), made)[0][0] for ramp in (rows, columns)]
+        one = replace(draw(made, index, seed=1, shape=(240, 260), window=WINDOW), origin=(90, 110))
+        both = [replace(one, section=axis) for axis in (0, 1)]
+        read, _ = warp(augment.collate(ramps, ramps, both, made), made)
         np.testing.assert_allclose(read, source_map(one, WINDOW), atol=1e-3)
 
 
 def extreme_draws(made, window):
     """Every combination of a recipe's largest changes, with grids whose displacements add up at a corner or side."""
-    base = augment.draw(made, seed=0, epoch=0, index=0, sections=[0], shape=(window, window), window=window)
     angles = np.linspace(-made.max_rotation_deg, made.max_rotation_deg, 73)
-    signs = [np.ones_like(base.grid), -np.ones_like(base.grid)]
     weights = augment.bicubic(window, made.elastic_grid)
     worst = np.abs(weights).sum(axis=1).argmax()
     pattern = np.sign(np.outer(weights[worst], weights[worst]))
-    signs += [np.stack([pattern, -pattern]), np.stack([-pattern, pattern])]
-    for angle, shear, shift, sign, scale in itertools.product(angles, (-1, 1), (-1, 1), signs, made.scale):
-        yield replace(
-            base,
-            affine=augment.affine(
-                rotation_deg=angle,
-                scale=scale,
-                shear_deg=shear * made.max_shear_deg,
-                shift_px=(shift * made.max_shift_px, -shift * made.max_shift_px),
-            ),
-            grid=np.float32(sign * augment.CLIP_SD * made.elastic_sd_px),
-        )
+    ones = np.ones_like(pattern)
+    grids = [np.stack(pair) for pair in ([ones, ones], [-ones, -ones], [pattern, -pattern], [-pattern, pattern])]
+    for angle, shear, shift, grid, scale in itertools.product(angles, (-1, 1), (-1, 1), grids, made.scale):
+        moved = {"shear_deg": shear * made.max_shear_deg, "shift_px": np.multiply((1, -1), shift * made.max_shift_px)}
+        affine = augment.affine(rotation_deg=angle, scale=scale, **moved)
+        yield affine, np.float32(grid * augment.CLIP_SD * made.elastic_sd_px)
 
 
-@STATIC
+@GEOMETRY
 @pytest.mark.parametrize("window", [16, 31])
 def test_no_draw_reaches_beyond_the_source_window_and_little_of_it_is_idle(made, window):
-    draws = list(extreme_draws(made, window))
-    arrays = {"affine": np.stack([d.affine for d in draws]), "grid": np.stack([d.grid for d in draws])}
+    affines, grids = zip(*extreme_draws(made, window), strict=True)
+    arrays = {"affine": np.stack(affines), "grid": np.stack(grids)}
     places = np.stack([ops.convert_to_numpy(p) for p in augment._coordinates(arrays, made, window)])
     last = window + 2 * augment.margin(made, window) - 1
     assert places.min() >= 0
@@ -257,10 +240,7 @@ def test_the_margin_is_nothing_without_resampling_and_the_corners_for_any_angle(
 
 
 def test_grid_displacements_are_clipped_where_the_margin_ends():
-    made = Recipe(elastic_sd_px=10, elastic_grid=32)
-    grids = [
-        augment.draw(made, seed=s, epoch=0, index=0, sections=[0], shape=(64, 64), window=64).grid for s in range(20)
-    ]
+    grids = [draw(Recipe(elastic_sd_px=10, elastic_grid=32), seed=seed).grid for seed in range(20)]
     assert np.abs(grids).max() == pytest.approx(10 * augment.CLIP_SD)
 
 
@@ -313,13 +293,7 @@ def test_the_elastic_grids_nodes_are_met_at_corners_sides_and_centre():
 
 
 def test_row_and_column_displacements_are_independent_gaussians():
-    made = RECIPES["elastic"]
-    grids = np.stack(
-        [
-            augment.draw(made, seed=0, epoch=0, index=i, sections=[0], shape=(64, 64), window=64).grid
-            for i in range(3000)
-        ]
-    )
+    grids = np.stack([draw(RECIPES["elastic"], i).grid for i in range(3000)])
     assert grids.shape == (3000, 2, 3, 3)
     assert grids.std() == pytest.approx(10, abs=0.2)
     assert abs(grids.mean()) < 0.2
@@ -328,26 +302,15 @@ def test_row_and_column_displacements_are_independent_gaussians():
 
 
 def test_drawn_angles_scales_and_shifts_fill_their_ranges():
-    made = Recipe(max_rotation_deg=20, scale=(0.5, 2))
-    draws = [
-        augment.draw(made, seed=0, epoch=0, index=i, sections=[0], shape=(64, 64), window=64).affine
-        for i in range(1000)
-    ]
-    scales = np.array([np.linalg.det(d[:, :2].astype(float)) ** -0.5 for d in draws])
-    angles = np.array([np.rad2deg(np.arctan2(d[0, 1], d[0, 0])) for d in draws])
-    assert 0.5 <= scales.min() < 0.51
-    assert 1.95 < scales.max() <= 2
-    assert abs(np.log(scales).mean()) < 0.05
-    assert -20 <= angles.min() < -19.5
-    assert 19.5 < angles.max() <= 20
-    assert abs(angles.mean()) < 1.5
-    made = Recipe(max_shift_px=16)
-    shifts = [
-        augment.draw(made, seed=0, epoch=0, index=i, sections=[0], shape=(64, 64), window=64).affine[:, 2]
-        for i in range(1000)
-    ]
-    assert abs(np.corrcoef(np.transpose(shifts))[0, 1]) < 0.15
-    assert 15.5 < np.abs(shifts).max() <= 16
+    made = Recipe(max_rotation_deg=20, scale=(0.5, 2), max_shift_px=16)
+    maps = np.array([draw(made, i).affine for i in range(1000)], float)
+    log_scales = -np.log2(np.linalg.det(maps[:, :, :2])) / 2
+    angles = np.rad2deg(np.arctan2(maps[:, 0, 1], maps[:, 0, 0]))
+    for found, most in ((log_scales, 1), (angles, 20), (maps[:, 0, 2], 16), (maps[:, 1, 2], 16)):
+        assert -most * 1.0001 <= found.min() < -0.97 * most
+        assert 0.97 * most < found.max() <= most * 1.0001
+        assert abs(found.mean()) < 0.075 * most
+    assert abs(np.corrcoef(maps[:, :, 2].T)[0, 1]) < 0.15
 
 
 @pytest.mark.parametrize("shape", [(20, 33), (1, 9), (2, 2), (50, 64)])
@@ -356,7 +319,7 @@ def test_context_beyond_the_border_is_mirrored_however_far(shape, margin):
     images = np.random.default_rng(0).integers(0, 255, (2, *shape)).astype(np.uint16)
     window = min(shape)
     for index in range(4):
-        one = augment.draw(RECIPES["none"], seed=0, epoch=0, index=index, sections=[0, 1], shape=shape, window=window)
+        one = draw(index=index, sections=(0, 1), shape=shape, window=window)
         padded = np.pad(images[one.section], margin, mode="reflect")
         rows, columns = (np.s_[start : start + window + 2 * margin] for start in one.origin)
         source = augment.cut(images, one, margin)
@@ -457,11 +420,8 @@ def test_another_seed_epoch_or_index_is_another_draw(change):
 
 
 def test_keys_are_not_confused_with_each_other():
-    keys = {
-        augment.draw(RECIPES["none"], seed=seed, epoch=epoch, index=index, sections=[0], shape=(9, 9), window=9).key
-        for seed, epoch, index in itertools.product((0, 1, 2, 2**32), (0, 1, 2), (0, 1, 2))
-    }
-    assert len(keys) == 36
+    cases = itertools.product((0, 1, 2, 2**32), (0, 1, 2), (0, 1, 2))
+    assert len({draw(index=index, seed=seed, epoch=epoch).key for seed, epoch, index in cases}) == 36
 
 
 def digest():
@@ -474,14 +434,8 @@ def digest():
 
 def test_another_process_makes_the_same_batch():
     here = Path(__file__).resolve().parent
-    code = "import numpy as np; np.random.seed(7); import test_augment; print(test_augment.digest())"
-    path = [str(here), str(here.parent)]
-    run = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}; {code}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    code = f"import sys; sys.path[:0] = {[str(here), str(here.parent)]!r}; import test_augment as t; print(t.digest())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == digest()
 
 
@@ -496,37 +450,23 @@ def test_no_global_generator_is_read_or_moved():
 
 
 def test_recipes_share_their_crops_and_each_setting_its_own_numbers():
-    def one(made):
-        return augment.draw(made, seed=9, epoch=4, index=2, sections=range(5), shape=(90, 80), window=40)
-
-    plain, full = one(RECIPES["none"]), one(RECIPES["all"])
+    recipes = RECIPES["none"], RECIPES["all"], replace(RECIPES["all"], elastic_sd_px=20)
+    plain, full, stronger = (draw(made, 2, epoch=4, sections=range(5), shape=(90, 80), window=40) for made in recipes)
     assert (plain.section, plain.origin, plain.key) == (full.section, full.origin, full.key)
-    stronger = one(replace(RECIPES["all"], elastic_sd_px=20))
     np.testing.assert_allclose(stronger.grid, 2 * full.grid, rtol=1e-6)
     np.testing.assert_array_equal(stronger.affine, full.affine)
 
 
 def test_sections_are_visited_evenly_in_an_order_of_their_own_each_time():
     sections = (3, 4, 9, 11, 20)
-    drawn = [
-        [
-            augment.draw(
-                RECIPES["none"], seed=0, epoch=epoch, index=i, sections=sections, shape=(9, 9), window=9
-            ).section
-            for i in range(20)
-        ]
-        for epoch in range(3)
-    ]
+    drawn = [[draw(index=i, epoch=epoch, sections=sections).section for i in range(20)] for epoch in range(3)]
     deals = [epoch[start : start + 5] for epoch in drawn for start in range(0, 20, 5)]
     assert all(sorted(deal) == list(sections) for deal in deals)
     assert len({tuple(deal) for deal in deals}) > 8
 
 
 def test_origins_reach_every_place_of_the_section():
-    origins = {
-        augment.draw(RECIPES["none"], seed=0, epoch=0, index=i, sections=[0], shape=(10, 12), window=8).origin
-        for i in range(300)
-    }
+    origins = {draw(index=i, shape=(10, 12), window=8).origin for i in range(300)}
     assert origins == set(itertools.product(range(3), range(5)))
 
 
@@ -562,10 +502,10 @@ def test_shapes_and_types_of_batch_and_warp():
 
 def test_the_preview_shows_raw_like_pictures():
     images, masks = stack(), (stack(seed=1) > 99).astype(np.uint8)
-    shown, labels = augment.preview_batch(images, masks, RECIPES["none"], seed=0, n=3, window=32, mean=127.5, std=42.5)
-    assert shown.dtype == np.uint8
+    how = {"seed": 0, "n": 3, "window": 32, "mean": 127.5, "std": 42.5, "sections": range(4)}
+    shown, labels = augment.preview_batch(images, masks, RECIPES["none"], **how)
+    assert shown.dtype == labels.dtype == np.uint8
     assert shown.shape == labels.shape == (3, 32, 32)
-    assert labels.dtype == np.uint8
     crop = batch(images, masks, RECIPES["none"], seed=0, epoch=0, indices=range(3), window=32)
     assert np.abs(shown - crop["image"].astype(int)).max() <= 1
     np.testing.assert_array_equal(labels, crop["mask"])
@@ -602,7 +542,6 @@ def test_recipes_by_name_take_what_is_given_and_nothing_that_has_no_effect():
     assert augment.recipe("all", elastic_grid=None, scale=[0.9, 1]).scale == (0.9, 1)
     assert augment.recipe("affine", elastic_sd_px=4, elastic_grid=5).elastic_grid == 5
     for name, values, words in [
-        ("some", {}, "augment must be one of none, affine, elastic, all"),
         ("none", {"elastic_sd_px": 5}, "none takes no elastic_sd_px"),
         ("affine", {"elastic_grid": 5}, "elastic_grid needs elastic_sd_px"),
     ]:
@@ -612,17 +551,8 @@ def test_recipes_by_name_take_what_is_given_and_nothing_that_has_no_effect():
     assert all(RECIPES[n].quarter_turns for n in ("affine", "elastic", "all"))
 
 
-def test_draw_collate_and_warp_refuse_what_cannot_be():
-    kwargs = {"seed": 0, "epoch": 0, "index": 0}
-    with pytest.raises(ValueError, match=r"window must lie in 1\.\.30.*Received: 32"):
-        augment.draw(RECIPES["none"], sections=[0], shape=(30, 40), window=32, **kwargs)
-    with pytest.raises(ValueError, match="sections must name"):
-        augment.draw(RECIPES["none"], sections=[], shape=(30, 40), window=8, **kwargs)
-    with pytest.raises(ValueError, match="images and masks must have one shape"):
-        batch(stack(), stack(3), RECIPES["none"])
+def test_coordinates_that_an_autocast_would_coarsen_are_refused():
     arrays = batch(stack(), stack(), RECIPES["none"])
-    with pytest.raises(ValueError, match=r"order must be linear or nearest\. Received: 'cubic'"):
-        warp(arrays, RECIPES["none"], order="cubic")
     arrays["affine"] = ops.cast(arrays["affine"], "bfloat16")
     with pytest.raises(ValueError, match="affine must be float32"):
         warp(arrays, RECIPES["none"])
