@@ -428,8 +428,12 @@ def montage(sections, rows, columns, order):
 # --- What the files are -------------------------------------------------------------------------------------
 
 
-def describe(image_path, mask_path=None, *, invert_mask=False, instances=False, window=512, multiple=8):
+def describe(
+    image_path, mask_path=None, *, invert_mask=False, instances=False, window=512, windows=None, split=None, multiple=8
+):
     """Say in plain words what the files are, and what training would do with them, section by section.
+
+    `window` None is the largest of the recipes' `windows`, by name, that fits; `split` is what `split_sections` takes.
 
     Returns
     -------
@@ -441,7 +445,7 @@ def describe(image_path, mask_path=None, *, invert_mask=False, instances=False, 
         lines = _image_lines(images)
         if mask_path is not None:
             lines += _mask_lines(images, mask_path, invert_mask, instances)
-        return lines + _training_lines(images, window, multiple)
+        return lines + _training_lines(images, window, windows or {}, split or {"protocol": "holdout"}, multiple)
 
 
 def _file_lines(kind, reader):
@@ -480,12 +484,14 @@ def _mask_lines(images, mask_path, invert_mask, instances):
     return [*lines, *(line if line.startswith("warning:") else f"  {line}" for line in messages + said)]
 
 
-def _training_lines(images, window, multiple):
+def _training_lines(images, window, windows, split, multiple):
     count, height, width = images.shape
+    fitting = {name: side for name, side in windows.items() if side <= min(height, width)}
+    window = window or max(fitting.values(), default=min(windows.values(), default=512))
     nbytes = math.prod(images.shape) * (images.dtype.itemsize + 1)
     lines = ["training:"]
     for attempt in (
-        lambda: split_sections(count, "holdout").describe(),
+        lambda: split_sections(count, **split).describe(),
         lambda: check_window(images, window, multiple) or _crop_words(height, width, window),
         lambda: require_memory(nbytes, "the stack and its masks") or f"{memory_words(nbytes)} of memory for the stack",
     ):
@@ -493,9 +499,16 @@ def _training_lines(images, window, multiple):
             lines.append(f"  {attempt()}")
         except DataError as error:
             lines.append(f"problem: {error}")
+    lines += [f"  {_recipe_words(windows, fitting)}"] * bool(windows)
     if height % multiple or width % multiple:
         lines.append(f"  {height} x {width} px is no multiple of {multiple}: prediction mirrors the borders")
     return lines
+
+
+def _recipe_words(windows, fitting):
+    said = ", ".join(f"{name} ({side} px)" for name, side in fitting.items()) or "none"
+    hint = "" if len(fitting) == len(windows) else "; add a smaller --window to the others"
+    return f"recipes whose window fits: {said}{hint}"
 
 
 def _crop_words(height, width, window):

@@ -345,8 +345,9 @@ PREDICT = {
         flag("--scheduler", "dask's scheduler instead, such as tcp://host:8786", metavar="ADDRESS"),
     ),
 }
-WINDOW = flag("--window", "side of a training window, px", type=up_to(SIDE), default=512)
-CHECK = {"data": DATA, "training that is meant": (WINDOW,)}
+WINDOW = flag("--window", "side of a training window, px (default: the recipe's, or one that fits)", type=up_to(SIDE))
+MEANT = flag("--recipe", "as in training (default: each is looked at)", choices=tuple(RECIPES))
+CHECK = {"data": DATA, "training that is meant": (MEANT, WINDOW)}
 
 
 def build_parser(verbs_with_flags=tuple(VERBS)):
@@ -557,7 +558,10 @@ def run_check(args):
     masks = data.resolve(args.mask_path or args.image_path, "mask")
     if masks == images and not args.mask_path:  # there are none beside the images
         masks = None
-    how = {"invert_mask": args.invert_mask, "instances": args.instances, "window": args.window}
+    recipe = RECIPES.get(args.recipe, {})
+    how = {"invert_mask": args.invert_mask, "instances": args.instances, "window": args.window or recipe.get("window")}
+    how["split"] = {"protocol": recipe.get("protocol", "holdout")}
+    how["windows"] = {name: values["window"] for name, values in RECIPES.items()}
     lines = data.describe(images, masks, **how)
     print("\n".join([*lines, *describe_recipes()]))
     return 2 if any(line.startswith("problem:") for line in lines) else 0

@@ -135,7 +135,10 @@ def read_record(path):
     if 36 * widest**2 > (size := weights.stat().st_size):  # 3 x 3 float32 numbers for each pair of filters
         words = f"is broken, or holds weights of another architecture: {size} bytes for {widest} filters"
         raise DataError(f"--weight_path: {weights} {words}")
-    Normalisation.from_dict(record.get("normalisation"))
+    try:
+        Normalisation.from_dict(record.get("normalisation"))
+    except DataError as error:
+        raise DataError(f"--weight_path: {file}: {error!s:.200}") from error
     return record
 
 

@@ -542,6 +542,8 @@ def test_check_turns_label_trouble_into_lines(tmp_path):
     saying(describe(images, mask_stack(np.zeros((5, 64, 64), np.uint8))), "warning: the mask is all background")
     saying(describe(images, tmp_path / "no.tif"), "mask: ", "problem: --mask_path", "does not exist")
     saying(describe(images, window=64), "whole sections")
+    fitting = "recipes whose window fits: a (64 px), b (32 px); add a smaller"
+    saying(describe(images, window=None, windows={"a": 64, "b": 32, "c": 128}), "whole sections", fitting)
 
 
 def test_check_takes_cells(tmp_path):

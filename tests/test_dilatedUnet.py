@@ -343,7 +343,9 @@ def test_check_finds_the_labels_in_a_folder_with_the_challenges_files(call, smal
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        ("", "--window must fit into the sections"),
         ("--window 512", "--window must fit into the sections"),
+        ("--recipe strong", "at most 64. Received: 512"),
         ("--window 60", "--window must be a positive multiple of 8"),
         ("--mask_path IMAGES", "must hold two label values"),
     ],
