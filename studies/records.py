@@ -18,13 +18,13 @@ from studies import rows
 LARGEST = 1e100  # of a number that can be a score, a loss or a time
 POINTS = 100  # of a history that is committed: a README's curve shows no more
 PATIENCE_S = 60  # for a file of records that another process has just locked
+BROKEN = (ValueError, LookupError, TypeError, AttributeError)  # what a damaged record leads to
 VERSIONS = ("python", "backend", "keras", "tensorflow", "jax", "torch")
 KEPT = ("command", "commit", "precision", "receptive_field_px", "parameters")
-TEXT = (str, type(None))
 KINDS = {  # of a committed result
     **dict.fromkeys(("settings", "metrics", "history", "versions"), dict),
-    **dict.fromkeys(("device", "precision", "data", "commit", "degenerate"), TEXT),
-    **dict.fromkeys(("receptive_field_px", "parameters"), (int, type(None))),
+    **dict.fromkeys(("device", "precision", "data", "commit", "degenerate"), str | None),
+    **dict.fromkeys(("receptive_field_px", "parameters"), int | None),
 }
 
 
@@ -61,7 +61,7 @@ def look_up(plan, job) -> Found:
         if record["finished"]:
             return Found("finished", "finished", result)
         return Found("half", f"half-finished in {folder}, {progress_words(result)}", result)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+    except (*BROKEN, OSError) as error:
         return Found("broken", f"{path} is not a run record ({type(error).__name__}: {error}): move it away")
 
 
@@ -120,13 +120,13 @@ def check_result(result) -> dict:
     return result
 
 
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
 def short(value) -> float:
     """Six digits."""
     return float(f"{float(value):.6g}")
-
-
-def is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def numbers(scores) -> dict:
@@ -183,8 +183,8 @@ def read(folder, table):
             for key, result in runs.items():
                 where = f"{row}, {key}"
                 check_result(result)
-        return list(kept.items())
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return [*kept.items()]
+    except BROKEN as error:
         raise DataError(f"--records: {path} is not a file of records ({where}: {error}).") from error
 
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from files.atomic import DataError, locked, make_writable, refuse_existing, write_text
@@ -32,16 +32,13 @@ SUITE = Path(__file__).resolve().parent.parent / "dilatedUnet.py"
 JAX_CACHE = Path.home() / ".cache" / "dilated-unet" / "jax"
 MOST = 100  # seeds, or folds: beyond it is a slip of the keyboard
 MARK = "<!-- written by `python dilatedUnet.py reproduce"
-EVERYTHING = (
-    *(("table", None), ("best", None), ("study", None), ("study", "sections"), ("study", "receptive")),
-    ("unet2015", None),
-)
+STUDIES = (("study", None), ("study", "sections"), ("study", "receptive"))
+EVERYTHING = (("table", None), ("best", None), *STUDIES, ("unet2015", None))
 INTRODUCTION = """# Results
 
 Every table, from the records in this folder. QUICK tables are of reduced recipes for two CPU cores; they were recorded
 before the initialisation of the networks' last layer changed (see CHANGELOG.md).
 `benchmarks/` holds what was measured of speed, `start/` the run of `start.py`, `trials/` recipes that were tried.
-
 """
 
 
@@ -71,15 +68,7 @@ def add_arguments(parser):
 
 
 def run(args, parse) -> int:
-    """Train what is missing, compare, render; returns the exit code.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        Of the flags that `add_arguments` declares.
-    parse : callable
-        The suite's own parser: a list of words -> Namespace, or SystemExit.
-    """
+    """Train what is missing, compare, render; the exit code. `parse` is the suite's own parser of a list of words."""
     check_flags(args)
     args.collect |= args.missing  # what was missing is added to the records
     plans = list(plans_of_all(args, parse)) if args.name == "all" else [plan_of(args, parse)]
@@ -102,9 +91,7 @@ def check_flags(args):
     if args.render and (args.list or args.missing):
         raise DataError("--render trains nothing: choose it, or --list, or --missing.")
     if args.name == "all" and (args.collect or not args.render):
-        raise DataError(
-            "all is for --render alone; to train or collect, name one table: " + ", ".join(rows.TABLES) + "."
-        )
+        raise DataError(f"all is for --render alone; else name one table: {', '.join(rows.TABLES)}.")
     output = Path(args.output or "")
     ours = output.is_file() and output.read_bytes().startswith(MARK.encode())
     if args.output and output.exists() and not (args.force or ours):
@@ -147,14 +134,15 @@ def plans_of_all(args, parse) -> Iterator[rows.Plan]:
 def finish(args, plans, done):
     """Write and print the tables; the exit code."""
     text, problems, everything = [f"{MARK} {command_words(args)}` -->"], [], args.name == "all"
-    text += INTRODUCTION.splitlines() if everything else []
+    text += [INTRODUCTION] if everything else []
     for plan in plans:
         results = records.Results(plan)
         if args.figures:
             for path in comparison.draw(results, args.figures):
                 say(f"figure: {path}")
         lines, found = comparison.report(results)
-        text, problems = text + lines + (shown(plan) if everything else []), problems + found
+        text += lines + (shown(plan) if everything else [])
+        problems += found
     whole = "\n".join(text).rstrip() + "\n"
     if args.output:
         write_text(args.output, whole)
@@ -183,7 +171,7 @@ def say(sentence):
     print(sentence, file=sys.stderr, flush=True)
 
 
-def listing(plan, missing=False) -> Iterator[str]:
+def listing(plan, missing) -> Iterator[str]:
     """The commands, with their expected cost; only of the runs that are missing, if so asked."""
     for job in plan.jobs:
         if missing and records.find(plan, job).state == "finished":
@@ -228,18 +216,13 @@ def run_alone(plan, job, watch) -> int:
     if watch.is_late():
         return 130
     folder = plan.folder(job)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder.with_name(f"{folder.name}.row")))  # training locks the folder itself
-        except DataError as error:
-            say(f"{job.name} is left to another process: {error}")
-            return 0
-        if records.find(plan, job).state == "finished":  # by another process, since we looked
-            return 0
-        try:
-            return in_own_process(job.command(folder), watch)
-        except KeyboardInterrupt:
-            return 130
+    try:
+        with locked(folder.with_name(f"{folder.name}.row")):  # training locks the folder itself
+            finished = records.find(plan, job).state == "finished"  # by another process, since we looked
+            return 0 if finished else in_own_process(job.command(folder), watch)
+    except DataError as error:
+        say(f"{job.name} is left to another process: {error}")
+        return 0
 
 
 class Watch:
@@ -310,13 +293,12 @@ def in_own_process(argv, watch=lambda: False) -> int:
                 return process.wait(timeout=1)
         process.send_signal(signal.SIGINT)
         return process.wait(timeout=60) or 130
-    except Terminated:  # which a batch system need not have sent to the run as well
-        return 130
-    except KeyboardInterrupt:  # a terminal has sent it the same Ctrl-C
-        with suppress(subprocess.TimeoutExpired):
-            return process.wait(timeout=60) or 130
-        return 130
     except subprocess.TimeoutExpired:  # it ignores Ctrl-C, as what a shell runs in the background does
+        return 130
+    except KeyboardInterrupt as stop:
+        if not isinstance(stop, Terminated):  # a terminal has sent Ctrl-C to the run as well
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
         return 130
     finally:
         if process.poll() is None:
