@@ -57,10 +57,11 @@ RECIPES = {
     },
 }
 COSTS = {
-    "published": "the study of 2017, which validated on its training sections. Some hours on 2 CPU cores, 3 minutes on "
-    "an H200-class GPU",
+    "published": "the study of 2017, which validated on its training sections. Estimated: 4 to 9 hours on 2 CPU cores, "
+    "3 minutes on an H200-class GPU",
     "quick": "for your own sections. At most 15 minutes on 2 CPU cores",
-    "strong": "for your own sections, the most accurate. 6 minutes on an H200-class GPU; half a day on 2 CPU cores",
+    "strong": "for your own sections, 16 times as many updates on larger windows. Estimated: half a day on 2 CPU "
+    "cores, 6 minutes on an H200-class GPU",
 }
 # What depends on the network: defaults of flags that are not given.
 ARCHITECTURES = {
@@ -80,12 +81,15 @@ LATE = {
 }
 
 
+OPTIMIZERS = ("rmsprop", "adam", "adamax", "sgd")
 MANY = 10**6  # epochs, updates, sections: more of them would not be finished in a year
 SIDE = 2**14  # px
 BATCH = 1024
 BATCH_PX = 2**30  # of all windows of an update together
 rate = number(float, 1e-12, 3.4e38)  # the optimizers compute in float32
 fraction = number(float, 0, 1)
+count, margin = number(int, 0, MANY), number(int, 0, SIDE)
+png, stack = partial(file, endings=(".png",)), partial(file, endings=(".tif", ".tiff", ".zarr"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,51 +141,30 @@ PROTOCOL = (
     flag("--train_sections", "train on these only (default: all that are left)", metavar="0-9"),
     flag("--fold", "which block of kfold, from 0 (default: 0)", type=number(int, 0, 999)),
     flag("--folds", "blocks of kfold (default: 5)", type=number(int, 2, 1000)),
-    flag("--gap", "sections left out beside the held-out block", type=number(int, 0, MANY), default=0),
-    flag(
-        "--inner_sections",
-        "training sections set aside for validation, early stopping and the choice of weights; 0 keeps the last "
-        "weights (default: an eighth, at most 3)",
-        type=number(int, 0, MANY),
-    ),
-    flag(
-        "--val_windows", "validation windows of --protocol published, others each epoch (default: 30)", type=up_to(1000)
-    ),
+    flag("--gap", "sections left out beside the held-out block", type=count, default=0),
+    flag("--inner_sections", "sections that choose the weights; 0: the last (default: an eighth, up to 3)", type=count),
+    flag("--val_windows", "windows that validate each epoch of --protocol published (default: 30)", type=up_to(1000)),
     tta("of the scoring at the end: "),
 )
 NETWORK = (
     flag(
-        "--arch",
-        "unet2017: standard or dilated network of the 2017 study; unet2015: the U-Net paper's network and recipe",
-        default="unet2017",
-        choices=tuple(ARCHITECTURES),
+        "--arch", "network of the 2017 study, or of the U-Net paper", default="unet2017", choices=tuple(ARCHITECTURES)
     ),
     flag("--dilate", "dilate the centre: 1, 2, 4, 8, 16, 32", **BINARY),
     flag("--dilate_rate", "dilation of each level's second convolution", type=up_to(64), default=1),
     flag("--addition", "sum the centre's six convolutions", **BINARY),
-    flag(
-        "--filters",
-        "filters of each level, top to bottom (default: 44,88,176); of unet2015, of the first level (default: 64)",
-        type=filter_list,
-    ),
+    flag("--filters", "of each level (default: 44,88,176); unet2015: of the first (default: 64)", type=filter_list),
     flag("--depth", "poolings of unet2015 (default: 4)", type=up_to(8)),
     flag("--batch_norm", "batch norm in unet2015, which the paper lacks", action="store_true"),
     flag(
-        "--bn_momentum",
-        "of batch norm's moving averages; a run of few updates wants 0.9",
-        type=number(float, 0, 0.9999),
-        default=0.99,
+        "--bn_momentum", "of batch norm's averages; few updates want 0.9", type=number(float, 0, 0.9999), default=0.99
     ),
     flag("--padding", "convolutions of unet2015 (default: valid)", choices=("valid", "same")),
     flag("--dropout", "fraction dropped (default: 0.3; unet2015: 0.5)", type=number(float, 0, 0.95)),
     flag("--classes", "channels of the softmax; class 1 is the interior", type=number(int, 2, 256), default=2),
 )
 AUGMENTATION = (
-    flag(
-        "--window",
-        "side of the network's input in training, px; a multiple of 8 (default: 512); unet2015: 572, 556, ...",
-        type=up_to(SIDE),
-    ),
+    flag("--window", "side of a training window, px: a multiple of 8 (default: 512; unet2015: 572)", type=up_to(SIDE)),
     flag(
         "--augment",
         "affine: flips, turns, rotation, scale, shear, shift; elastic: flips, turns, 3 x 3 grid with a standard "
@@ -195,12 +178,7 @@ AUGMENTATION = (
     flag("--max_shift_px", "shift, px either way", type=number(float, 0, 1024)),
     flag("--scale", "magnification", type=number(float, 0.25, 4), nargs=2, metavar=("MIN", "MAX")),
     flag("--noise", "gray-value noise, standard deviations of the data", type=number(float, 0, 5)),
-    flag(
-        "--augment_preview",
-        "draw what the network will see, and train nothing",
-        type=partial(file, endings=(".png",)),
-        metavar="FILE.png",
-    ),
+    flag("--augment_preview", "draw what the network will see; train nothing", type=png, metavar="FILE.png"),
 )
 TRAINING = (
     flag("--epochs", "epochs of --steps_per_epoch updates", type=up_to(MANY), default=300),
@@ -224,11 +202,7 @@ TRAINING = (
         const=100,
         metavar="UPDATES",
     ),
-    flag(
-        "--optimizer",
-        "the framework's own (default: rmsprop; unet2015: sgd)",
-        choices=("rmsprop", "adam", "adamax", "sgd"),
-    ),
+    flag("--optimizer", "of the framework (default: rmsprop; unet2015: sgd)", choices=OPTIMIZERS),
     flag("--momentum", "of rmsprop and sgd (default: 0; unet2015: 0.99)", type=number(float, 0, 0.9999)),
     flag("--ema", "momentum of a moving average of the weights", type=number(float, 0, 0.99999), default=0.0),
     flag(
@@ -240,9 +214,7 @@ TRAINING = (
     flag("--w0", "weight of a border of --loss weighted (default: 10)", type=number(float, 0, 1000)),
     flag("--sigma", "its reach, standard deviation in px (default: 5)", type=number(float, 0, 1000, above=True)),
     flag(
-        "--patience",
-        "epochs without a better validation loss (by 0.001) before stopping; 0: never (default: 300)",
-        type=number(int, 0, MANY),
+        "--patience", "stop after so many epochs without a better validation loss; 0: never (default: 300)", type=count
     ),
     flag("--seed", "of everything that is drawn", type=number(int, 0, 2**31 - 1), default=0),
 )
@@ -251,12 +223,7 @@ MACHINE = (
     flag("--gpu", 'CUDA devices to use; "-1" for the CPU (default: "0")', type=devices, metavar="N"),
 )
 OUTPUT = (
-    flag(
-        "--weight_path",
-        "best weights; weights/x.weights becomes weights/x.weights.h5 and x.json",
-        type=file,
-        metavar="FILE",
-    ),
+    flag("--weight_path", "best weights: weights/x gives weights/x.weights.h5 and x.json", type=file, metavar="FILE"),
     flag("--run_dir", "run record, history, checkpoint (default: runs/<name>)", metavar="FOLDER"),
     flag("--resume", "go on from the checkpoint, bit for bit", action="store_true"),
     flag("--force", "replace an earlier run, its weights, or a picture", action="store_true"),
@@ -271,19 +238,10 @@ OUTPUT = (
         const=0,
         metavar="N",
     ),
-    flag(
-        "--steps_per_execution",
-        "updates per compiled call, a divisor of --steps_per_epoch (default: 1 on a CPU, else up to 10)",
-        type=up_to(MANY),
-    ),
-)
-RECIPE = flag(
-    "--recipe",
-    "a set of defaults, see below; a flag given by hand wins (default: none of them)",
-    choices=tuple(RECIPES),
+    flag("--steps_per_execution", "updates per compiled call (default: 1 on a CPU, else up to 10)", type=up_to(MANY)),
 )
 TRAIN = {
-    "recipe": (RECIPE,),
+    "recipe": (flag("--recipe", "defaults, see below; a flag by hand wins (default: none)", choices=tuple(RECIPES)),),
     "data": DATA,
     "which sections train, which are held out": PROTOCOL,
     "network": NETWORK,
@@ -291,6 +249,8 @@ TRAIN = {
     "training": TRAINING,
     "output and machine": OUTPUT,
 }
+ENGINE = "what computes; auto: on a CPU OpenVINO where it is installed (requirements-openvino.txt), else Keras"
+NORMALISE = "by mean and standard deviation of the training sections, or by the stack's own (another microscope)"
 PREDICT = {
     "files": (
         flag(
@@ -302,18 +262,9 @@ PREDICT = {
             metavar="FILE",
         ),
         flag(
-            "--image_path",
-            "TIFF stack, folder of sections, or a data set's name (its test stack)",
-            default="isbi2012",
-            metavar="PATH",
+            "--image_path", "stack, folder, or a data set's name (its test stack)", default="isbi2012", metavar="PATH"
         ),
-        flag(
-            "--output",
-            "float32, 0..1, 1 = interior; FILE.zarr: OME-Zarr, block by block",
-            type=partial(file, endings=(".tif", ".tiff", ".zarr")),
-            default="prediction.tif",
-            metavar="FILE.tif",
-        ),
+        flag("--output", "float32 0..1; .zarr: by blocks", type=stack, default="prediction.tif", metavar="FILE.tif"),
         flag("--threshold", "write an 8-bit 0/255 mask of probability > threshold", type=fraction),
         flag("--segment", "write labels, one per cell, by seeded watershed", action="store_true"),
         flag("--force", "replace an existing output", action="store_true"),
@@ -321,25 +272,11 @@ PREDICT = {
     ),
     "tiles and machine": (
         flag("--tile", "largest side of the network's input, px (default: 1024 or 1020)", type=up_to(SIDE)),
-        flag(
-            "--overlap",
-            "context on each side of a tile, px (default: the receptive radius, if affordable)",
-            type=number(int, 0, SIDE),
-        ),
+        flag("--overlap", "context around a tile, px (default: the receptive radius, if affordable)", type=margin),
         tta(),
         flag("--batch_size", "tiles per call", type=up_to(BATCH), default=1),
-        flag(
-            "--engine",
-            "what computes; auto: on a CPU OpenVINO where it is installed (requirements-openvino.txt), else Keras",
-            default="auto",
-            choices=("auto", "keras", "openvino"),
-        ),
-        flag(
-            "--normalise",
-            "by the mean and standard deviation of the training sections, or by the stack's own (another microscope)",
-            default="training",
-            choices=("training", "own"),
-        ),
+        flag("--engine", ENGINE, default="auto", choices=("auto", "keras", "openvino")),
+        flag("--normalise", NORMALISE, default="training", choices=("training", "own")),
         *MACHINE,
         flag("--workers", "processes for an --output of .zarr; 0: this one (default: 1)", type=number(int, 0, 1024)),
         flag("--scheduler", "dask's scheduler instead, such as tcp://host:8786", metavar="ADDRESS"),

@@ -67,9 +67,10 @@ def ends(main):
     sys.stdout.flush()
     lost = sys.stdout.error
     if lost and not code:
-        code = BROKEN_PIPE if lost.errno == errno.EPIPE else 2
-        if code == 2:
-            print(f"dilatedUnet.py: stdout could not be written: {lost.strerror}", file=sys.stderr)
+        if lost.errno == errno.EPIPE:
+            return BROKEN_PIPE
+        print(f"dilatedUnet.py: stdout could not be written: {lost.strerror}", file=sys.stderr)
+        return 2
     return getattr(received[0], "code", 130) if received and code == 130 else code
 
 

@@ -29,10 +29,16 @@ def prepare(gpu, shared=False):
     else:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     check_backend(os.environ.get("KERAS_BACKEND") or "tensorflow")
-    with quiet_stderr():
-        load(shared)
-    from network import device
+    try:
+        with quiet_stderr():
+            import keras
 
+            check_backend(keras.backend.backend())  # ~/.keras/keras.json can name another
+            from network import device
+
+            device.load(shared)
+    except ImportError as error:
+        raise DataError(f"Keras or its backend is damaged or missing: {error}") from error
     if gpu not in (None, "-1") and not shared and not device.accelerator():
         print(f"--gpu {gpu}: no such GPU is found here, so the CPU computes", file=sys.stderr, flush=True)
 
@@ -43,19 +49,6 @@ def check_backend(name):
         raise DataError(f"KERAS_BACKEND must be one of {', '.join(INSTALL)}. Received: {name}")
     if importlib.util.find_spec(name) is None:
         raise DataError(f"KERAS_BACKEND={name} needs {name}, which is not installed: pip install {INSTALL[name]}")
-
-
-def load(shared):
-    """Import Keras and what its backend needs."""
-    try:
-        import keras
-    except ImportError as error:
-        raise DataError(f"Keras or its backend is damaged or missing: {error}") from error
-    if keras.backend.backend() not in INSTALL:  # ~/.keras/keras.json can name one
-        raise DataError(f"Keras's backend must be one of {', '.join(INSTALL)}. Received: {keras.backend.backend()}")
-    from network import device
-
-    device.load(shared)
 
 
 def check_cluster():
