@@ -29,7 +29,7 @@ def report(results) -> tuple[list[str], list[str]]:
     text = [f"### {heading(table, table.title)}", "", machines(results), ""] + [table.note, ""] * bool(table.note)
     if lines:
         head = ["row", "recipe", "", "published", "reproduced", "tolerance", "verdict", "held-out runs"]
-        text += [*markdown(head, lines), tolerance_words(table), ""]
+        text += [*markdown(head, lines), READING + (TOLERANCE_QUICK if table.quick else TOLERANCE), ""]
     text += held_out_table(results) + fold_table(results)
     for factor in table.factors:
         text += factor_words(factor, results)
@@ -69,7 +69,7 @@ def compare(results, row, metric) -> list[str]:
     groups = [results.values(other.name, metric, held_out=False) for other in results.table.rows if other.published]
     spread = verdicts.pooled_deviation(groups)
     allowed = stated if results.table.quick else verdicts.tolerance(*spread, len(ours), stated)
-    away = verdicts.Sample(ours).mean - published
+    away = verdicts.mean(ours) - published
     verdict = "within" if abs(away) <= allowed else f"MISSED, {'above' if away > 0 else 'below'} by {abs(away):.3g}"
     return [f"{published:g}", plus_minus(ours), f"± {allowed:.2g}", verdict, beside]
 
@@ -106,13 +106,40 @@ def targets(results):
     """(sentence, whether it is met) for each target of a row that has runs."""
     for row in results.table.rows:
         for metric, wanted in row.target.items():
-            mean = verdicts.Sample(results.values(row.name, metric)).mean
+            mean = verdicts.mean(results.values(row.name, metric))
             if not math.isnan(mean):
                 verb = "reaches" if mean >= wanted else "misses"
                 yield f"{row.name}: mean {TITLES[metric]} {mean:.4f} {verb} the target of {wanted:g}", mean >= wanted
 
 
 # -- rendering --------------------------------------------------------------------------------------------------
+
+READING = (
+    "Mean ± standard deviation (runs). Losses and Dice are those of the epoch whose weights were kept. In the held-out "
+    "runs, train is of the training sections and val of the inner ones, which choose the epoch and are not trained on; "
+    "Dice is soft in both, as published. The held-out sections themselves are in the next table. "
+)
+TOLERANCE = (
+    "Tolerance: t s sqrt(1 + 1/n), the 95 % prediction interval for a single published run, s pooled over the seeds of "
+    f"the published rows; never above the one stated beforehand, which stands alone with fewer than {verdicts.FEWEST} "
+    "degrees of freedom. By chance alone one number in twenty lies outside."
+)
+TOLERANCE_QUICK = (
+    "The quick recipe is another experiment: its tolerance is stated beforehand, wide, and only says that the network "
+    "learned."
+)
+PAIRED = (
+    "Paired by seed and fold, a fold's seeds averaged first, with the 95 % t-interval of the mean difference. No "
+    "difference is confirmed if the whole interval lies within ± margin (two one-sided tests), refuted if it excludes "
+    "0; both are corrected for the number of lines (Holm), so an interval that only just does so decides nothing. "
+    "Folds share training sections, so over folds the interval is on the narrow side."
+)
+NO_DIFFERENCE = {
+    "confirmed": "confirmed, it makes no difference beyond the margin",
+    "refuted": "refuted, it does make a difference",
+    "undecided": "undecided, the runs cannot tell",
+    "too few runs": "too few runs",
+}
 
 
 def heading(table, title):
@@ -135,10 +162,10 @@ def plus_minus(values, digits=4, *, count=True) -> str:
     >>> plus_minus([0.5, 0.7])
     '0.6000 ± 0.1414 (2)'
     """
-    mean, deviation = verdicts.mean_and_deviation(values)
-    if math.isnan(deviation):
-        return "-" if math.isnan(mean) else f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}" + f" ({len(values)})" * count
+    if not values:
+        return "-"
+    spread = f" ± {verdicts.deviation(values):.{digits}f}" + f" ({len(values)})" * count
+    return f"{verdicts.mean(values):.{digits}f}" + spread * (len(values) > 1)
 
 
 def recipe(plan, row) -> str:
@@ -156,32 +183,12 @@ def machines(results) -> str:
         return "No finished run yet."
     devices = sorted({f"{result['device']}, {result['precision']}" for result in found})
     versions = {" ".join(f"{k} {v}" for k, v in r["versions"].items() if k != "backend") for r in found}
-    commits = sorted({f"{str(r['commit'])[:10]}{'+' * str(r['commit']).endswith('+')}" for r in found})
+    commits = sorted({commit[:10] + "+" * commit.endswith("+") for commit in (str(r["commit"]) for r in found)})
     minutes = sum(result["minutes"] for result in found)
-    data, named = ({result["data"] for result in found}, {result["settings"].get("image_path") for result in found})
-    mixed = " **The runs do not share one data set.**" if len(data) > len(named) else ""
-    return (
-        f"{len(found)} runs, {minutes:.0f} minutes of training, on {'; '.join(devices)}. "
-        f"{'; '.join(sorted(versions))}. Commit {', '.join(commits)}.{mixed}"
-    )
-
-
-def tolerance_words(table):
-    common = (
-        "Mean ± standard deviation (runs). Losses and Dice are those of the epoch whose weights were kept. In the "
-        "held-out runs, train is of the training sections and val of the inner ones, which choose the epoch and are "
-        "not trained on; Dice is soft in both, as published. The held-out sections themselves are in the next table. "
-    )
-    if table.quick:
-        return common + (
-            "The quick recipe is another experiment: its tolerance is stated beforehand, wide, and only says that the "
-            "network learned."
-        )
-    return common + (
-        "Tolerance: t s sqrt(1 + 1/n), the 95 % prediction interval for a single published run, s pooled over the "
-        "seeds of the published rows; never above the one stated beforehand, which stands alone with fewer than "
-        f"{verdicts.FEWEST} degrees of freedom. By chance alone one number in twenty lies outside."
-    )
+    sources = [(result["settings"].get("image_path"), result["data"]) for result in found]
+    mixed = " **The runs do not share one data set.**" * (len(set(sources)) > len(dict(sources)))
+    trained = f"{len(found)} runs, {minutes:.0f} minutes of training, on {'; '.join(devices)}."
+    return f"{trained} {'; '.join(sorted(versions))}. Commit {', '.join(commits)}.{mixed}"
 
 
 def held_out_table(results) -> list[str]:
@@ -210,14 +217,6 @@ def fold_table(results) -> list[str]:
     return markdown(["V_rand", *(f"fold {fold}" for fold in folds), "all"], body) if body else []
 
 
-NO_DIFFERENCE = {
-    "confirmed": "confirmed, it makes no difference beyond the margin",
-    "refuted": "refuted, it does make a difference",
-    "undecided": "undecided, the runs cannot tell",
-    "too few runs": "too few runs",
-}
-
-
 def comparison_words(results) -> list[str]:
     """ "Dilation makes no difference", for each pair of rows and metric."""
     names = {row.name for row in results.table.rows}
@@ -228,14 +227,8 @@ def comparison_words(results) -> list[str]:
     for c, sample, verdict in zip(asked, found, judged, strict=True):
         where = TITLES[c.metric] + (" (held-out)" if c.held_out else " (published protocol)")
         body.append([c.words, where, sample if sample.values else "-", f"{c.margin:g}", NO_DIFFERENCE[verdict]])
-    words = (
-        "Paired by seed and fold, a fold's seeds averaged first, with the 95 % t-interval of the mean difference. No "
-        "difference is confirmed if the whole interval lies within ± margin (two one-sided tests), refuted if it "
-        "excludes 0; both are corrected for the number of lines (Holm), so an interval that only just does so decides "
-        "nothing. Folds share training sections, so over folds the interval is on the narrow side."
-    )
     head = ["does it make a difference?", "measured on", "difference", "margin", "verdict"]
-    return [*markdown(head, body), words, ""] if body else []
+    return [*markdown(head, body), PAIRED, ""] if body else []
 
 
 # -- the factors of the study -----------------------------------------------------------------------------------
@@ -334,12 +327,9 @@ def over_runs(runs, column):
 
 def curve(groups):
     """Sorted x, mean and standard deviation, of {x: values}; the deviation of a single value is 0."""
-    found = [verdicts.mean_and_deviation(groups[x]) for x in sorted(groups)]
-    return (
-        sorted(groups),
-        [m for m, _ in found],
-        [0.0 if math.isnan(deviation) else deviation for _, deviation in found],
-    )
+    found = [groups[x] for x in sorted(groups)]
+    deviations = [verdicts.deviation(values) if len(values) > 1 else 0.0 for values in found]
+    return sorted(groups), [verdicts.mean(values) for values in found], deviations
 
 
 def score_panels(factor, results) -> dict:

