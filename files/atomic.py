@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
-ABANDONED_S = 24 * 3600  # of a file that another machine was writing: its processes cannot be asked for here
+ABANDONED_S = 24 * 3600  # of another machine's file: its processes cannot be asked for here
 
 
 class DataError(ValueError):
@@ -55,16 +55,15 @@ def _target(path, force):
     """Follow links, so that a link stays one; refuse what must not be replaced."""
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
-        raise DataError(f"{path} is {'a folder' if target.is_dir() else 'no file'}, and cannot be replaced by a file.")
-    if target.exists() and not force:
-        raise DataError(f"{path} exists already (--force replaces it).")
+        raise DataError(f"{path} is a folder or a device, and cannot be replaced by a file.")
+    if not force:
+        refuse_existing(path)
     return target
 
 
 def beside(path):
     """Return where what will be `path` is written: the name says by which process, and keeps its suffix."""
-    path = Path(path)
-    return path.with_name(f".part{os.getpid()}_{HOST}-{path.name}")
+    return Path(path).with_name(f".part{os.getpid()}_{HOST}-{Path(path).name}")
 
 
 def remove_abandoned(folder):
@@ -76,12 +75,10 @@ def remove_abandoned(folder):
 
 
 def _is_abandoned(path):
-    found = re.fullmatch(r"\.part([0-9]{1,9})(?:_([0-9a-f]{6}))?-.+", path.name)
-    if not found:
-        return False
-    if found[2] not in (None, HOST):
-        return time.time() - path.stat().st_mtime > ABANDONED_S
-    return not _is_alive(int(found[1]))
+    found = re.fullmatch(r"\.part([0-9]{1,9})_([0-9a-f]{6})-.+", path.name)
+    if found and found[2] == HOST:
+        return not _is_alive(int(found[1]))
+    return bool(found) and time.time() - path.stat().st_mtime > ABANDONED_S
 
 
 def _is_alive(process):
@@ -89,10 +86,8 @@ def _is_alive(process):
         return True  # os.kill would end it
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # of another user
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # another user's may not be asked for
     return True
 
 
@@ -125,12 +120,9 @@ def read_json(path, what):
     try:
         record = json.loads(Path(path).read_bytes())
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        words = "does not exist" if missing else f"cannot be read: {error.strerror or error}"
-        raise DataError(f"{what}: {path} {words}.") from error
+        raise DataError(f"{what}: {path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
-        words = "it is nested too deep" if isinstance(error, RecursionError) else error
-        raise DataError(f"{what}: {path} is no JSON file, or is cut off: {words}.") from error
+        raise DataError(f"{what}: {path} is no JSON file, or is cut off: {error}.") from error
     if not isinstance(record, dict):
         raise DataError(f"{what}: {path} must hold a JSON object. Received: {type(record).__name__}")
     return record
@@ -142,56 +134,38 @@ def read_json(path, what):
 @contextlib.contextmanager
 def locked(path):
     """Keep a folder or file, there or to be made, to this process; the lock goes with it, however it ends."""
-    descriptor, file = _lock(Path(os.path.realpath(path)), path)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows removes no open file
-            file.unlink()
-        os.close(descriptor)
-
-
-def _lock(target, path):
+    target = Path(os.path.realpath(path))
     file = target.with_name(f".{target.name}.lock")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(file.parent, os.W_OK) and target.is_dir():
             file = target / ".lock"
-        while True:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-            if not _take(descriptor):
-                os.close(descriptor)
-                raise DataError(f"{path} is in use by another run: wait for it, or choose another place.")
-            if os.name == "nt" or _is_same(descriptor, file):
-                return descriptor, file
-            os.close(descriptor)  # its last owner removed it in this moment
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise could_not_be_written(file, error) from error
+    try:
+        if not _take(descriptor):
+            raise DataError(f"{path} is in use by another run: wait for it, or choose another place.")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                file.unlink()
+    finally:
+        os.close(descriptor)
 
 
 def _take(descriptor):
-    """Take a lock without waiting; True where the file system knows none."""
+    """Take a lock without waiting; True where the system (Windows) or the file system knows none."""
     try:
-        if os.name == "nt":
-            import msvcrt
+        import fcntl
 
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:
-        pass
-    return True
-
-
-def _is_same(descriptor, file):
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(file))
-    except FileNotFoundError:
-        return False
+    except (ImportError, OSError):
+        return True
+    return os.fstat(descriptor).st_nlink > 0  # or else its last owner removed it in this moment
 
 
 # --- What must not be overwritten ---------------------------------------------------------------------------
@@ -204,8 +178,7 @@ def refuse_inputs(flag, output, *inputs):
         if not isinstance(given, (str, os.PathLike)) or not os.path.exists(os.path.expanduser(given)):
             continue  # a stack in memory, or a data set's name
         source = Path(os.path.realpath(os.path.expanduser(given)))
-        same = target == source or (target.exists() and (target.samefile(source) or source in target.parents))
-        if same:
+        if target.exists() and (target.samefile(source) or source in target.parents):
             raise DataError(f"{flag} must not be an input, or a file in its folder. Received: {output}, input: {given}")
 
 

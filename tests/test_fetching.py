@@ -12,7 +12,7 @@ import pytest
 import tifffile
 
 from data import DataError, fetch, read_stack, resolve, sha256_pixels
-from files import fetching
+from files import atomic, fetching
 from files.fetching import is_cached
 
 NAMES = ("train-volume.tif", "train-labels.tif", "test-volume.tif")
@@ -234,7 +234,7 @@ def test_unwritable_cache_is_a_sentence(web, monkeypatch, tmp_path, named, words
 
 
 def test_what_a_killed_download_left_goes(web):
-    (web.cache / f".part{2**22 + 1}-fetched").mkdir(parents=True)
+    (web.cache / f".part{2**22 + 1}_{atomic.HOST}-fetched").mkdir(parents=True)
     offer_archive(web)
     fetched(web, [*NAMES, "test-labels.tif"])
 
