@@ -63,7 +63,8 @@ class StackReader:
         self.source = str(source)
         if min(self.shape) < 1 or self.shape[0] > MOST_SECTIONS:
             raise DataError(f"{source} holds no stack of sections: its header says {' x '.join(map(str, self.shape))}.")
-        self.names = list(names) or _numbered(Path(source).stem, len(self))
+        stem = Path(source).stem
+        self.names = list(names) or ([stem] if len(self) == 1 else [f"{stem}[{i}]" for i in range(len(self))])
         self.voxel_nm = voxel_nm
         self.description = description
         self.made_of = made_of or {}
@@ -94,10 +95,8 @@ class StackReader:
             pixels = np.asarray(self._read(index, rows, columns)).astype(self.dtype, copy=False)
         except DataError:
             raise
-        except MemoryError as error:
-            raise DataError(f"{place} takes more memory than there is: {error}.") from error
         except Exception as error:  # decoders raise whatever they like on a damaged file
-            raise DataError(f"{place} is damaged or cut off: {error}.") from error
+            raise DataError(f"{place} is damaged or cut off, or memory is short: {error}.") from error
         if self.dtype.kind == "f" and not np.isfinite(pixels).all():
             raise DataError(f"{place} holds {np.count_nonzero(~np.isfinite(pixels))} NaN or infinite values.")
         return pixels
@@ -110,10 +109,6 @@ class StackReader:
 
     def __exit__(self, *_):
         self.close()
-
-
-def _numbered(stem, count):
-    return [stem] if count == 1 else [f"{stem}[{i}]" for i in range(count)]
 
 
 # --- Words and numbers --------------------------------------------------------------------------------------

@@ -9,17 +9,7 @@ import math
 import numpy as np
 
 from files.atomic import DataError
-from files.sections import (
-    Stack,
-    StackReader,
-    colour_rule,
-    natural_key,
-    refusal,
-    require_memory,
-    shape_words,
-    size_words,
-    some,
-)
+from files.sections import Stack, StackReader, colour_rule, natural_key, refusal, require_memory, shape_words, some
 from files.tiff import open_tiff
 
 SUFFIXES = (".tif", ".tiff", ".png")
@@ -43,8 +33,7 @@ def load(reader):
         sections = np.empty(reader.shape, reader.dtype)
         for i, section in enumerate(reader):
             sections[i] = section
-        about = (reader.voxel_nm, reader.names, reader.source, reader.description, reader.made_of)
-        return Stack(sections, *about)
+        return Stack(sections, reader.voxel_nm, reader.names, reader.source, reader.description, reader.made_of)
 
 
 def _open_memory(stack):
@@ -52,25 +41,18 @@ def _open_memory(stack):
     if sections.ndim != 3 or sections.size == 0:
         raise DataError(f"{stack.source or 'stack'}: must have shape (S, H, W). Received: {sections.shape}")
     about = {"source": stack.source, "voxel_nm": stack.voxel_nm, "description": stack.description}
-    names = stack.names or [str(i) for i in range(len(sections))]
-    about |= {"names": names, "made_of": stack.made_of}
+    about |= {"names": stack.names, "made_of": stack.made_of}
     return StackReader(lambda *part: sections[part], sections.shape, sections.dtype, **about)
 
 
 def _open_file(path, what, ids):
     try:
-        if path.stat().st_size == 0:
-            raise refusal(what, path, "is empty (0 bytes)")
-        opener = _open_png if path.suffix.lower() == ".png" else open_tiff
-        return opener(path, what, ids)
+        return (_open_png if path.suffix.lower() == ".png" else open_tiff)(path, what, ids)
     except DataError:
         raise
-    except OSError as error:
-        raise refusal(what, path, f"cannot be read: {error.strerror or error}") from error
-    except MemoryError as error:
-        raise refusal(what, path, "takes more memory than there is") from error
     except Exception as error:  # struct, index, key and codec errors on a damaged file
-        raise refusal(what, path, f"is damaged or cut off: {error}") from error
+        words = getattr(error, "strerror", None) or f"it is damaged, cut off or no {path.suffix} file: {error}"
+        raise refusal(what, path, f"cannot be read: {words}") from error
 
 
 def _open_folder(folder, what, ids):
@@ -84,20 +66,16 @@ def _open_folder(folder, what, ids):
     with _open_file(files[0], what, ids) as first:
         words = f"folder of {len(files)} files, {first.description}"
         about = {"voxel_nm": first.voxel_nm, "description": words, "names": stems, "source": folder}
-    shape, dtype = first.shape[1:], first.dtype
+    size, dtype = first.shape[1:], first.dtype
 
     def read(index, rows, columns):
         with _open_file(files[index], what, ids) as reader:
-            if len(reader) > 1:
-                words = f"holds {len(reader)} sections; in a folder each file is one section"
-                raise refusal(what, files[index], words)
-            if reader.shape[1:] != shape or reader.dtype != dtype:
-                found, wanted = f"{size_words(reader.shape)} {reader.dtype}", f"{size_words(shape)} {dtype}"
-                words = f"is {found}, the first file of its folder {wanted}; all must be alike"
-                raise refusal(what, files[index], words)
+            if (reader.shape, reader.dtype) != ((1, *size), dtype):
+                rule = f"; each file of its folder must hold one of {size[0]} x {size[1]} px, {dtype}"
+                raise refusal(what, files[index], f"holds {shape_words(reader)}, {reader.dtype}{rule}")
             return reader.part(0, rows, columns)
 
-    return StackReader(read, (len(files), *shape), dtype, **about)
+    return StackReader(read, (len(files), *size), dtype, **about)
 
 
 def _sections_in(folder, what):
@@ -120,15 +98,12 @@ def _open_png(path, what, ids):
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # large sections are no attack: what cannot fit is refused here
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            picture.verify()  # the checksums, which reading the pixels does not look at
-        with Image.open(path, formats=["PNG"]) as picture:
-            mode, frames = picture.mode, getattr(picture, "n_frames", 1)
-            require_memory(8 * math.prod(picture.size), f"{path}: a picture of {size_words(picture.size[::-1])} px")
-            pixels = np.asarray(picture if ids else _without_palette(picture))
-    except (SyntaxError, OSError, ValueError) as error:
-        raise refusal(what, path, f"is no readable PNG file, or is cut off: {error}") from error
+    with Image.open(path, formats=["PNG"]) as picture:
+        picture.verify()  # the checksums, which reading the pixels does not look at
+    with Image.open(path, formats=["PNG"]) as picture:
+        mode, frames = picture.mode, getattr(picture, "n_frames", 1)
+        require_memory(8 * math.prod(picture.size), f"{path}: the picture")
+        pixels = np.asarray(picture if ids else _without_palette(picture))
     if frames > 1:
         raise refusal(what, path, f"is a film of {frames} pictures; each section must be a file")
     if pixels.ndim != 2:

@@ -35,6 +35,7 @@ import numpy as np
 
 from files import atomic, omezarr, stacks
 from files.atomic import DataError
+from files.sections import size_words
 from predict import intensity, tiling
 
 FORMAT = "dilated-unet prediction 1"
@@ -256,7 +257,7 @@ def run(args, source, *, load, weights, how, settings, choose, log):
     _check_flags(args, source)
     with open_sections(source) as reader, atomic.locked(args.output):
         grid = choose(reader.shape[1:])
-        log(f"sections of {stacks.size_words(reader.shape)} px: {grid.words}")
+        log(f"sections of {size_words(reader.shape)} px: {grid.words}")
         made_of = {
             "weights_sha256": _sha256(weights),
             "image_sha256": _sample_sha256(reader),
