@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -29,19 +28,10 @@ ISBI_MIRRORS = (
     "https://raw.githubusercontent.com/alexklibisz/isbi-2012/238a567ae843f7c03e5cc5d3f233cd3f93f0da17/data",
     "https://raw.githubusercontent.com/zhixuhao/unet/b45af4d458437d8281cc218a07fd4380818ece4a/data/membrane",
 )
-ISBI_FILES = {  # Git's name of the official file, SHA-256 of the decoded pixels
-    "train-volume.tif": (
-        "358e48bed4f747c20da43251eb7138727d98cec3",
-        "200da3d452d726e6c9ca1ce04b869d4edb727320d23b516d01cce707dc8c4760",
-    ),
-    "train-labels.tif": (
-        "74ab9858c0be80842c94c41c6fb980aab49e9558",
-        "a7cb64000a1a7e542682927e19c91339f58f9f178e0bcce4e207371116f0ca36",
-    ),
-    "test-volume.tif": (
-        "3e3612ff0786d278b4d2712a29383c7ca58288ad",
-        "1b58fa7ec1d0ff9d39a855622db3ff66a97863036339b0d04be51b2f5a99b0e9",
-    ),
+ISBI_FILES = {  # SHA-256 of the decoded pixels
+    "train-volume.tif": "200da3d452d726e6c9ca1ce04b869d4edb727320d23b516d01cce707dc8c4760",
+    "train-labels.tif": "a7cb64000a1a7e542682927e19c91339f58f9f178e0bcce4e207371116f0ca36",
+    "test-volume.tif": "1b58fa7ec1d0ff9d39a855622db3ff66a97863036339b0d04be51b2f5a99b0e9",
 }
 ISBI_SHAPE = (30, 512, 512)
 CELL_ARCHIVES = {  # url, SHA-256 of the zip file
@@ -71,17 +61,6 @@ def data_dir():
     return Path(pooch.os_cache("dilated-unet"))
 
 
-def is_cached(name):
-    """Tell whether a data set needs no download (its files are there; `fetch` also checks them)."""
-    folder = data_dir() / name
-    if name == "isbi2012":
-        return all((folder / file).is_file() for file in ISBI_FILES)
-    if name in CELL_ARCHIVES:
-        masks = [folder / f"01_{kind}" / "SEG" for kind in ("ST", "GT")]
-        return (folder / "01").is_dir() and any(mask.is_dir() for mask in masks)
-    return name == "synthetic"
-
-
 def fetch(name, *, log=print):
     """Fetch a data set into the cache, where it is not there already, and return its folder.
 
@@ -90,17 +69,17 @@ def fetch(name, *, log=print):
     DataError
         Where no source gives the files, with every source's reason and what to do.
     """
-    if name not in DATA_SETS or name == "synthetic":
+    if name != "isbi2012" and name not in CELL_ARCHIVES:
         raise DataError(f"fetch: the data sets are isbi2012, {', '.join(CELL_ARCHIVES)}. Received: {name}")
     folder = data_dir() / name
-    wanted = [file for file in ISBI_FILES if not is_published(folder / file)] if name == "isbi2012" else []
-    if not wanted and is_cached(name):
-        return folder
-    with _scratch_in(folder) as scratch:
-        if name == "isbi2012":
+    if name in CELL_ARCHIVES:
+        masks = [folder / f"01_{kind}" / "SEG" for kind in ("ST", "GT")]
+        if not ((folder / "01").is_dir() and any(mask.is_dir() for mask in masks)):
+            with _scratch_in(folder) as scratch:
+                _fetch_cells(name, folder, scratch, log)
+    elif wanted := [file for file in ISBI_FILES if not is_published(folder / file)]:
+        with _scratch_in(folder) as scratch:
             _fetch_isbi(folder, scratch, wanted, log)
-        else:
-            _fetch_cells(name, folder, scratch, log)
     return folder
 
 
@@ -122,26 +101,18 @@ def _scratch_in(folder):
 
 def dataset_path(name, role, *, log=print):
     """Return the file or folder that plays `role` (image, mask, test, test_mask) in a data set."""
-    return _isbi_path(role, log) if name == "isbi2012" else _cells_path(fetch(name, log=log), role)
-
-
-def _isbi_path(role, log):
-    name = ISBI_ROLES[role]
-    cached = data_dir() / "isbi2012" / name
-    if name in ISBI_FILES and is_published(cached):
-        return cached
-    path = fetch("isbi2012", log=log) / name
-    if not path.is_file():
-        raise DataError(f"{flag(role)}: {name} comes only with {ISBI_ARCHIVE}, and is not in {path.parent}.")
-    return path
-
-
-def _cells_path(folder, role):
-    sequence = "02" if role.startswith("test") else "01"
-    places = [f"{sequence}_ST/SEG", f"{sequence}_GT/SEG"] if role.endswith("mask") else [sequence]
-    found = [folder / place for place in places if (folder / place).is_dir()]
+    if name == "isbi2012":
+        places, only = [ISBI_ROLES[role]], f" (it comes only with {ISBI_ARCHIVE})"
+        cached = data_dir() / name / places[0]
+        if cached.name in ISBI_FILES and is_published(cached):
+            return cached  # whatever else is missing
+    else:
+        sequence, only = "02" if role.startswith("test") else "01", ""
+        places = [f"{sequence}_ST/SEG", f"{sequence}_GT/SEG"] if role.endswith("mask") else [sequence]
+    folder = fetch(name, log=log)
+    found = [folder / place for place in places if (folder / place).exists()]
     if not found:
-        raise DataError(f"{flag(role)}: {folder} holds no {' or '.join(places)}.")
+        raise DataError(f"{flag(role)}: {folder} holds no {' or '.join(places)}{only}.")
     return found[0]
 
 
@@ -149,15 +120,9 @@ def _cells_path(folder, role):
 
 
 def is_published(file):
-    """Tell whether a file is the official one of its name, or holds the same pixels in another container."""
-    if not file.is_file():
-        return False
-    blob, pixels = ISBI_FILES[file.name]
-    content = file.read_bytes()
-    if hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == blob:
-        return True
+    """Tell whether a file holds the official pixels of its name, in whatever container."""
     with contextlib.suppress(DataError):
-        return sha256_pixels(load(open_stack(file)).sections) == pixels
+        return file.is_file() and sha256_pixels(load(open_stack(file)).sections) == ISBI_FILES[file.name]
     return False
 
 

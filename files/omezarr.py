@@ -111,23 +111,18 @@ def open_zarr(path, what="image"):
         import zarr
     path = Path(path)
     try:
-        attributes = (group := zarr.open_group(str(path), mode="r")).attrs.asdict()
-    except Exception as error:  # zarr raises whatever it likes on metadata of the wrong types
-        raise sections.refusal(what, path, f"is no OME-Zarr image: {error}") from error
-    ome = attributes.get("ome", attributes)
-    if not isinstance(ome, dict) or not ome.get("multiscales"):
-        hint = "of a bioformats2raw folder give the image inside, such as its folder 0"
-        raise sections.refusal(what, path, f"is no OME-Zarr image: it holds no multiscales ({hint})")
-    try:
-        multiscale = ome["multiscales"][0]
+        group = zarr.open_group(str(path), mode="r")
+        attributes = group.attrs.asdict()
+        multiscale = attributes.get("ome", attributes)["multiscales"][0]
         names = [axis["name"] for axis in multiscale["axes"]]
         array = group[multiscale["datasets"][0]["path"]]
         sizes = dict(zip(names, map(int, array.shape), strict=True))
-        words = "".join(names), tuple(array.shape), np.dtype(array.dtype), math.prod(array.chunks)
-    except Exception as error:
-        raise sections.refusal(what, path, f"is no image of OME-NGFF 0.4 or 0.5: {error!r}") from error
-    _check_axes(path, what, names, sizes, words[2])
-    sections.require_memory(words[3] * words[2].itemsize, f"{path}: a chunk of {array.chunks} px")
+        dtype, chunk_px = np.dtype(array.dtype), math.prod(array.chunks)
+    except Exception as error:  # zarr raises whatever it likes on metadata of the wrong types
+        hint = "of a bioformats2raw folder give the image inside, such as its folder 0"
+        raise sections.refusal(what, path, f"is no image of OME-NGFF 0.4 or 0.5 ({hint}): {error!r}") from error
+    _check_axes(path, what, names, sizes, dtype)
+    sections.require_memory(chunk_px * dtype.itemsize, f"{path}: a chunk of {array.chunks} px")
     return ZarrReader(path, array, multiscale, _made_of(attributes))
 
 

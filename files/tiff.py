@@ -16,10 +16,7 @@ def open_tiff(path, what, ids):
     import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs about broken files is raised here
-    try:
-        tif = tifffile.TiffFile(path)
-    except tifffile.TiffFileError as error:
-        raise refusal(what, path, "is not a TIFF file") from error
+    tif = tifffile.TiffFile(path)
     try:
         return _tiff_reader(tif, path, what, ids)
     except BaseException:
@@ -64,18 +61,13 @@ def _tiff_shape(tif, path, what):
 
 def _check_pages(tif, series, count, path, what):
     """Refuse a file whose header and pages do not agree: tifffile reads some of the sections without a word."""
-    if _is_cut_off(tif, series):
-        raise refusal(what, path, "is cut off: it ends before its last section does")
     pages = list(tif.pages)
     described = (tif.is_imagej or tif.is_ome or tif.is_shaped) and not series.is_multifile
     if described and len(pages) not in (1, count):
-        raise refusal(what, path, f"holds {len(pages)} pages, and its header speaks of {count} sections")
-    if any(page is None for page in series.pages):
-        raise refusal(what, path, "lacks sections that its header speaks of")
-    if not all(_has_its_bytes(page, series) for page in pages):
-        raise refusal(what, path, "is damaged: its sections have another number of bytes than their size needs")
-    if not series.is_multifile and not tif.flags - KINDS and _is_tangled(tif, series, count):
-        raise refusal(what, path, "is damaged: its sections overlap, or it holds more than its header speaks of")
+        raise refusal(what, path, f"is cut off, or damaged: {len(pages)} pages, and a header of {count} sections")
+    whole = all(page is not None for page in series.pages) and all(_has_its_bytes(page, series) for page in pages)
+    if _is_cut_off(tif, series) or not whole or _is_tangled(tif, series, count):
+        raise refusal(what, path, "is cut off, or damaged: its pixels are not those that its header speaks of")
 
 
 def _is_cut_off(tif, series):
@@ -95,6 +87,8 @@ def _is_cut_off(tif, series):
 
 def _is_tangled(tif, series, count):
     """Tell whether strips or tiles overlap, or the file has room for one that no page speaks of."""
+    if series.is_multifile or tif.flags - KINDS:
+        return False
     parts, heads, words, size = set(), set(), 0, series.nbytes // count
     for page in tif.pages:
         if getattr(page, "subifds", None):
@@ -105,8 +99,8 @@ def _is_tangled(tif, series, count):
     if series.dataoffset is not None:
         parts = {(series.dataoffset + i * size, size) for i in range(count)}
     parts = {part for part in parts if part[1]}  # nothing is stored of an empty tile
-    known, neighbours = sum(n for _, n in parts), itertools.pairwise(sorted(parts | heads))
-    overlap = any(start + n > following for (start, n), (following, _) in neighbours)
+    known = sum(n for _, n in parts)
+    overlap = any(start + n > following for (start, n), (following, _) in itertools.pairwise(sorted(parts | heads)))
     return overlap or tif.filehandle.size - words - known > known / count
 
 
@@ -201,7 +195,8 @@ def _voxel_nm(tif):
     try:
         if tif.is_ome:
             return _voxel_of_ome(tif.ome_metadata)
-        rows, columns = (_pixel_pitch(tif.pages[0], tag) for tag in ("YResolution", "XResolution"))
+        per_pixel = (tif.pages[0].tags[tag].value for tag in ("YResolution", "XResolution"))
+        rows, columns = (under / over for over, under in per_pixel)
         about = tif.imagej_metadata or {}
         unit = NANOMETRES.get(str(about.get("unit", "")).replace("\\u00B5", "\u00b5").lower())
         if unit:
@@ -211,11 +206,6 @@ def _voxel_nm(tif):
         return voxel(None, rows * unit, columns * unit) if columns * unit < 20_000 else None
     except (ArithmeticError, AttributeError, KeyError, StopIteration, TypeError, ValueError, SyntaxError):
         return None  # a voxel size that cannot be made out is unknown: no reason to refuse the pixels
-
-
-def _pixel_pitch(page, tag):
-    over, under = page.tags[tag].value
-    return under / over
 
 
 def _voxel_of_ome(text):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from files.atomic import DataError, replacing
-from files.sections import size_words, some
+from files.sections import some
 
 CLASSIC_TIFF_BYTES = 2**32 - 2**25  # beyond this, offsets need BigTIFF
 
@@ -64,24 +64,10 @@ def write_mask(path, sections, *, count, shape, voxel_nm=None, force=False, made
 def _write(path, sections, convert, dtype, shape, about, force):
     import tifffile
 
-    remaining, count = iter(sections), shape[0]
     layout = _layout(**about, nbytes=math.prod(shape) * dtype.itemsize, dtype=dtype)
     layout |= {"shape": shape, "dtype": dtype, "photometric": "minisblack"}
     with replacing(path, force=force) as partial:
-        tifffile.imwrite(partial, _exactly(remaining, convert, path, count, shape[1:]), **layout)
-        if next(remaining, None) is not None:
-            raise DataError(f"{path}: {count} sections were announced, and more came.")
-
-
-def _exactly(sections, convert, path, count, shape):
-    for index in range(count):
-        section = next(sections, None)
-        if section is None:
-            raise DataError(f"{path}: {count} sections were announced, and {index} came.")
-        if np.shape(section) != shape:
-            sizes = f"{size_words(shape)} px. Received: {size_words(np.shape(section))}"
-            raise DataError(f"{path}: section {index} must be {sizes}")
-        yield convert(section, index)
+        tifffile.imwrite(partial, (convert(section, i) for i, section in enumerate(sections)), **layout)
 
 
 def _layout(voxel_nm, made_of, nbytes, dtype):
