@@ -169,10 +169,9 @@ def read_labels(path, *, invert=False):
     """
     stack = read_stack(path, what="mask")
     interior, messages = labels.meaning(open_stack(stack), invert)
-    mask = np.empty(stack.shape, np.uint8)
-    for section, out in zip(stack.sections, mask, strict=True):
-        np.not_equal(section == interior, invert, out=out.view(bool))
-    return replace(stack, sections=mask), messages
+    mask = stack.sections == interior
+    mask ^= invert
+    return replace(stack, sections=mask.view(np.uint8)), messages
 
 
 def read_instances(path):
@@ -247,8 +246,6 @@ class Normalisation:
             squares += ((values - here) ** 2).sum() + (here - mean) ** 2 * count * share
             mean += (here - mean) * share
             count += values.size
-        if not count:
-            raise DataError("Normalisation needs at least one section. Received: 0")
         return cls(float(mean), math.sqrt(squares / count))
 
     def __call__(self, array):
@@ -321,17 +318,17 @@ def split_sections(count, protocol, *, val_sections=None, fold=0, folds=5, gap=0
     -------
     Split
 
-    Examples
-    --------
     >>> split_sections(10, "kfold", fold=1, folds=5, gap=1).train
     (0, 5, 6, 7, 8, 9)
     """
-    if count < 1 or gap < 0 or inner < 0:
-        raise DataError(f"sections must be >= 1, --gap and inner >= 0. Received: {count}, {gap}, {inner}")
     allowed = _within(range(count) if train_sections is None else train_sections, count, "--train_sections")
     if protocol in ("published", "all"):
-        return _nothing_held_out(protocol, allowed, val_sections, gap, inner)
-    held_out = _held_out(count, protocol, val_sections, fold, folds)
+        return Split(protocol, allowed, allowed if protocol == "published" else (), ())
+    if protocol == "holdout":
+        last = range(count - max(1, round(count / 5)), count)
+        held_out = _within(last if val_sections is None else val_sections, count, "--val_sections")
+    else:
+        held_out = _fold(count, fold, folds)
     if train_sections is not None and (both := set(allowed) & set(held_out)):
         raise DataError(f"--train_sections must not be held out as well. Received: {format_sections(both)}")
     rest = [i for i in range(count) if min(abs(i - j) for j in held_out) > gap]
@@ -346,21 +343,7 @@ def split_sections(count, protocol, *, val_sections=None, fold=0, folds=5, gap=0
     return Split(protocol, train, chosen, held_out, beside)
 
 
-def _nothing_held_out(protocol, sections, val_sections, gap, inner):
-    if val_sections is not None or gap or inner:
-        flags = "--val_sections, --gap and --inner_sections"
-        raise DataError(f"--protocol {protocol} holds nothing out: it goes without {flags}.")
-    return Split(protocol, sections, sections if protocol == "published" else (), ())
-
-
-def _held_out(count, protocol, val_sections, fold, folds):
-    if protocol == "holdout":
-        last = range(count - max(1, round(count / 5)), count)
-        return _within(last if val_sections is None else val_sections, count, "--val_sections")
-    if protocol != "kfold":
-        raise DataError(f"--protocol must be published, holdout, kfold or all. Received: {protocol}")
-    if val_sections is not None:
-        raise DataError("--val_sections goes with --protocol holdout. Received: --protocol kfold")
+def _fold(count, fold, folds):
     if not 2 <= folds <= count:
         raise DataError(f"--folds must be from 2 to the number of sections, {count}. Received: {folds}")
     if not 0 <= fold < folds:
@@ -394,14 +377,11 @@ def parse_sections(text):
     found = []
     for part in str(text).split(","):
         match = re.fullmatch(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if match and last < first:
-            raise DataError(f"sections must run upwards, as {last}-{first}. Received: {text}")
-        if not match:
-            raise DataError(f"sections must be numbers and ranges such as 24-29 or 0,3,5-7. Received: {text}")
-        found += range(first, last + 1)
-    if len(set(found)) < len(found):
-        raise DataError(f"sections must be named once each. Received: {text}")
+        named = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not named or not set(named).isdisjoint(found):
+            rule = "numbers and ranges that go up, each section once, such as 24-29 or 0,3,5-7"
+            raise DataError(f"sections must be {rule}. Received: {text}")
+        found += named
     return tuple(sorted(found))
 
 
@@ -418,9 +398,7 @@ def montage(sections, rows, columns, order):
     -------
     ndarray of shape (rows * H, columns * W)
     """
-    count, height, width = sections.shape
-    if rows * columns != count or sorted(order) != list(range(count)):
-        raise DataError(f"a montage of {rows} x {columns} must show every section once. Received: {count}")
+    height, width = sections.shape[1:]
     grid = sections[np.asarray(order)].reshape(rows, columns, height, width)
     return grid.swapaxes(1, 2).reshape(rows * height, columns * width)
 
