@@ -581,7 +581,7 @@ GRAY = np.random.default_rng(0).integers(0, 256, (10, 64, 80), dtype=np.uint8)
 @pytest.mark.parametrize(
     ("words", "spoilt"),
     [
-        ("empty", {"images": b""}),
+        ("not a TIFF", {"images": b""}),
         ("not a TIFF", {"images": b"GIF89a, or so it says"}),
         ("cut off", {"images": "cut off"}),
         ("RGB", {"images": np.zeros((10, 64, 80, 3), np.uint8)}),
