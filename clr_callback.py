@@ -46,13 +46,16 @@ def cosine(update, base_lr, max_lr, updates, warm_up=0):
 
     Loshchilov & Hutter 2016 (arXiv 1608.03983), without restarts: a schedule that ends low.
     """
-    ops = _operations(update)
+    if isinstance(update, (int, float, np.ndarray, np.generic)):
+        ops = np  # whose functions have the same names
+    else:
+        from keras import ops
     done = ops.clip((update - warm_up) / max(1, updates - 1 - warm_up), 0.0, 1.0)
     falling = base_lr + (max_lr - base_lr) * 0.5 * (1 + ops.cos(np.pi * done))
     return ops.where(update < warm_up, max_lr * (update + 1) / (warm_up + 1), falling)
 
 
-def rate_of(mode, base_lr, max_lr, step_size, gamma, updates=0):
+def rate_of(mode, base_lr, max_lr, step_size, gamma=1.0, updates=0):
     """Learning rate as a function of the update, a number or a tensor: one of `MODES`, "none", or a run's "cosine"."""
     bounds = (base_lr, max_lr, step_size)
     return {
@@ -64,46 +67,25 @@ def rate_of(mode, base_lr, max_lr, step_size, gamma, updates=0):
     }[mode]
 
 
-def _operations(x):
-    """numpy for numbers and arrays, `keras.ops` for tensors: the functions have the same names."""
-    if isinstance(x, (int, float, np.ndarray, np.generic)):
-        return np
-    from keras import ops
-
-    return ops
-
-
 # -- for Keras --------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def __getattr__(name):
-    """`CyclicLR` and `Schedule`."""
+    """`CyclicLR` and `Schedule` as Keras's callback and schedule; Keras is imported where one is asked for."""
     if name not in ("CyclicLR", "Schedule"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _classes()[name]
-
-
-@functools.cache
-def _classes():
-    """What is below as Keras's callback and schedule; Keras is imported here, where one of them is asked for."""
     import keras
 
-    class Schedule(_Schedule, keras.optimizers.schedules.LearningRateSchedule):
-        __doc__ = _Schedule.__doc__
-
-    class CyclicLR(_CyclicLR, keras.callbacks.Callback):
-        __doc__ = _CyclicLR.__doc__
-
-    return {"CyclicLR": CyclicLR, "Schedule": Schedule}
+    if name == "CyclicLR":
+        return type(name, (_CyclicLR, keras.callbacks.Callback), {"__doc__": _CyclicLR.__doc__})
+    return type(name, (_Schedule, keras.optimizers.schedules.LearningRateSchedule), {"__doc__": _Schedule.__doc__})
 
 
 class _Schedule:
     """A pure function of the update number as an in-graph schedule: no callback has to touch the optimizer.
 
-    Parameters
-    ----------
-    rate : callable
-        Update number (int, or float32 tensor; exact up to 2**24 updates) to learning rate.
+    `rate` takes the update number, an int or a float32 tensor (exact up to 2**24), and gives the learning rate.
     """
 
     def __init__(self, rate):
@@ -113,9 +95,6 @@ class _Schedule:
         from keras import ops
 
         return ops.cast(self.rate(ops.cast(step, "float32")), "float32")
-
-    def get_config(self):
-        raise NotImplementedError("A Schedule wraps a Python function; rebuild it from the run's settings.")
 
 
 class _CyclicLR:
@@ -152,11 +131,24 @@ class _CyclicLR:
         self, base_lr=1e-5, max_lr=1e-2, step_size=2000, mode="triangular", gamma=1.0, scale_fn=None, scale_mode="cycle"
     ):
         super().__init__()
-        _check(base_lr, max_lr, step_size, mode, gamma, scale_fn, scale_mode)
         self.base_lr, self.max_lr, self.step_size = base_lr, max_lr, step_size
         self.mode, self.gamma, self.scale_fn, self.scale_mode = mode, gamma, scale_fn, scale_mode
+        self._check()
         self.update = 0
         self.history = {"update": [], "learning_rate": []}
+
+    def _check(self):
+        for name, good, rule in (
+            ("base_lr", self.base_lr > 0, "above 0"),
+            ("max_lr", self.max_lr >= self.base_lr, f"at least base_lr ({self.base_lr})"),
+            ("step_size", self.step_size >= 1 and self.step_size % 1 == 0, "a whole number of updates, at least 1"),
+            ("mode", self.scale_fn or self.mode in MODES, f"one of {', '.join(MODES)}"),
+            ("gamma", 0 < self.gamma <= 1, "above 0 and at most 1"),
+            ("scale_fn", self.scale_fn is None or callable(self.scale_fn), "a function of one number"),
+            ("scale_mode", self.scale_mode in ("cycle", "iterations"), "cycle or iterations"),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {rule}. Received: {getattr(self, name)}")
 
     def rate(self, update):
         """Learning rate of that update, counted from 0."""
@@ -167,22 +159,19 @@ class _CyclicLR:
 
     def schedule(self):
         """The same rates as a `LearningRateSchedule`."""
-        return _classes()["Schedule"](self.rate)
+        return __getattr__("Schedule")(self.rate)
 
     def on_train_begin(self, logs=None):
-        self.update = self._updates_made()
-        configured = getattr(self.model.optimizer, "_learning_rate", None)
+        self.update = int(self.model.optimizer.iterations)
+        configured = self.model.optimizer._learning_rate
         self._in_graph = isinstance(configured, _Schedule)
         if callable(configured) and not self._in_graph:
             raise ValueError("CyclicLR needs an optimizer with a constant learning rate, or with its own schedule().")
-        if not self._in_graph and getattr(self.model, "steps_per_execution", 1) > 1:
+        if not self._in_graph and self.model.steps_per_execution > 1:
             raise ValueError(
                 "CyclicLR needs an optimizer compiled with learning_rate=CyclicLR(...).schedule() for several "
                 f"updates in an execution. Received: steps_per_execution={self.model.steps_per_execution}"
             )
-
-    def _updates_made(self):
-        return int(np.asarray(self.model.optimizer.iterations))
 
     def on_train_batch_begin(self, batch, logs=None):
         if not self._in_graph:
@@ -190,34 +179,21 @@ class _CyclicLR:
 
     def on_train_batch_end(self, batch, logs=None):
         # `batch` is the last one of an execution, which may hold several updates.
-        for _ in range(getattr(self.model, "steps_per_execution", 1)):
+        for _ in range(self.model.steps_per_execution):
             self.history["update"].append(self.update)
             self.history["learning_rate"].append(float(self.rate(self.update)))
             self.update += 1
 
     def on_epoch_end(self, epoch, logs=None):
-        too_many = self.update - self._updates_made()  # where the epoch's last execution ran out of batches
+        too_many = self.update - int(
+            self.model.optimizer.iterations
+        )  # where the epoch's last execution ran out of batches
         if too_many > 0:
             self.update -= too_many
             for column in self.history.values():
                 del column[-too_many:]
         if logs is not None and self.history["learning_rate"]:
             logs["learning_rate"] = self.history["learning_rate"][-1]
-
-
-def _check(base_lr, max_lr, step_size, mode, gamma, scale_fn, scale_mode):
-    whole, modes = step_size >= 1 and step_size == int(step_size), ", ".join(MODES)
-    for name, value, good, rule in (
-        ("base_lr", base_lr, base_lr > 0, "above 0"),
-        ("max_lr", max_lr, max_lr >= base_lr, f"at least base_lr ({base_lr})"),
-        ("step_size", step_size, whole, "a whole number of updates, at least 1"),
-        ("mode", mode, scale_fn is not None or mode in MODES, f"one of {modes}"),
-        ("gamma", gamma, 0 < gamma <= 1, "above 0 and at most 1"),
-        ("scale_fn", scale_fn, scale_fn is None or callable(scale_fn), "a function of one number"),
-        ("scale_mode", scale_mode, scale_mode in ("cycle", "iterations"), "cycle or iterations"),
-    ):
-        if not good:
-            raise ValueError(f"{name} must be {rule}. Received: {value}")
 
 
 def describe_schedule(updates, step_size):
@@ -236,22 +212,6 @@ def describe_schedule(updates, step_size):
 # -- the learning-rate range test -------------------------------------------------------------------------------
 
 
-def exponential_range(count, lowest, highest):
-    """`count` learning rates from lowest to highest, each a constant factor above the last."""
-    if not 0 < lowest < highest:
-        raise ValueError(f"the range test needs 0 < lowest < highest. Received: {lowest}, {highest}")
-    return [lowest * (highest / lowest) ** (i / max(1, count - 1)) for i in range(count)]
-
-
-def smooth(values, momentum=0.9):
-    """Exponential moving average without the bias towards 0 at the start."""
-    smoothed, average = [], 0.0
-    for i, value in enumerate(values, 1):
-        average = momentum * average + (1 - momentum) * value
-        smoothed.append(average / (1 - momentum**i))
-    return smoothed
-
-
 def suggest_range(rates, losses):
     """Lower and upper learning rate suggested by a range test (Smith 2015, section 3.3).
 
@@ -263,12 +223,15 @@ def suggest_range(rates, losses):
     ValueError
         If the loss never fell.
     """
-    curve = smooth(losses)
-    lowest = min(range(len(curve)), key=curve.__getitem__)
+    from scipy import signal
+
+    averages = signal.lfilter([0.1], [1, -0.9], losses)  # exponential, still with a bias towards 0 at the start
+    curve = averages / (1 - 0.9 ** np.arange(1, len(losses) + 1))
+    lowest = int(np.argmin(curve))
     if lowest == 0:
         raise ValueError("the loss never fell in the range test: start it at a lower learning rate")
-    start = max(curve[: lowest + 1])
-    fallen = start - 0.1 * (start - curve[lowest])
-    onset = next(i for i in range(curve.index(start), lowest + 1) if curve[i] <= fallen)
+    start = int(np.argmax(curve[:lowest]))
+    fallen = curve[start] - 0.1 * (curve[start] - curve[lowest])
+    onset = start + int(np.argmax(curve[start:] <= fallen))
     high = rates[lowest] / 3
     return min(rates[onset], high / 3), high

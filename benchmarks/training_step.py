@@ -26,6 +26,7 @@ import data
 import dilatedUnet
 from files import atomic
 from network import device, losses, unet
+from network.layers import Upsample
 from train import run as training
 from train.feed import Stacks
 from train.record import Place, hardware, versions
@@ -45,8 +46,8 @@ class StockLayers(unet._Layers):
     def drop(self, x, name):
         return keras.layers.Dropout(self.rate, dtype=self.dtype, name=name)(x)
 
-    def upsample(self, x, name):
-        return keras.layers.UpSampling2D(dtype=self.dtype, name=name)(x)
+    def __call__(self, kind, x, name, **settings):
+        return super().__call__(keras.layers.UpSampling2D if kind is Upsample else kind, x, name, **settings)
 
 
 def stock_network(**settings):

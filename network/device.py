@@ -1,21 +1,17 @@
 """What the program runs on: device, backend, and the precision and compilation that are fastest there."""
 
 import math
+import os
 import time
 from pathlib import Path
 
 import keras
 
 
-def load(shared=False):
-    """Load what the backend needs; `shared` by several processes, JAX's must find each other before any device."""
-    if not (shared and keras.backend.backend() == "jax"):
-        accelerator()
-
-
 def name():
     """The accelerator's name, or the processor's with its number of usable cores."""
-    return accelerator() or processor()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return accelerator() or f"{_cpu_field('model name') or 'CPU'}, {cores} core{'s' * (cores != 1)}"
 
 
 def accelerator():
@@ -31,19 +27,9 @@ def accelerator():
 
         first = jax.devices()[0]
         return None if first.platform == "cpu" else first.device_kind
-    if backend == "torch":
-        import torch
+    import torch
 
-        return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return None
-
-
-def processor():
-    import os
-
-    model = _cpu_field("model name") or "CPU"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} core{'s' * (cores != 1)}"
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
 def _cpu_field(field):

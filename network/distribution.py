@@ -6,21 +6,16 @@ and of the soft Dice, the gradients) is summed over all of them. TensorFlow: `tf
 `jax.distributed` where KERAS_DISTRIBUTION_NUM_PROCESSES names several processes; its arrays are those of the whole
 batch, whatever they are cut into, so the network needs nothing more.
 
->>> start(None).replicas
-1
->>> int(total(3))
-3
+>>> int(total(3)), start(None).replicas
+(3, 1)
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
 
 import keras
-
-PROCESSES = "KERAS_DISTRIBUTION_NUM_PROCESSES"
-
+import numpy as np
 
 # -- for the layers and losses ----------------------------------------------------------------------------------
 
@@ -56,9 +51,8 @@ def replica():
 def for_logs(value):
     """A scalar in the shape that Keras averages over replicas: with several TensorFlow workers a vector (3.15)."""
     context = _context()
-    if context is None or context.strategy.extended._in_multi_worker_mode() is False:
-        return value
-    return keras.ops.reshape(value, (1,))
+    several = context is not None and context.strategy.extended._in_multi_worker_mode()
+    return keras.ops.reshape(value, (1,)) if several else value
 
 
 # -- for a run --------------------------------------------------------------------------------------------------
@@ -68,10 +62,11 @@ class Alone:
     """One device: nothing to share."""
 
     replicas = processes = 1  # that an update is cut over
-    slices: range = range(1)  # of the global batch that this process feeds
+    process = 0  # the number of this one
+    slices = range(1)  # of the global batch that this process feeds
     chief = True  # whether this process is the one that writes
     words = ""  # on it, for the first line of a run
-    lost: tuple[type[Exception], ...] = ()  # what is raised where another process is lost
+    lost = ()  # kinds of exception raised where another process is lost
 
     def scope(self):
         """Where the network and its optimizer are made."""
@@ -81,17 +76,33 @@ class Alone:
         """Where this process computes something by itself."""
         return contextlib.nullcontext()
 
-    def feed(self, batches: Callable[[range], Iterator]):
+    def feed(self, batches):
         """What `fit` takes; `batches(slices)` yields, update by update, those slices of the global batch in turn."""
         return batches(self.slices)
 
+    def gather(self, value: int):
+        """The values of all processes, the chief's first, in every process; waits for all of them."""
+        return [value]
+
     def agree(self, value: int) -> int:
-        """The chief's value, in every process; waits for all of them."""
-        return value
+        """The chief's value, in every process."""
+        return int(self.gather(value)[0])
 
     def any(self, value: bool) -> bool:
-        """Whether a process says so; waits for all of them."""
-        return value
+        """Whether a process says so."""
+        return bool(max(self.gather(int(value))))
+
+    def _share(self, engine, local):
+        """Divide the slices among the processes, of which this one has `local` devices."""
+        if local * self.processes != self.replicas:
+            raise ValueError(
+                f"--distribute needs machines with as many devices each: {local} here, {self.replicas} on all "
+                f"{self.processes}"
+            )
+        self.slices = range(self.process * local, (self.process + 1) * local)
+        self.chief = self.process == 0
+        among = f" in {self.processes} processes, this one number {self.process}" if self.processes > 1 else ""
+        self.words = f"; every batch shared by {self.replicas} devices{among} ({engine})"
 
 
 class TensorFlow(Alone):
@@ -106,22 +117,18 @@ class TensorFlow(Alone):
         chiefs, workers = (len(cluster.get(kind, ())) for kind in ("chief", "worker"))
         self.processes = max(1, chiefs + workers)
         self.process = int(task.get("index", 0)) + (chiefs if task.get("type") == "worker" else 0)
-        if not tf.config.list_physical_devices("GPU") and count:
+        kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+        if kind == "CPU" and count:
             (processor,) = tf.config.list_physical_devices("CPU")
             tf.config.set_logical_device_configuration(processor, [tf.config.LogicalDeviceConfiguration()] * count)
-        kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
         if self.processes > 1:
-            self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
+            engine, self.strategy = "MultiWorkerMirroredStrategy", tf.distribute.MultiWorkerMirroredStrategy()
+            self.lost = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
         else:
             devices = [device.name for device in tf.config.list_logical_devices(kind)]
-            self.strategy = tf.distribute.MirroredStrategy(devices[: count or None])
+            engine, self.strategy = "MirroredStrategy", tf.distribute.MirroredStrategy(devices[: count or None])
         self.replicas = self.strategy.num_replicas_in_sync
-        self.slices = share(self, len(self.strategy.extended.worker_devices))
-        self.chief = self.process == 0
-        if self.processes > 1:
-            self.lost = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
-        engine = "MultiWorkerMirroredStrategy" if self.processes > 1 else "MirroredStrategy"
-        self.words = describe(f"tf.distribute.{engine}", self)
+        self._share(f"tf.distribute.{engine}", len(self.strategy.extended.worker_devices))
 
     def scope(self):
         return self.strategy.scope()
@@ -137,18 +144,14 @@ class TensorFlow(Alone):
 
         return self.strategy.distribute_datasets_from_function(slices)
 
-    def agree(self, value):
-        return self._sum(lambda replica: value if replica == 0 else 0) if self.processes > 1 else value
-
-    def any(self, value):
-        return self._sum(lambda replica: value) > 0 if self.processes > 1 else value
-
-    def _sum(self, value):
-        """Of a number of every replica."""
-        here = self.strategy.experimental_distribute_values_from_function(
-            lambda context: self.tf.constant(int(value(context.replica_id_in_sync_group)))
+    def gather(self, value):
+        if self.processes == 1:
+            return [value]
+        # The sum of vectors that hold one replica's value each.
+        mine = self.strategy.experimental_distribute_values_from_function(
+            lambda context: self.tf.one_hot(context.replica_id_in_sync_group, self.replicas, int(value), 0)
         )
-        return int(self.strategy.reduce("SUM", here, axis=None))
+        return self.strategy.reduce("SUM", mine, axis=None).numpy()
 
 
 class Jax(Alone):
@@ -157,22 +160,19 @@ class Jax(Alone):
     def __init__(self, count):
         import jax
 
-        self.processes = int(os.environ.get(PROCESSES) or 1)
+        self.processes = int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES") or 1)
         if count:
             with contextlib.suppress(RuntimeError):  # of a backend that has started: it has what XLA_FLAGS say
                 jax.config.update("jax_num_cpu_devices", count)
         if self.processes > 1:
             keras.distribution.initialize()
         self.process = jax.process_index()
-        devices = jax.devices()
-        if count and self.processes == 1:
-            devices = devices[:count]
+        devices = jax.devices() if self.processes > 1 else jax.devices()[: count or None]
         names = [f"{device.platform}:{device.id}" for device in devices]
         self.distribution = keras.distribution.DataParallel(devices=names, auto_shard_dataset=False)
         self.replicas = len(devices)
-        self.slices = share(self, len(jax.local_devices()) if self.processes > 1 else self.replicas)
-        self.chief = self.process == 0
-        self.words = describe("keras.distribution.DataParallel", self)
+        local = len(jax.local_devices()) if self.processes > 1 else self.replicas
+        self._share("keras.distribution.DataParallel", local)
 
     def scope(self):
         keras.distribution.set_distribution(self.distribution)  # for good: `fit` looks it up, too
@@ -188,44 +188,20 @@ class Jax(Alone):
             keras.distribution.set_distribution(before)
 
     def feed(self, batches):
-        import numpy as np
-
         mine = batches(self.slices)
         while True:
             parts = [next(mine) for _ in self.slices]
             yield keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *parts)
 
-    def agree(self, value):
+    def gather(self, value):
         if self.processes == 1:
-            return value
+            return [value]
         from jax.experimental import multihost_utils
 
-        return int(multihost_utils.broadcast_one_to_all(int(value)))
-
-    def any(self, value):
-        if self.processes == 1:
-            return value
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(int(value)).any())
+        return multihost_utils.process_allgather(int(value))
 
 
-def share(spread, local):
-    """The slices of a process that has `local` of the devices."""
-    if local * spread.processes != spread.replicas:
-        raise ValueError(
-            f"--distribute needs machines with as many devices each: {local} here, {spread.replicas} on all "
-            f"{spread.processes}"
-        )
-    return range(spread.process * local, (spread.process + 1) * local)
-
-
-def describe(engine, spread):
-    processes = f" in {spread.processes} processes, this one number {spread.process}" if spread.processes > 1 else ""
-    return f"; every batch shared by {spread.replicas} devices{processes} ({engine})"
-
-
-def start(devices: int | None) -> Alone:
+def start(devices):
     """What a run is spread over; must come before anything is computed.
 
     Parameters
@@ -233,6 +209,10 @@ def start(devices: int | None) -> Alone:
     devices : int or None
         None: one device. 0: all devices, of all machines that the environment names. N: the first N of this machine;
         on a CPU, N virtual ones, for trying things out.
+
+    Returns
+    -------
+    Alone
 
     Raises
     ------

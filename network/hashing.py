@@ -1,8 +1,4 @@
-"""Random bits as a pure function of a key, the same on every backend and device: no generator has a state.
-
->>> random_bytes((2, 5), (7, 1)).shape
-(2, 5)
-"""
+"""Random bits as a pure function of a key, the same on every backend and device: no generator has a state."""
 
 import keras
 import numpy as np
@@ -55,12 +51,10 @@ def random_bytes(shape, key, part=0):
     for size in shape:
         count = count * size
     words = random_words((count + 3) // 4, key, part)
-    return ops.reshape(ops.reshape(_bytes_of(words), (-1,))[:count], shape)
-
-
-def _bytes_of(words):
     if keras.backend.backend() == "tensorflow":  # whose `ops.view` needs a static shape
         import tensorflow as tf
 
-        return tf.bitcast(words, tf.uint8)
-    return ops.view(words, dtype="uint8")
+        found = tf.bitcast(words, tf.uint8)
+    else:
+        found = ops.view(words, dtype="uint8")
+    return ops.reshape(ops.reshape(found, (-1,))[:count], shape)

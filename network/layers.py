@@ -15,21 +15,16 @@ MOMENTUM = 0.99  # the study's
 # below is the same; only the random bits are fewer, and batch norm is oneDNN's.
 
 
-def kept_levels(rate):
-    """Number of the 256 byte values that survive dropout, so that 1 - kept / 256 is nearest to `rate`."""
-    if not (rate == 0 or 1 / 512 < rate < 1):
-        raise ValueError(f"dropout must be 0, or above 1/512 and below 1. Received: {rate}")
-    return max(1, round(256 * (1 - rate)))
-
-
 class _Masking(keras.layers.Layer):
-    """A layer that drops elements out: its rate and its key, a new one for every update."""
+    """A layer that drops out elements where a byte is not among the `kept` values; a new key for every update."""
 
     pointwise = True
 
     def __init__(self, rate=0.0, seed=0, **kwargs):
         super().__init__(**kwargs)
-        self.kept = kept_levels(rate)
+        if not (rate == 0 or 1 / 512 < rate < 1):
+            raise ValueError(f"dropout must be 0, or above 1/512 and below 1. Received: {rate}")
+        self.kept = max(1, round(256 * (1 - rate)))
         self.seed_generator = keras.random.SeedGenerator(seed) if self.kept < 256 else None
 
     def mask(self, x):
@@ -63,8 +58,6 @@ class BatchNormDropout(_Masking):
 
     def __init__(self, rate=0.0, seed=0, momentum=MOMENTUM, **kwargs):
         super().__init__(rate, seed, **kwargs)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"bn_momentum must be at least 0 and below 1. Received: {momentum}")
         self.momentum = momentum
 
     def build(self, input_shape):
@@ -152,19 +145,3 @@ class Interior(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return input_shape[:-1]
-
-
-class InputSize(keras.layers.Layer):
-    """Hands its input on; refuses one whose sides do not fit the network's `field`, before a layer far below fails."""
-
-    pointwise, field = True, None
-
-    def call(self, x):
-        self.compute_output_shape(x.shape)
-        return x
-
-    def compute_output_shape(self, input_shape):
-        for name, size in zip(("rows of the input", "columns of the input"), input_shape[1:3], strict=True):
-            if self.field is not None and size is not None:
-                self.field.check_size(name, size)
-        return input_shape

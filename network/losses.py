@@ -4,10 +4,7 @@ The former take `truth` and `interior`, tensors of shape (B, h, w), float32: 1 =
 float32 scalar. The latter, `weighted_cross_entropy`, takes logits, and a weight for every pixel, which numpy and scipy
 make of instance masks once a run: `separate`, `border_weights`.
 
->>> truth = ops.array([[[1.0, 0.0]]])
->>> round(float(soft_dice(truth, truth)), 3)
-1.0
->>> border_weights(np.array([[1, 0, 2]]), class_balance=False).round(2)  # 1 + 10 exp(-(1 + 1)^2 / 50) between cells
+>>> border_weights(np.array([[1, 0, 2]])).round(2)  # 1 + 10 exp(-(1 + 1)^2 / 50) between cells
 array([[ 1.  , 10.23,  1.  ]], dtype=float32)
 """
 
@@ -53,13 +50,6 @@ def bce_dice(truth, interior):
 LOSSES = {"bce_dice": bce_dice, "bce": bce, "dice": dice}  # `weighted_cross_entropy` takes other arguments
 
 
-def get(name):
-    """The loss of that name; ValueError names the choices."""
-    if name not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}. Received: {name}")
-    return LOSSES[name]
-
-
 # -- the weighted loss of 2015 ----------------------------------------------------------------------------------
 
 
@@ -77,55 +67,35 @@ def weighted_cross_entropy(truth, logits, weights):
         Before the softmax (`unet.with_logits`).
     weights : tensor of shape (B, h, w)
         float32, from `border_weights`; 0 leaves a pixel out.
-
-    Returns
-    -------
-    float32 scalar
     """
     likelihood = ops.log_softmax(ops.cast(logits, "float32"), axis=-1)
     chosen = ops.one_hot(ops.cast(truth, "int32"), logits.shape[-1], dtype="float32")
     return -ops.mean(weights * ops.sum(chosen * likelihood, axis=-1))
 
 
-def separate(labels, reach=1):
+def separate(labels):
     """Put background between touching instances: the separation border of the 2015 paper.
 
-    Parameters
-    ----------
-    labels : ndarray of int, shape (H, W)
-        Instances, 0 = background.
-    reach : int
-        An instance's pixel with a pixel of another instance within so many rows and columns becomes background. 1 is
-        a border of 2 px where instances touch, one from either; 0 changes nothing.
+    A pixel with a pixel of another instance among its 8 neighbours becomes background, so that a border is 2 px wide,
+    one from either. `labels` are integers of shape (H, W), 0 = background, and so is the result, in the same dtype. An
+    instance no wider than its borders is gone.
 
-    Returns
-    -------
-    ndarray of shape (H, W)
-        In the dtype of `labels`. An instance no wider than its borders is gone.
-
-    Examples
-    --------
     >>> separate(np.array([[1, 1, 2, 2, 0, 3]]))
     array([[1, 0, 0, 2, 0, 3]])
     """
     from scipy import ndimage
 
-    if reach < 0:
-        raise ValueError(f"reach must be at least 0. Received: {reach}")
-    labels = np.asarray(labels)
-    window = 2 * reach + 1
     others = np.where(labels == 0, labels.max(initial=0), labels)  # background must not be the smallest label
-    highest, lowest = ndimage.maximum_filter(labels, window), ndimage.minimum_filter(others, window)
-    return np.where((labels == highest) & (labels == lowest), labels, 0).astype(labels.dtype)
+    alone = (labels == ndimage.maximum_filter(labels, 3)) & (labels == ndimage.minimum_filter(others, 3))
+    return np.where(alone, labels, 0).astype(labels.dtype)
 
 
-def border_weights(labels, *, w0=10.0, sigma=5.0, class_balance=True):
+def border_weights(labels, *, w0=10.0, sigma=5.0, balance=(1.0, 1.0)):
     """Weight of every pixel: w_c + w0 exp(-(d1 + d2)^2 / (2 sigma^2)), equation 2 of arXiv 1505.04597.
 
-    d1 and d2 are the distances of a background pixel to the nearest and to the second nearest instance; the distance
-    to an instance is the Euclidean one, in px, from the pixel's centre to the centre of the instance's nearest pixel,
-    which lies on its border. Inside instances the second term is 0, as in the paper's figure 3 d: it exists to make
-    the network learn the background that separates, and an instance's own pixels are no such background.
+    d1 and d2 are the distances of a background pixel to the nearest and to the second nearest instance, Euclidean, in
+    px, from its centre to the centre of the instance's nearest pixel, which lies on its border. Inside instances the
+    second term is 0, as in the paper's figure 3 d: it exists to make the network learn the background that separates.
 
     Parameters
     ----------
@@ -133,27 +103,19 @@ def border_weights(labels, *, w0=10.0, sigma=5.0, class_balance=True):
         Instances, 0 = background; the parts of one label are one instance. Instances that touch have no background
         between them to be weighted: `separate` them first, in the truth as well.
     w0 : float
-        Weight at a border of no width.
+        Weight at a border of no width, at least 0.
     sigma : float
-        Standard deviation of the border term, px.
-    class_balance : bool or (float, float)
-        w_c of `class_weights` for these labels, or as given, (background, interior); False: w_c = 1.
+        Standard deviation of the border term, px, above 0.
+    balance : (float, float)
+        w_c of background and interior: `class_weights`.
 
     Returns
     -------
     ndarray of shape (H, W)
         float32. Exact to `NEGLIGIBLE` w0 and the rounding of float32: instances farther away than a term of that size
         allows are not looked at. With fewer than two instances, w_c alone.
-
-    Raises
-    ------
-    ValueError
-        If an argument breaks a rule; the message names it.
     """
-    labels = _checked(labels, w0, sigma)
-    if class_balance is True:
-        class_balance = class_weights(np.count_nonzero(labels), labels.size)
-    background, interior = class_balance or (1.0, 1.0)
+    background, interior = balance
     first, second = _two_nearest(labels, reach=ceil(sigma * sqrt(-2 * log(NEGLIGIBLE))))
     border = w0 * np.exp(-((first + second) ** 2) / (2 * sigma**2))
     return np.where(labels > 0, interior, background + border).astype(np.float32)
@@ -172,21 +134,6 @@ def class_weights(interior, total):
     return total / (2 * (total - interior)), total / (2 * interior)
 
 
-def _checked(labels, w0, sigma):
-    """Labels numbered from 1 without gaps, background 0."""
-    labels = np.asarray(labels)
-    if labels.ndim != 2 or not labels.size or labels.dtype.kind not in "biu":
-        raise ValueError(f"labels must be whole numbers of shape (H, W). Received: {labels.dtype} of {labels.shape}")
-    if labels.min() < 0:
-        raise ValueError(f"labels must be 0 for background and positive for instances. Received: {labels.min()}")
-    if not 0 <= w0 < inf:
-        raise ValueError(f"w0 must be at least 0. Received: {w0}")
-    if not 0 < sigma < inf:
-        raise ValueError(f"sigma must be above 0. Received: {sigma}")
-    numbers, dense = np.unique(labels, return_inverse=True)
-    return (dense.reshape(labels.shape) + (numbers[0] > 0)).astype(np.int32)
-
-
 def _two_nearest(labels, reach):
     """Distances of every pixel to its nearest and second nearest instance; inf for some that exceed `reach`.
 
@@ -195,10 +142,12 @@ def _two_nearest(labels, reach):
     """
     from scipy import ndimage
 
+    numbers, dense = np.unique(labels, return_inverse=True)
+    dense = dense.reshape(labels.shape) + (numbers[0] > 0)  # numbered from 1 without gaps, background 0
     first, second = np.full(labels.shape, inf), np.full(labels.shape, inf)
-    for number, box in enumerate(ndimage.find_objects(labels), 1):
+    for number, box in enumerate(ndimage.find_objects(dense), 1):
         window = tuple(slice(max(0, cut.start - reach), cut.stop + reach) for cut in box)
-        distance = ndimage.distance_transform_edt(labels[window] != number)
+        distance = ndimage.distance_transform_edt(dense[window] != number)
         nearest, next_nearest = first[window], second[window]
         np.minimum(next_nearest, np.maximum(nearest, distance), out=next_nearest)
         np.minimum(nearest, distance, out=nearest)

@@ -36,7 +36,8 @@ def prepare(gpu, shared=False):
             check_backend(keras.backend.backend())  # ~/.keras/keras.json can name another
             from network import device
 
-            device.load(shared)
+            if not (shared and keras.backend.backend() == "jax"):  # whose processes first find each other
+                device.accelerator()
     except ImportError as error:
         raise DataError(f"Keras or its backend is damaged or missing: {error}") from error
     if gpu not in (None, "-1") and not shared and not device.accelerator():

@@ -14,19 +14,15 @@ import json
 from math import sqrt
 
 import keras
+from keras.layers import Add, Concatenate, Conv2D, Conv2DTranspose, Cropping2D, MaxPooling2D
 
 from network.field import field_of
-from network.layers import MOMENTUM, BatchNormDropout, Dropout, InputSize, Interior, Upsample
+from network.layers import MOMENTUM, BatchNormDropout, Dropout, Interior, Upsample
 
 FILTERS = (44, 88, 176)
 CENTRE_DILATIONS = (1, 2, 4, 8, 16, 32)
-PARAMETERS_2017 = 2_772_816
-PARAMETERS_2015 = 31_030_658  # 64 filters, 4 levels, 1 channel, 2 classes
-PADDINGS = ("valid", "same")
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # and the dtype policy of each
-
-
-# -- the networks of 2017 ---------------------------------------------------------------------------------------
+LEAST = {"filters": 1, "centre_dilations": 1, "dilate_rate": 1, "levels": 1, "classes": 2}
 
 
 def build(
@@ -38,7 +34,6 @@ def build(
     centre_dilations=CENTRE_DILATIONS,
     dropout=0.3,
     bn_momentum=MOMENTUM,
-    channels=1,
     classes=2,
     precision="float32",
     seed=0,
@@ -59,8 +54,6 @@ def build(
         Fraction dropped after each batch norm but the last two, and after each pooling.
     bn_momentum : float
         Of batch norm's moving averages, in [0, 1); a run of few updates wants 0.9.
-    channels : int
-        Channels of the input.
     classes : int
         Channels of the softmax; class 1 is the interior.
     precision : {"float32", "bfloat16"}
@@ -71,23 +64,17 @@ def build(
     Returns
     -------
     keras.Model
-        (B, h, w, channels) float32, standardised, h and w multiples of 2 ** len(filters), to the interior
-        probability (B, h, w), float32.
+        (B, h, w, 1) float32, standardised, h and w multiples of 2 ** len(filters), to the interior probability
+        (B, h, w), float32.
 
     Raises
     ------
     ValueError
         If an argument is out of its range.
     """
-    _check(
-        precision,
-        ("filters", filters, filters and min(filters) >= 1, "one positive number per level"),
-        ("centre_dilations", centre_dilations, centre_dilations and min(centre_dilations) >= 1, "positive numbers"),
-        *(_at_least(1, "dilate_rate", dilate_rate), _at_least(1, "channels", channels)),
-        _at_least(2, "classes", classes),
-    )
+    _check(filters=filters, centre_dilations=centre_dilations, dilate_rate=dilate_rate, classes=classes)
     make = _Layers(precision, dropout, seed, bn_momentum)
-    inputs = keras.Input((None, None, channels), name="section")
+    inputs = keras.Input((None, None, 1), name="section")
     x, skips = inputs, []
     for level, width in enumerate(filters, 1):
         x = make.conv(x, width, f"down{level}_conv1")
@@ -95,7 +82,7 @@ def build(
         x = make.conv(x, width, f"down{level}_conv2", dilation=dilate_rate)
         skips.append(x)
         x = make.bn_drop(x, f"down{level}_bn2")
-        x = make.pool(x, f"down{level}_pool")
+        x = make(MaxPooling2D, x, f"down{level}_pool")
         x = make.drop(x, f"down{level}_drop")
     centre = []
     for i, dilation in enumerate(centre_dilations, 1):
@@ -104,83 +91,19 @@ def build(
         if i < len(centre_dilations):
             x = make.bn_drop(x, f"centre_bn{i}")
     if addition and len(centre) > 1:
-        x = make.add(centre, "centre_sum")
+        x = make(Add, centre, "centre_sum")
     for level in range(len(filters), 0, -1):
         width = max(1, filters[level - 1] // 2)
-        x = make.upsample(x, f"up{level}_upsample")
+        x = make(Upsample, x, f"up{level}_upsample")
         x = make.conv(x, width, f"up{level}_conv1")
-        x = make.concatenate([skips[level - 1], x], f"up{level}_concatenate")
+        x = make(Concatenate, [skips[level - 1], x], f"up{level}_concatenate")
         x = make.bn_drop(x, f"up{level}_bn1")
         x = make.conv(x, width, f"up{level}_conv2")
         x = make.batch_norm(x, f"up{level}_bn2")
         x = make.conv(x, width, f"up{level}_conv3")
     x = make.batch_norm(x, "head_bn")
-    x = make.head(x, classes, "head_conv")
     name = ("dilated" if dilate else "standard") + "_unet"
-    return keras.Model(inputs, Interior(dtype="float32", name="interior")(x), name=name)
-
-
-def _check(precision, *rules):
-    """Refuse what breaks a rule: (name, value, whether it is good, what it must be)."""
-    for name, value, good, rule in (*rules, ("precision", precision, precision in PRECISIONS, " or ".join(PRECISIONS))):
-        if not good:
-            raise ValueError(f"{name} must be {rule}. Received: {value}")
-
-
-def _at_least(least, name, value):
-    return name, value, value >= least, f"at least {least}"
-
-
-class _Layers:
-    """The layers of one network: dtype policy, dropout rate, and a seed of its own for every layer."""
-
-    def __init__(self, precision, dropout, seed, bn_momentum):
-        self.dtype = PRECISIONS[precision]
-        self.rate, self.momentum = dropout, bn_momentum
-        self.seeds = iter(range(seed * 1000, seed * 1000 + 1000))
-
-    def _conv(self, width, size, name, dilation=1, activation="relu", initial=keras.initializers.HeNormal):
-        return keras.layers.Conv2D(
-            width,
-            size,
-            padding="same",
-            dilation_rate=dilation,
-            activation=activation,
-            kernel_initializer=initial(next(self.seeds)),
-            dtype=self.dtype,
-            name=name,
-        )
-
-    def conv(self, x, width, name, dilation=1):
-        return self._conv(width, 3, name, dilation)(x)
-
-    def head(self, x, classes, name):
-        # Only its 3 x 3 convolutions are He-normal in the study's script; this one has the framework's default.
-        return self._conv(classes, 1, name, activation=None, initial=keras.initializers.GlorotUniform)(x)
-
-    def bn_drop(self, x, name):
-        return BatchNormDropout(self.rate, next(self.seeds), self.momentum, dtype=self.dtype, name=name)(x)
-
-    def batch_norm(self, x, name):
-        return BatchNormDropout(momentum=self.momentum, dtype=self.dtype, name=name)(x)
-
-    def drop(self, x, name):
-        return Dropout(self.rate, seed=next(self.seeds), dtype=self.dtype, name=name)(x)
-
-    def pool(self, x, name):
-        return keras.layers.MaxPooling2D(2, dtype=self.dtype, name=name)(x)
-
-    def upsample(self, x, name):
-        return Upsample(dtype=self.dtype, name=name)(x)
-
-    def add(self, xs, name):
-        return keras.layers.Add(dtype=self.dtype, name=name)(xs)
-
-    def concatenate(self, xs, name):
-        return keras.layers.Concatenate(dtype=self.dtype, name=name)(xs)
-
-
-# -- the network of 2015 ----------------------------------------------------------------------------------------
+    return keras.Model(inputs, make.interior(x, classes), name=name)
 
 
 def build_2015(
@@ -191,7 +114,6 @@ def build_2015(
     dropout=0.5,
     batch_norm=False,
     bn_momentum=MOMENTUM,
-    channels=1,
     classes=2,
     precision="float32",
     seed=0,
@@ -211,22 +133,14 @@ def build_2015(
         Fraction dropped at the end of the contracting path.
     batch_norm : bool
         Batch norm behind every 3 x 3 convolution, which the paper (of the same year) does not have.
-    bn_momentum : float
-        Of its moving averages, in [0, 1).
-    channels : int
-        Channels of the input.
-    classes : int
-        Channels of the softmax; class 1 is the interior.
-    precision : {"float32", "bfloat16"}
-        bfloat16 computes in bfloat16 and keeps float32 weights and softmax.
-    seed : int
-        Of the initial weights and the dropout masks.
+    bn_momentum, classes, precision, seed
+        As of `build`.
 
     Returns
     -------
     keras.Model
-        (B, h, w, channels) float32, standardised, to the interior probability (B, h - 2 shrink, w - 2 shrink),
-        float32; `with_logits` gives the logits as well.
+        (B, h, w, 1) float32, standardised, to the interior probability (B, h - 2 shrink, w - 2 shrink), float32;
+        `with_logits` gives the logits as well.
 
     Raises
     ------
@@ -239,32 +153,29 @@ def build_2015(
     the contracting path are dropped out, the upper of them before it is pooled and copied. One difference: that
     network has a ReLU behind each up-convolution, the paper's figure has none, and neither has this one.
     """
-    _check(
-        precision,
-        *(_at_least(1, "filters", filters), _at_least(1, "levels", levels), _at_least(1, "channels", channels)),
-        *(_at_least(2, "classes", classes), ("padding", padding, padding in PADDINGS, " or ".join(PADDINGS))),
-    )
+    _check(filters=filters, levels=levels, classes=classes)
     make = _Layers2015(precision, dropout, seed, bn_momentum, padding, batch_norm)
-    inputs = keras.Input((None, None, channels), name="section")
-    x, skips = InputSize(name="input_size")(inputs), []
+    inputs = keras.Input((None, None, 1), name="section")
+    x, skips = inputs, []
     for level in range(1, levels + 1):
         x = make.two_convs(x, filters * 2 ** (level - 1), f"down{level}")
         if level == levels:
             x = make.drop(x, f"down{level}_drop")
         skips.append(x)
-        x = make.pool(x, f"down{level}_pool")
+        x = make(MaxPooling2D, x, f"down{level}_pool")
     x = make.two_convs(x, filters * 2**levels, "centre")
     x = make.drop(x, "centre_drop")
     for level in range(levels, 0, -1):
-        width = filters * 2 ** (level - 1)
+        width, skip = filters * 2 ** (level - 1), skips[level - 1]
         x = make.up_conv(x, width, f"up{level}_upconv")
-        skip = make.crop(skips[level - 1], levels - level, f"up{level}_crop")
-        x = make.concatenate([skip, x], f"up{level}_concatenate")
+        if padding == "valid":  # what comes up has lost 4, 16, 40, 88 px a side, from the lowest level up
+            skip = make(Cropping2D, skip, f"up{level}_crop", cropping=12 * 2 ** (levels - level) - 8)
+        x = make(Concatenate, [skip, x], f"up{level}_concatenate")
         x = make.two_convs(x, width, f"up{level}")
-    x = make.head(x, classes, "head_conv")
-    network = keras.Model(inputs, Interior(dtype="float32", name="interior")(x), name="unet2015")
-    network.get_layer("input_size").field = field_of(network)
-    return network
+    return keras.Model(inputs, make.interior(x, classes), name="unet2015")
+
+
+ARCHITECTURES = {"unet2017": build, "unet2015": build_2015}
 
 
 def from_settings(settings, **more):
@@ -294,6 +205,50 @@ def with_logits(network):
     return keras.Model(network.input, (network.output, logits), name=f"{network.name}_with_logits")
 
 
+def _check(**settings):
+    for name, value in settings.items():
+        least, numbers = LEAST[name], [value] if isinstance(value, int) else value
+        if min(numbers, default=0) < least:
+            raise ValueError(f"{name} must be at least {least}. Received: {value}")
+
+
+class _Layers:
+    """The layers of one network: dtype policy, dropout rate, and a seed of its own for every layer."""
+
+    padding = "same"
+
+    def __init__(self, precision, dropout, seed, bn_momentum):
+        self.dtype = PRECISIONS[precision]
+        self.rate, self.momentum = dropout, bn_momentum
+        self.seeds = iter(range(seed * 1000, seed * 1000 + 1000))
+
+    def __call__(self, kind, x, name, **settings):
+        return kind(dtype=self.dtype, name=name, **settings)(x)
+
+    def initial(self, size, channels):
+        """Only the 3 x 3 convolutions are He-normal in the study's script; the head has the framework's default."""
+        kind = keras.initializers.HeNormal if size == 3 else keras.initializers.GlorotUniform
+        return kind(next(self.seeds))
+
+    def conv(self, x, width, name, *, size=3, dilation=1, activation="relu"):
+        options = {"padding": self.padding, "dilation_rate": dilation, "activation": activation}
+        initial = self.initial(size, x.shape[-1])
+        return self(Conv2D, x, name, filters=width, kernel_size=size, kernel_initializer=initial, **options)
+
+    def interior(self, x, classes):
+        x = self.conv(x, classes, "head_conv", size=1, activation=None)
+        return Interior(dtype="float32", name="interior")(x)
+
+    def bn_drop(self, x, name):
+        return self(BatchNormDropout, x, name, rate=self.rate, seed=next(self.seeds), momentum=self.momentum)
+
+    def batch_norm(self, x, name):
+        return self(BatchNormDropout, x, name, momentum=self.momentum)
+
+    def drop(self, x, name):
+        return self(Dropout, x, name, rate=self.rate, seed=next(self.seeds))
+
+
 class _Layers2015(_Layers):
     """The layers of the 2015 network: the published padding and initialisation, batch norm on request."""
 
@@ -301,20 +256,9 @@ class _Layers2015(_Layers):
         super().__init__(precision, dropout, seed, bn_momentum)
         self.padding, self.norm = padding, norm
 
-    def gaussian(self, incoming):
+    def initial(self, size, channels):
         """Standard deviation sqrt(2 / N), N the incoming connections of a neuron; not truncated, as HeNormal is."""
-        return keras.initializers.RandomNormal(stddev=sqrt(2 / incoming), seed=next(self.seeds))
-
-    def conv(self, x, width, name, size=3, activation="relu"):
-        return keras.layers.Conv2D(
-            width,
-            size,
-            padding=self.padding,
-            activation=activation,
-            kernel_initializer=self.gaussian(size * size * x.shape[-1]),
-            dtype=self.dtype,
-            name=name,
-        )(x)
+        return keras.initializers.RandomNormal(stddev=sqrt(2 / (size * size * channels)), seed=next(self.seeds))
 
     def two_convs(self, x, width, name):
         for number in (1, 2):
@@ -322,24 +266,6 @@ class _Layers2015(_Layers):
             x = self.batch_norm(x, f"{name}_bn{number}") if self.norm else x
         return x
 
-    def head(self, x, classes, name):
-        return self.conv(x, classes, name, size=1, activation=None)
-
     def up_conv(self, x, width, name):
-        # With stride 2 each output pixel sees one input pixel, so N is the number of channels alone.
-        initializer = self.gaussian(x.shape[-1])
-        return keras.layers.Conv2DTranspose(
-            width, 2, strides=2, kernel_initializer=initializer, dtype=self.dtype, name=name
-        )(x)
-
-    def crop(self, skip, levels_below, name):
-        """Cut a skip to the size of what comes up from below it: 4, 16, 40, 88 px a side for 0, 1, 2, 3 levels."""
-        if self.padding == "same":
-            return skip
-        lost = 4  # by the centre, in px of the level that the skip belongs to
-        for _ in range(levels_below):
-            lost = 2 * (lost + 4)
-        return keras.layers.Cropping2D(lost, dtype=self.dtype, name=name)(skip)
-
-
-ARCHITECTURES = {"unet2017": build, "unet2015": build_2015}
+        initial = self.initial(1, x.shape[-1])  # with stride 2 each output pixel sees one input pixel
+        return self(Conv2DTranspose, x, name, filters=width, kernel_size=2, strides=2, kernel_initializer=initial)

@@ -158,7 +158,6 @@ LAYERS = {
     keras.layers.MaxPooling2D: _max_pooling,
     layers.BatchNormDropout: _batch_norm,
     layers.Dropout: lambda ops, layer, x: x,
-    layers.InputSize: lambda ops, layer, x: x,
     layers.Interior: lambda ops, layer, x: ops.gather(ops.softmax(x, 1), np.int64(1), np.int64(1)),
     layers.Upsample: _upsample,
 }

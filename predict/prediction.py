@@ -86,7 +86,7 @@ SETTINGS = {
         "dilate": _flag,
         "dilate_rate": _whole(1, 2**10),
         "addition": _flag,
-        "classes": _whole(2, 255),
+        "classes": _whole(2, 256),
         "dropout": _number(0, 1),
     },
     "unet2015": {
@@ -98,9 +98,9 @@ SETTINGS = {
 OPTIONAL = {
     "arch": lambda value: value in SETTINGS,
     "batch_norm": _flag,
+    "bn_momentum": _number(0, 1),
     "centre_dilations": _list_of(_whole(1, 2**10), 32),
-    "channels": _whole(1, 1),
-    "classes": _whole(2, 255),
+    "classes": _whole(2, 256),
     "dropout": _number(0, 1),
 }
 OTHERS = {

@@ -126,7 +126,7 @@ def test_each_pixel_has_its_weight_and_touching_cells_are_apart(frames):
     interior = np.stack([section > 0 for section in apart])
     np.testing.assert_array_equal(stacks.masks.sections[train], interior)
     balance = losses.class_weights(interior.sum(), interior.size)
-    plain = losses.border_weights(apart[0], w0=7, sigma=3, class_balance=False)
+    plain = losses.border_weights(apart[0], w0=7, sigma=3)
     expected = np.where(apart[0] > 0, balance[1], balance[0] + plain - 1)
     np.testing.assert_allclose(weights[train[0]], expected, rtol=1e-6)
     touching = (stacks.cells.sections[0] > 0) & (apart[0] == 0)

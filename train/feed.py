@@ -142,5 +142,5 @@ def pixel_weights(stacks, w0, sigma):
     found = np.zeros(masks.shape, np.float32)
     for i in {*split.train, *split.inner}:
         labels = losses.separate(cells.sections[i]) if cells else segments.components(masks[i])
-        found[i] = losses.border_weights(labels, w0=w0, sigma=sigma, class_balance=balance)
+        found[i] = losses.border_weights(labels, w0=w0, sigma=sigma, balance=balance)
     return found

@@ -117,7 +117,7 @@ class Trainee(keras.Model):
 
 
 def plain_loss(name):
-    loss = losses.get(name)
+    loss = losses.LOSSES[name]
     return lambda interior, mask: loss(mask, interior)
 
 
@@ -143,8 +143,8 @@ def averaged_weights(trainee):
 
 def find_rates(trainee, feed, count, lowest=1e-7, highest=1.0):
     """The range test: raise the learning rate from update to update until the loss explodes; rates and losses."""
-    rates, found = clr_callback.exponential_range(count, lowest, highest), []
-    factor = (highest / lowest) ** (1 / max(1, count - 1))
+    rates, found = np.geomspace(lowest, highest, count), []
+    factor = (highest / lowest) ** (1 / (count - 1))
     trainee.optimizer._learning_rate = clr_callback.Schedule(lambda update: lowest * factor**update)
     for _ in rates:
         trainee.reset_metrics()
