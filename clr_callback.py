@@ -1,7 +1,6 @@
 """Cyclical learning rates (L. N. Smith 2015, arXiv 1506.01186) for any Keras model and backend.
 
-The schedule is a pure function of the update number, counted from 0; the callback and the in-graph schedule are
-thin wrappers around it. The formulas import without Keras.
+The schedule is a pure function of the update number, counted from 0, that imports without Keras.
 
     model.fit(x, y, callbacks=[CyclicLR(base_lr=1e-5, max_lr=1e-2, step_size=2000)])
 
@@ -168,10 +167,8 @@ class _CyclicLR:
         if callable(configured) and not self._in_graph:
             raise ValueError("CyclicLR needs an optimizer with a constant learning rate, or with its own schedule().")
         if not self._in_graph and self.model.steps_per_execution > 1:
-            raise ValueError(
-                "CyclicLR needs an optimizer compiled with learning_rate=CyclicLR(...).schedule() for several "
-                f"updates in an execution. Received: steps_per_execution={self.model.steps_per_execution}"
-            )
+            steps = self.model.steps_per_execution
+            raise ValueError(f"CyclicLR needs learning_rate=CyclicLR(...).schedule() with steps_per_execution={steps}")
 
     def on_train_batch_begin(self, batch, logs=None):
         if not self._in_graph:

@@ -71,14 +71,13 @@ def _speedup_of_bfloat16():
     return fastest["float32"] / fastest["bfloat16"]
 
 
-def use_xla(replicas=1):
+def use_xla(replicas):
     """`jit_compile` of the model: XLA's CPU convolutions are several times slower than oneDNN's.
 
     TensorFlow's sums over several replicas do not compile.
     """
-    if keras.backend.backend() == "tensorflow":
-        return accelerator() is not None and replicas == 1
-    return "auto"
+    wanted = accelerator() is not None and replicas == 1
+    return wanted if keras.backend.backend() == "tensorflow" else "auto"
 
 
 def fused(function):
@@ -95,10 +94,8 @@ def fused(function):
 
 def steps_per_execution(asked, steps_per_epoch):
     """Updates per call of the compiled step: several on an accelerator, whose queue must not run dry."""
-    if asked:
-        return min(asked, steps_per_epoch)
-    if not accelerator():
-        return 1
+    if asked or not accelerator():
+        return asked or 1
     return max(n for n in range(1, min(10, steps_per_epoch) + 1) if steps_per_epoch % n == 0)
 
 

@@ -95,10 +95,8 @@ class Alone:
     def _share(self, engine, local):
         """Divide the slices among the processes, of which this one has `local` devices."""
         if local * self.processes != self.replicas:
-            raise ValueError(
-                f"--distribute needs machines with as many devices each: {local} here, {self.replicas} on all "
-                f"{self.processes}"
-            )
+            found = f"{local} here, {self.replicas} on all {self.processes}"
+            raise ValueError(f"--distribute needs machines with as many devices each: {found}")
         self.slices = range(self.process * local, (self.process + 1) * local)
         self.chief = self.process == 0
         among = f" in {self.processes} processes, this one number {self.process}" if self.processes > 1 else ""
@@ -134,15 +132,14 @@ class TensorFlow(Alone):
         return self.strategy.scope()
 
     def feed(self, batches):
-        tf = self.tf
-        first = next(batches(self.slices))
+        tf, first = self.tf, next(batches(self.slices))
         signature = tf.nest.map_structure(lambda array: tf.TensorSpec(array.shape, array.dtype), first)
 
-        def slices(context):
-            dataset = tf.data.Dataset.from_generator(lambda: batches(self.slices), output_signature=signature)
-            return dataset.prefetch(2 * len(self.slices))
+        def mine(context):
+            found = tf.data.Dataset.from_generator(lambda: batches(self.slices), output_signature=signature)
+            return found.prefetch(2 * len(self.slices))
 
-        return self.strategy.distribute_datasets_from_function(slices)
+        return self.strategy.distribute_datasets_from_function(mine)
 
     def gather(self, value):
         if self.processes == 1:
@@ -201,23 +198,11 @@ class Jax(Alone):
         return multihost_utils.process_allgather(int(value))
 
 
-def start(devices):
+def start(devices: int | None) -> Alone:
     """What a run is spread over; must come before anything is computed.
 
-    Parameters
-    ----------
-    devices : int or None
-        None: one device. 0: all devices, of all machines that the environment names. N: the first N of this machine;
-        on a CPU, N virtual ones, for trying things out.
-
-    Returns
-    -------
-    Alone
-
-    Raises
-    ------
-    ValueError
-        If there are fewer devices, or the backend has no engine here.
+    None: one device. 0: all devices, of all machines that the environment names. N: the first N of this machine; on a
+    CPU, N virtual ones, for trying things out. ValueError if there are fewer, or the backend has no engine here.
     """
     if devices is None:
         return Alone()

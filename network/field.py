@@ -100,7 +100,8 @@ class _Step(NamedTuple):
 
 
 def _step(layer):
-    if _is_pointwise(layer):
+    over_channels = set(np.atleast_1d(getattr(layer, "axis", -1))) <= {-1, 3}
+    if getattr(layer, "pointwise", isinstance(layer, POINTWISE) and over_channels):
         return _Step()
     if isinstance(layer, (layers.Cropping2D, layers.ZeroPadding2D)):
         cut = layer.cropping if isinstance(layer, layers.Cropping2D) else -np.array(layer.padding)
@@ -110,9 +111,8 @@ def _step(layer):
         return _Step(growth=_alike(layer, layer.size))
     window = getattr(layer, "kernel_size", None) or getattr(layer, "pool_size", None)
     if window is None or len(window) != 2 or getattr(layer, "output_padding", None):
-        raise ValueError(
-            f"the reach of the layer {layer.name} ({type(layer).__name__}) cannot be told: see network/field.py"
-        )
+        kind = type(layer).__name__
+        raise ValueError(f"the reach of the layer {layer.name} ({kind}) cannot be told: see network/field.py")
     dilation = _alike(layer, getattr(layer, "dilation_rate", 1))
     reach, stride = (_alike(layer, window) - 1) * dilation + 1, _alike(layer, layer.strides)
     overlap = max(reach - stride, 0)
@@ -123,16 +123,12 @@ def _step(layer):
     return _Step(stride=stride, first=-(padded // 2), last=reach - 1 - padded // 2, lost=overlap - padded)
 
 
-def _is_pointwise(layer):
-    over_channels = set(np.atleast_1d(getattr(layer, "axis", -1))) <= {-1, 3}
-    return getattr(layer, "pointwise", isinstance(layer, POINTWISE) and over_channels)
-
-
 def _alike(layer, pair):
     """A setting for rows and columns as one number."""
-    if len(set(np.atleast_1d(pair))) != 1:
+    first, *others = np.unique(pair)
+    if others:
         raise ValueError(f"the layer {layer.name} must treat rows and columns alike. Received: {tuple(pair)}")
-    return int(np.atleast_1d(pair)[0])
+    return int(first)
 
 
 def _sides(network, steps):
@@ -146,11 +142,10 @@ def _sides(network, steps):
         sides[id(layer.output)] = (scale * step.growth / step.stride, (offset * step.growth - step.lost) / step.stride)
     scale, offset = sides[id(network.outputs[0])]
     multiple = lcm(*(scale.denominator for scale, _ in sides.values()))
-    fit = (n for n in range(multiple) if all((a * n + b).denominator == 1 for a, b in sides.values()))
-    remainder = next(fit, None)
-    if remainder is None or scale != 1 or offset % 2:
+    fit = [n for n in range(multiple) if all((a * n + b).denominator == 1 for a, b in sides.values())]
+    if not fit or scale != 1 or offset % 2:
         raise ValueError("a network's output must be its input, or the centre of it, in resolution and size")
-    return multiple, remainder, int(-offset) // 2
+    return multiple, fit[0], int(-offset) // 2
 
 
 def _seen(network, steps, pixels):

@@ -1,5 +1,7 @@
 """Random bits as a pure function of a key, the same on every backend and device: no generator has a state."""
 
+import math
+
 import keras
 import numpy as np
 from keras import ops
@@ -47,9 +49,7 @@ def random_words(count, key, part=0):
 
 def random_bytes(shape, key, part=0):
     """Uniform random bytes, uint8 of `shape`: four of each word, so that the size of a part is a multiple of 4."""
-    count = 1
-    for size in shape:
-        count = count * size
+    count = math.prod(shape)
     words = random_words((count + 3) // 4, key, part)
     if keras.backend.backend() == "tensorflow":  # whose `ops.view` needs a static shape
         import tensorflow as tf

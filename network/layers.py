@@ -10,9 +10,8 @@ EPSILON = 1e-3  # batch norm, the framework's default and so the study's
 MOMENTUM = 0.99  # the study's
 
 # -- dropout and batch norm -------------------------------------------------------------------------------------
-# On a CPU the convolutions of this network run near the hardware's peak, while stock dropout (a float32 uniform
-# number per element) and stock batch norm (generic reductions) cost more than half of an update. The mathematics
-# below is the same; only the random bits are fewer, and batch norm is oneDNN's.
+# On a CPU stock dropout (a float32 uniform number per element) and stock batch norm (generic reductions) cost more
+# than half of an update. The mathematics below is the same; the random bits are fewer, and batch norm is oneDNN's.
 
 
 class _Masking(keras.layers.Layer):

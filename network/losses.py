@@ -137,8 +137,7 @@ def class_weights(interior, total):
 def _two_nearest(labels, reach):
     """Distances of every pixel to its nearest and second nearest instance; inf for some that exceed `reach`.
 
-    One distance transform for each instance, in its bounding box grown by `reach`: outside of it, the distance
-    exceeds `reach`.
+    One distance transform for each instance, in its bounding box grown by `reach`: outside, the distance exceeds it.
     """
     from scipy import ndimage
 

@@ -20,7 +20,6 @@ from network.field import field_of
 from network.layers import MOMENTUM, BatchNormDropout, Dropout, Interior, Upsample
 
 FILTERS = (44, 88, 176)
-CENTRE_DILATIONS = (1, 2, 4, 8, 16, 32)
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # and the dtype policy of each
 LEAST = {"filters": 1, "centre_dilations": 1, "dilate_rate": 1, "levels": 1, "classes": 2}
 
@@ -31,7 +30,7 @@ def build(
     dilate=True,
     dilate_rate=2,
     addition=True,
-    centre_dilations=CENTRE_DILATIONS,
+    centre_dilations=(1, 2, 4, 8, 16, 32),
     dropout=0.3,
     bn_momentum=MOMENTUM,
     classes=2,
@@ -102,8 +101,7 @@ def build(
         x = make.batch_norm(x, f"up{level}_bn2")
         x = make.conv(x, width, f"up{level}_conv3")
     x = make.batch_norm(x, "head_bn")
-    name = ("dilated" if dilate else "standard") + "_unet"
-    return keras.Model(inputs, make.interior(x, classes), name=name)
+    return keras.Model(inputs, make.interior(x, classes), name="dilated_unet" if dilate else "standard_unet")
 
 
 def build_2015(
@@ -142,11 +140,6 @@ def build_2015(
         (B, h, w, 1) float32, standardised, to the interior probability (B, h - 2 shrink, w - 2 shrink), float32;
         `with_logits` gives the logits as well.
 
-    Raises
-    ------
-    ValueError
-        If an argument is out of its range; when called, if h or w does not fit.
-
     Notes
     -----
     What the paper leaves open is done as its authors' released network does it: the two deepest feature maps of
@@ -154,16 +147,16 @@ def build_2015(
     network has a ReLU behind each up-convolution, the paper's figure has none, and neither has this one.
     """
     _check(filters=filters, levels=levels, classes=classes)
-    make = _Layers2015(precision, dropout, seed, bn_momentum, padding, batch_norm)
+    make = _Layers2015(precision, dropout, seed, bn_momentum, padding)
     inputs = keras.Input((None, None, 1), name="section")
     x, skips = inputs, []
     for level in range(1, levels + 1):
-        x = make.two_convs(x, filters * 2 ** (level - 1), f"down{level}")
+        x = make.two_convs(x, filters * 2 ** (level - 1), f"down{level}", batch_norm)
         if level == levels:
             x = make.drop(x, f"down{level}_drop")
         skips.append(x)
         x = make(MaxPooling2D, x, f"down{level}_pool")
-    x = make.two_convs(x, filters * 2**levels, "centre")
+    x = make.two_convs(x, filters * 2**levels, "centre", batch_norm)
     x = make.drop(x, "centre_drop")
     for level in range(levels, 0, -1):
         width, skip = filters * 2 ** (level - 1), skips[level - 1]
@@ -171,7 +164,7 @@ def build_2015(
         if padding == "valid":  # what comes up has lost 4, 16, 40, 88 px a side, from the lowest level up
             skip = make(Cropping2D, skip, f"up{level}_crop", cropping=12 * 2 ** (levels - level) - 8)
         x = make(Concatenate, [skip, x], f"up{level}_concatenate")
-        x = make.two_convs(x, width, f"up{level}")
+        x = make.two_convs(x, width, f"up{level}", batch_norm)
     return keras.Model(inputs, make.interior(x, classes), name="unet2015")
 
 
@@ -215,10 +208,8 @@ def _check(**settings):
 class _Layers:
     """The layers of one network: dtype policy, dropout rate, and a seed of its own for every layer."""
 
-    padding = "same"
-
-    def __init__(self, precision, dropout, seed, bn_momentum):
-        self.dtype = PRECISIONS[precision]
+    def __init__(self, precision, dropout, seed, bn_momentum, padding="same"):
+        self.dtype, self.padding = PRECISIONS[precision], padding
         self.rate, self.momentum = dropout, bn_momentum
         self.seeds = iter(range(seed * 1000, seed * 1000 + 1000))
 
@@ -250,20 +241,16 @@ class _Layers:
 
 
 class _Layers2015(_Layers):
-    """The layers of the 2015 network: the published padding and initialisation, batch norm on request."""
-
-    def __init__(self, precision, dropout, seed, bn_momentum, padding, norm):
-        super().__init__(precision, dropout, seed, bn_momentum)
-        self.padding, self.norm = padding, norm
+    """The layers of the 2015 network, initialised as published."""
 
     def initial(self, size, channels):
         """Standard deviation sqrt(2 / N), N the incoming connections of a neuron; not truncated, as HeNormal is."""
         return keras.initializers.RandomNormal(stddev=sqrt(2 / (size * size * channels)), seed=next(self.seeds))
 
-    def two_convs(self, x, width, name):
+    def two_convs(self, x, width, name, norm):
         for number in (1, 2):
             x = self.conv(x, width, f"{name}_conv{number}")
-            x = self.batch_norm(x, f"{name}_bn{number}") if self.norm else x
+            x = self.batch_norm(x, f"{name}_bn{number}") if norm else x
         return x
 
     def up_conv(self, x, width, name):
