@@ -32,7 +32,7 @@ class Spy(keras.callbacks.Callback):
 
 
 def fit(made, *callbacks, epochs=1):
-    made.fit(X, Y, batch_size=4, epochs=epochs, callbacks=list(callbacks), verbose=0)
+    return made.fit(X, Y, batch_size=4, epochs=epochs, callbacks=list(callbacks), verbose=0)
 
 
 def test_the_callback_and_the_schedule_are_kerass():
@@ -42,24 +42,19 @@ def test_the_callback_and_the_schedule_are_kerass():
         clr.CyclicRL  # noqa: B018
 
 
-def test_triangular_rises_for_a_half_cycle_and_falls_for_one():
-    rates = [clr.triangular(n, 1.0, 3.0, 4) for n in (0, 2, 4, 6, 8, 12, 20)]
-    assert rates == [1.0, 2.0, 3.0, 2.0, 1.0, 3.0, 3.0]
-
-
-def test_triangular2_halves_the_height_after_each_cycle():
-    assert [clr.triangular2(n, 1.0, 3.0, 4) for n in (4, 12, 20)] == [3.0, 2.0, 1.5]
-
-
-def test_exp_range_decays_with_every_update():
-    assert clr.exp_range(12, 0.0, 1.0, 4, 0.9) == pytest.approx(0.9**12)
-
-
-def test_custom_scale_by_cycle_and_by_update():
-    by_cycle = CyclicLR(1e-9, 1.0, 4, scale_fn=lambda x: 1 / 5 ** (x - 1))
-    by_update = CyclicLR(1e-9, 1.0, 4, scale_fn=lambda x: 1 / (1 + x), scale_mode="iterations")
-    assert by_cycle.rate(12) == pytest.approx(1 / 5, rel=1e-6)
-    assert by_update.rate(4) == pytest.approx(1 / 5, rel=1e-6)
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {0: 1, 2: 2, 4: 3, 6: 2, 8: 1, 12: 3, 20: 3}),
+        ({"mode": "triangular2"}, {4: 3, 12: 2, 20: 1.5}),
+        ({"mode": "exp_range", "gamma": 0.9}, {12: 1 + 2 * 0.9**12}),
+        ({"scale_fn": lambda x: 1 / 5 ** (x - 1)}, {12: 1 + 2 / 5}),
+        ({"scale_fn": lambda x: 1 / (1 + x), "scale_mode": "iterations"}, {4: 1 + 2 / 5}),
+    ],
+)
+def test_the_rate_rises_for_a_half_cycle_and_falls_for_one_its_height_scaled(options, expected):
+    callback = CyclicLR(1.0, 3.0, 4, **options)
+    assert {n: callback.rate(n) for n in expected} == pytest.approx(expected)
 
 
 def test_cosine_rises_then_ends_at_the_base_rate():
@@ -91,20 +86,13 @@ def test_the_rate_used_is_the_one_that_moves_the_weights():
     assert -float(made.get_weights()[1][0]) == pytest.approx(sum([0.01, 0.055, 0.1, 0.055, 0.01, 0.055]), rel=1e-5)
 
 
-def test_the_epochs_last_rate_lands_in_kerass_history():
-    made = model()
-    history = made.fit(X, Y, batch_size=4, epochs=2, callbacks=[CyclicLR(0.01, 0.1, 3)], verbose=0).history
-    callback = CyclicLR(0.01, 0.1, 3)
-    assert history["learning_rate"] == pytest.approx([callback.rate(9), callback.rate(19)])
-
-
-def test_a_second_fit_goes_on_at_the_right_update():
-    made, callback = model(), CyclicLR(0.01, 0.1, 7)
-    fit(made, callback)
-    again = CyclicLR(0.01, 0.1, 7)
-    fit(made, again)
-    assert again.history["update"] == list(range(10, 20))
+def test_a_second_fit_goes_on_at_the_right_update_and_the_epochs_last_rate_lands_in_kerass_history():
+    made, again = model(), CyclicLR(0.01, 0.1, 7)
+    fit(made, CyclicLR(0.01, 0.1, 7))
+    history = fit(made, again, epochs=2).history
+    assert again.history["update"] == list(range(10, 30))
     assert again.history["learning_rate"][0] == pytest.approx(again.rate(10))
+    assert history["learning_rate"] == pytest.approx([again.rate(19), again.rate(29)])
 
 
 @pytest.mark.parametrize("steps_per_execution", [1, 4, 5])
@@ -120,12 +108,9 @@ def test_the_schedule_in_the_graph_gives_the_same_weights(steps_per_execution):
     assert callback.history["learning_rate"] == pytest.approx([callback.rate(n) for n in range(20)])
 
 
-def test_several_updates_per_execution_need_the_schedule_in_the_graph():
+def test_a_foreign_schedule_and_several_updates_per_execution_without_the_own_one_are_refused():
     with pytest.raises(ValueError, match="steps_per_execution=5"):
         fit(model(steps_per_execution=5), CyclicLR())
-
-
-def test_a_foreign_schedule_is_refused():
     decay = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
     with pytest.raises(ValueError, match="constant learning rate"):
         fit(model(keras.optimizers.SGD(decay)), CyclicLR())
@@ -150,13 +135,13 @@ def test_wrong_arguments_are_refused_at_construction(wrong, words):
         CyclicLR(**wrong)
 
 
-def test_a_run_that_ends_in_mid_cycle_is_said_so():
+def test_a_run_that_ends_in_mid_cycle_is_told():
     assert "WARNING" not in clr.describe_schedule(4000, 2000)
     assert "mid-cycle, 1000 updates" in clr.describe_schedule(5000, 2000)
 
 
 def test_the_range_test_suggests_rates_around_the_fall_of_the_loss():
-    rates = clr.exponential_range(101, 1e-6, 1.0)
+    rates = np.geomspace(1e-6, 1.0, 101)
     losses = [1.0 if r < 1e-4 else max(0.2, 1 - 0.4 * np.log10(r / 1e-4)) if r < 1e-1 else 5.0 for r in rates]
     low, high = clr.suggest_range(rates, losses)
     assert 1e-4 < low < 1e-3

@@ -1,4 +1,4 @@
-"""The networks of 2017: shapes, parameters, initialisation, precision; and the shipped weights."""
+"""The networks of 2017: shapes, parameters, initialisation; of both architectures: precision, logits, records."""
 
 import keras
 import numpy as np
@@ -6,11 +6,13 @@ import pytest
 from conftest import ROOT
 
 import data
+import dilatedUnet
 from network import unet
 from predict import prediction
+from train.run import network_settings
 
-VARIANTS = [(0, 1, 1), (1, 2, 1), (0, 1, 0), (1, 2, 0)]
 TINY = {"filters": (4, 6, 8), "centre_dilations": (1, 2, 4)}
+TINY_2015 = {"arch": "unet2015", "filters": 4, "levels": 3, "padding": "same"}
 
 # Name, height relative to the input, channels: spec of the study, layer by layer.
 GOLDEN = [
@@ -33,10 +35,9 @@ GOLDEN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("dilate", "rate", "addition"), VARIANTS)
+@pytest.mark.parametrize(("dilate", "rate", "addition"), [(0, 1, 1), (1, 2, 1), (0, 1, 0), (1, 2, 0)])
 def test_every_published_variant_has_the_published_parameters(dilate, rate, addition):
-    network = unet.build(dilate=dilate, dilate_rate=rate, addition=addition)
-    assert network.count_params() == unet.PARAMETERS_2017 == 2_772_816
+    assert unet.build(dilate=dilate, dilate_rate=rate, addition=addition).count_params() == 2_772_816
 
 
 def test_the_3x3_convolutions_start_he_normal_and_the_head_glorot_uniform():
@@ -80,54 +81,80 @@ def test_addition_sums_the_convolutions_before_their_batch_norms():
     assert "centre_sum" not in [layer.name for layer in unet.build(**TINY, addition=False).layers]
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (16, 40), (72, 24)])
-def test_any_multiple_of_8_goes_in_and_a_probability_comes_out(shape):
-    interior = np.asarray(unet.build(**TINY)(np.zeros((2, *shape, 1), np.float32)))
-    assert interior.shape == (2, *shape)
-    assert interior.dtype == np.float32
-    assert ((interior > 0) & (interior < 1)).all()
+# -- both architectures
 
 
 @pytest.mark.jax
-def test_precision_bfloat16_agrees_with_float32_and_keeps_float32_weights():
-    x = np.random.default_rng(0).normal(size=(1, 32, 32, 1)).astype("float32")
-    full, half = unet.build(**TINY, seed=3), unet.build(**TINY, seed=3, precision="bfloat16")
+@pytest.mark.parametrize("shape", [(8, 8), (16, 40), (72, 24)])
+@pytest.mark.parametrize("settings", [TINY, TINY_2015], ids=["2017", "2015"])
+def test_any_multiple_of_8_goes_in_and_a_probability_comes_out(settings, shape):
+    x = np.random.default_rng(0).normal(size=(2, *shape, 1)).astype(np.float32)
+    interior = np.asarray(unet.from_settings(settings)(x))
+    assert (interior.shape, interior.dtype) == ((2, *shape), np.float32)
+    assert ((interior > 0) & (interior < 1)).all()
+    assert np.ptp(interior) > 0.01
+
+
+@pytest.mark.jax
+@pytest.mark.parametrize("settings", [TINY, TINY_2015], ids=["2017", "2015"])
+def test_precision_bfloat16_agrees_with_float32_and_keeps_float32_weights(settings):
+    x = np.random.default_rng(0).normal(size=(1, 64, 64, 1)).astype("float32")
+    full, half = (unet.from_settings(settings, seed=3, precision=precision) for precision in unet.PRECISIONS)
     assert {w.dtype for w in half.weights} == {"float32"}
+    assert half.get_layer("up2_conv1").compute_dtype == "bfloat16"
     assert half(x).dtype == full(x).dtype
     difference = np.abs(np.asarray(half(x)) - np.asarray(full(x)))
     assert 0 < difference.max() < 0.05
 
 
+@pytest.mark.jax
+@pytest.mark.parametrize("precision", unet.PRECISIONS)
+@pytest.mark.parametrize("settings", [TINY, TINY_2015 | {"classes": 4}], ids=["2017", "2015"])
+def test_the_logits_belong_to_the_probability_and_share_its_weights(settings, precision):
+    network = unet.from_settings(settings, precision=precision)
+    both = unet.with_logits(network)
+    x = np.random.default_rng(0).normal(size=(1, 64, 72, 1)).astype(np.float32)
+    interior, logits = both(x)
+    assert logits.shape == (*interior.shape, settings.get("classes", 2))
+    assert keras.backend.standardize_dtype(logits.dtype) == "float32"
+    np.testing.assert_allclose(keras.ops.softmax(logits)[..., 1], network(x), atol=1e-6)
+    np.testing.assert_array_equal(interior, network(x))
+    assert [id(w) for w in both.weights] == [id(w) for w in network.weights]
+
+
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("settings", "words"),
     [
-        ({"filters": ()}, "filters"),
-        ({"dilate_rate": 0}, "dilate_rate must be at least 1"),
-        ({"classes": 1}, "classes must be at least 2"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"precision": "float16"}, "precision must be"),
-        ({"centre_dilations": (0,)}, "centre_dilations"),
+        (TINY | {"filters": ()}, "filters must be at least 1"),
+        (TINY | {"dilate_rate": 0}, "dilate_rate must be at least 1. Received: 0"),
+        (TINY | {"classes": 1}, "classes must be at least 2"),
+        (TINY | {"dropout": 1.0}, "dropout must be 0, or above 1/512 and below 1. Received: 1.0"),
+        (TINY | {"centre_dilations": (0,)}, "centre_dilations must be at least 1"),
+        (TINY_2015 | {"filters": 0}, "filters must be at least 1"),
+        (TINY_2015 | {"levels": 0}, "levels must be at least 1"),
+        (TINY_2015 | {"padding": "full"}, "padding"),
+        (TINY_2015 | {"classes": 1}, "classes must be at least 2"),
     ],
 )
-def test_wrong_arguments_are_refused_by_name(wrong, words):
+def test_wrong_arguments_are_refused_by_name(settings, words):
     with pytest.raises(ValueError, match=words):
-        unet.build(**wrong)
+        unet.from_settings(settings)
+
+
+@pytest.mark.parametrize("flags", ["--bn_momentum 0.9 --classes 256", "--arch unet2015 --batch_norm --bn_momentum 0.9"])
+def test_a_network_of_any_flags_is_read_back_from_its_record(flags, tmp_path):
+    settings = network_settings(dilatedUnet.parse([*flags.split(), "--filters", "4"]))
+    normalisation = {"mean": 120.0, "std": 45.0, "epsilon": 1e-10}
+    network = unet.from_settings(settings)
+    prediction.save_weights(network, tmp_path / "net", {"network": settings, "normalisation": normalisation})
+    found, _ = prediction.load_network(tmp_path / "net")
+    assert all((np.array(a) == np.array(b)).all() for a, b in zip(found.weights, network.weights, strict=True))
 
 
 # Interior of the first painted section, means of squares of 32 px, in thousandths.
 SHIPPED = {
-    "dilated": [
-        [705, 596, 671, 637],
-        [577, 563, 729, 851],
-        [659, 831, 590, 587],
-        [559, 493, 664, 647],
-    ],
-    "standard": [
-        [733, 608, 622, 675],
-        [544, 594, 750, 861],
-        [663, 830, 592, 565],
-        [570, 472, 661, 651],
-    ],
+    "dilated": [[705, 596, 671, 637], [577, 563, 729, 851], [659, 831, 590, 587], [559, 493, 664, 647]],
+    "standard": [[733, 608, 622, 675], [544, 594, 750, 861], [663, 830, 592, 565], [570, 472, 661, 651]],
 }
 
 
