@@ -338,21 +338,6 @@ def test_pure_merge_lowers_precision_and_pure_split_lowers_recall():
     assert info["recall"] < 1 - 1e-6 < info["precision"], "information lost by merging is recall of H(T)"
 
 
-def test_v_rand_of_a_merge_by_hand():
-    truth = np.ones((2, 5), np.uint8)
-    truth[:, 2] = 0  # two cells of 4 pixels each
-    found = scores.v_scores([np.ones((2, 5))], [truth], [0.5])
-    assert found["v_rand"].value == pytest.approx(2 * 32 / (64 + 32))
-    assert found["v_info"].value == 0
-
-
-def test_dams_are_singletons_by_hand():
-    truth = np.ones((1, 6), np.uint8)
-    proposal = np.array([[1, 1, 0, 0, 0, 1]])  # thins to 1 1 1 0 2 2: shares of 3, 2 and one single pixel
-    found = scores.v_rand([proposal], [truth], [0.5])
-    assert found.value == pytest.approx(2 * (9 + 4 + 1) / (36 + 9 + 4 + 1))
-
-
 def test_pixel_error_pools_counts():
     truth, proposal = np.array([[[1, 1, 1, 0]], [[1, 0, 0, 0]]]), np.array([[[1, 1, 0, 0]], [[1, 1, 1, 1]]])
     found = scores.pixel_error(proposal, truth, [0.5])
