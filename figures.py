@@ -26,14 +26,13 @@ from files import atomic
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#6E6E6E"
 
-STYLES = (
-    (BLUE, "-", "o"),
-    (VERMILLION, "--", "s"),
-    (GREEN, "-.", "^"),
-    (PURPLE, ":", "D"),
-    (ORANGE, (0, (7, 2)), "v"),
-    (BLACK, (0, (3, 1, 1, 1, 1, 1)), "P"),
-    (SKY, (0, (1, 1)), "X"),
+STYLES = tuple(
+    zip(
+        (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, BLACK, SKY),
+        ("-", "--", "-.", ":", (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1))),
+        "os^DvPX",
+        strict=True,
+    )
 )
 """Colour, line style and marker of a figure's lines, so that a gray print still reads; past the seventh they repeat."""
 

@@ -78,12 +78,12 @@ def call(tmp_path, monkeypatch, capsys):
     return lambda *words: call_here(capsys, *words)
 
 
-def call_here(capsys, *words):
+def call_here(capsys, *words, main=None):
     import dilatedUnet
 
     capsys.readouterr()
     try:
-        code = dilatedUnet.main([str(word) for word in words])
+        code = (main or dilatedUnet.main)([str(word) for word in words])
     except SystemExit as stop:  # argparse's way out
         code = stop.code
     return Called(code, *capsys.readouterr())
