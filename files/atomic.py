@@ -29,7 +29,7 @@ def replacing(path, *others, force=False):
     Whatever happens, `path` is the old file or the whole new one. An existing file needs `force`. Of several files
     that belong together, given as `others`, all are on the disk before the first is moved; a list is given for them.
     """
-    targets = [_target(path, force) for path in (path, *others)]
+    targets = [replaceable(path, force) for path in (path, *others)]
     partials = [beside(target) for target in targets]
     try:
         for target in targets:
@@ -51,7 +51,7 @@ def replacing(path, *others, force=False):
                 partial.unlink(missing_ok=True)
 
 
-def _target(path, force):
+def replaceable(path, force):
     """Follow links, so that a link stays one; refuse what must not be replaced."""
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -135,7 +135,7 @@ def read_json(path, what):
 def locked(path):
     """Keep a folder or file, there or to be made, to this process; the lock goes with it, however it ends."""
     target = Path(os.path.realpath(path))
-    file = target.with_name(f".{target.name}.lock")
+    file = target.with_name(f".{target.name}.lock") if target.name else target / ".lock"  # of the root folder
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(file.parent, os.W_OK) and target.is_dir():

@@ -98,7 +98,7 @@ SETTINGS = {
 OPTIONAL = {
     "arch": lambda value: value in SETTINGS,
     "batch_norm": _flag,
-    "bn_momentum": _number(0, 1),
+    "bn_momentum": _number(0, 0.9999),
     "centre_dilations": _list_of(_whole(1, 2**10), 32),
     "classes": _whole(2, 256),
     "dropout": _number(0, 1),

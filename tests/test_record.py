@@ -13,6 +13,7 @@ from test_trainee import trainee
 
 import dilatedUnet
 from data import DataError
+from predict import prediction
 from train import record as records
 from train import run as training
 
@@ -148,6 +149,23 @@ def test_intensities_are_type_range_and_percentiles():
     assert len(records.intensity(np.ones((2, 64, 64), np.float32), pixels=100)["percentiles"]) == 99
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--filters 4096 --dilate_rate 64 --dropout 0.95 --classes 256 --bn_momentum 0.9999",
+        "--filters 1,1,1,1,1,1,1,1 --window 256 --dilate 0 --addition 0 --dropout 0 --bn_momentum 0",
+        "--arch unet2015 --filters 1 --depth 8 --padding same --batch_norm --bn_momentum 0.5 --classes 256",
+    ],
+)
+def test_weights_of_every_network_that_flags_can_describe_are_read(tmp_path, flags):
+    kept = {"format": prediction.FORMAT, "normalisation": {"mean": 0.5, "std": 0.1, "epsilon": 1e-7}}
+    network = training.network_settings(dilatedUnet.parse(flags.split()))
+    (tmp_path / "x.json").write_text(json.dumps(kept | {"network": network}))
+    with open(tmp_path / "x.weights.h5", "wb") as file:
+        file.truncate(2**32)  # as large as any
+    assert prediction.read_record(tmp_path / "x")["network"] == json.loads(json.dumps(network))
+
+
 # -- whose files stand there -------------------------------------------------------------------------------------
 
 
@@ -169,14 +187,19 @@ def test_somebodys_file_is_replaced_with_force_only(tmp_path, name, resume):
 
 @pytest.mark.parametrize(
     ("weights", "words"),
-    [("r/run", "the run's own"), ("r/last", "the run's own"), ("link/run", "the run's own"), ("images", "an input")],
+    [
+        *((path, "--weight_path must not be .*the run's own") for path in ("r/run", "r/last", "link/run")),
+        ("images", "--weight_path must not be .*an input"),
+        ("folder", "folder.weights.h5 is a folder"),
+    ],
 )
 def test_no_file_is_written_twice_and_none_is_an_input_even_with_force(tmp_path, weights, words):
-    (tmp_path / "r").mkdir()
+    for name in ("r", "folder.weights.h5"):
+        (tmp_path / name).mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "r")
     (tmp_path / "images.json").write_text("a stack, for all that is known")
     place = place_of("--run_dir", tmp_path / "r", "--weight_path", tmp_path / weights)
-    with pytest.raises(DataError, match=f"--weight_path must not be .*{words}"):
+    with pytest.raises(DataError, match=words):
         records.prepare(place, {}, resume=False, force=True, inputs=(str(tmp_path / "images.json"), None), defaults={})
     assert (tmp_path / "images.json").exists()
 

@@ -131,12 +131,12 @@ def test_a_run_says_first_what_it_runs_on_and_at_the_start_where_the_weights_wil
 # -- beside an earlier run ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gone", [[], ["runs"], ["weights"]])
+@pytest.mark.parametrize("gone", ["", "runs", "weights", "weights runs/x/checkpoint.npz"])
 def test_a_run_and_its_weights_are_never_overwritten_without_force(again, tmp_path, gone):
-    for name in gone:
-        shutil.rmtree(tmp_path / name)
+    for path in map(tmp_path.joinpath, gone.split()):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = files(tmp_path)
-    for flags in ("--seed 8", *(["--resume"] if gone == ["runs"] else [])):
+    for flags in ("--seed 8", *(["--resume"] if "runs" in gone else [])):
         done = again(flags)
         assert done.code == 2
         assert " exists already (" in done.err.splitlines()[-1]

@@ -231,22 +231,22 @@ def prepare(place, record, *, resume, force, inputs, defaults):
         check_same_run(place, before, record, defaults)
         return before
     if resume:  # without a checkpoint: what was killed before its first one has a record, and perhaps a picture
-        weights = [place.checkpoint, *outputs[3:5]]
-        words = "it does not belong to a run in this folder; --force starts anew"
-        atomic.refuse_existing(*(weights if before else outputs), words=words)
+        begun = [place.record, place.picture("weights")] if before and not before["finished"] else []
+        words = "there is no checkpoint that it belongs to; --force starts anew"
+        atomic.refuse_existing(*(path for path in outputs if path not in begun), words=words)
         say(f"--resume: no checkpoint in {place.folder} yet, so the run starts at its beginning")
     elif not force:
         atomic.refuse_existing(*outputs, words="--resume continues the run, --force replaces it")
     atomic.make_writable(place.folder, place.weights.parent)
     if force:  # now, or old weights would stand beside a new run that has none yet
         for path in outputs:
-            path.unlink(missing_ok=True)
+            atomic.replaceable(path, force=True).unlink(missing_ok=True)
     return None
 
 
 def check_apart(place, outputs, inputs):
-    """No output is another one, or an input."""
-    resolved = [os.path.realpath(path) for path in outputs]
+    """No output is another one, an input, or something that no file replaces."""
+    resolved = [str(atomic.replaceable(path, force=True)) for path in outputs]
     for path in outputs[3:5]:
         if resolved.count(os.path.realpath(path)) > 1:
             raise DataError(f"--weight_path must not be one of the run's own files. Received: {place.weights}")
