@@ -1,7 +1,5 @@
 """The painted stack: repeatable, of any size, with labels that fit what is painted."""
 
-import hashlib
-
 import numpy as np
 import pytest
 
@@ -9,14 +7,10 @@ from data import DataError, load_pair, resolve, synthetic
 from files.synthetic import paint
 
 
-def digest(arrays):
-    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-
-
 def test_same_numbers_give_the_same_bytes_and_others_give_others():
-    first = digest(paint(3, (72, 64), 5))
-    assert digest(paint(3, (72, 64), 5)) == first
-    assert digest(paint(3, (72, 64), 6)) != first
+    first, again, other = (np.stack(paint(3, (72, 64), seed)) for seed in (5, 5, 6))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 7), (64, 64), (97, 130)])
@@ -25,7 +19,7 @@ def test_any_size_and_count(sections, size):
     gray, interior = paint(sections, size, 0)
     assert gray.shape == interior.shape == (sections, *size)
     assert gray.dtype == interior.dtype == np.uint8
-    assert set(np.unique(interior)) <= {0, 1}
+    assert interior.max() <= 1
 
 
 @pytest.mark.parametrize("seed", range(6))
