@@ -34,18 +34,10 @@ def add_arguments(parser):
     which = f"comma-separated, of {', '.join(SCORES)}; or all (default: all but the slow warping_error)"
     flags = {
         "what to score": (
-            (
-                "--prediction",
-                "PATH",
-                "TIFF stack or folder: interior probability 0..1, scaled (8 or 16 bit), or a mask",
-            ),
-            (
-                "--mask_path",
-                "PATH",
-                "labels: TIFF stack, folder, or data set name; two values, the larger one = interior",
-            ),
+            ("--prediction", "PATH", "stack or folder: interior probability 0..1, scaled (8 or 16 bit), or a mask"),
+            ("--mask_path", "PATH", "labels: stack, folder or data set; of two values the larger one = interior"),
             ("--invert_mask", None, "the larger label value is membrane (default: interior)"),
-            ("--instances", None, "both hold cells' numbers, 0 = background: score mean IoU and SEG instead"),
+            ("--instances", None, "both hold cells' numbers, 0 = background (predict --segment): mean IoU and SEG"),
             ("--sections", "LIST", "sections of the labels, counted from 0, such as 24-29 (default: all)"),
             ("--scores", "LIST", which),
         ),

@@ -23,6 +23,7 @@ from score.segments import DAM, above, components, pairs_of_labels, segment, thi
 from score.topology import topology_errors
 
 FIXED_THRESHOLD = 0.5
+BINS = 15  # of the calibration
 NO_INTERIOR = "references must hold interior pixels (> 0). Received: none in any section"
 # 0.0, then += 0.1 in double arithmetic: the fourth is 0.30000000000000004, the last 0.9999999999999999.
 THRESHOLDS: tuple[float, ...] = tuple(itertools.accumulate([0.0] + [0.1] * 10))
@@ -303,12 +304,7 @@ def recall(counts: np.ndarray) -> float:
     return _ratio(tp, tp + fn, empty=1.0)
 
 
-@declare(
-    "BCE",
-    "Binary cross-entropy in nats a pixel: what training minimised; sure and wrong costs most.",
-    "stack",
-    higher_is_better=False,
-)
+@declare("BCE", "Binary cross-entropy, nats a pixel; sure and wrong costs most.", "stack", higher_is_better=False)
 def bce(probabilities: Iterable, references: Iterable) -> float:
     """-mean(y ln P + (1 - y) ln(1 - P)), P clipped as Keras does."""
     total = pixels = 0
@@ -326,24 +322,19 @@ class Calibration(NamedTuple):
     probability: np.ndarray  # sum of P per bin
     interior: np.ndarray  # number of interior pixels per bin
 
-    @property
-    def ece(self) -> float:
-        """Expected calibration error, sum over bins of |interior - P| / all pixels [5]_."""
-        return float(np.abs(self.interior - self.probability).sum() / self.pixels.sum())
 
+def calibration(probabilities: Iterable, references: Iterable) -> Calibration:
+    """Collect `BINS` reliability bins over a stack: does P = 0.8 mean interior in 80 % of the pixels?
 
-def calibration(probabilities: Iterable, references: Iterable, bins: int = 15) -> Calibration:
-    """Collect reliability bins over a stack: does P = 0.8 mean interior in 80 % of the pixels?
-
-    Bins the interior probability itself, k / bins <= P < (k + 1) / bins (the last one closed), not the
+    It bins the interior probability itself, k / BINS <= P < (k + 1) / BINS (the last one closed), not the
     confidence in the class chosen.
     """
-    sums = np.zeros((3, bins))
+    sums = np.zeros((3, BINS))
     for probability, reference in _sections(probabilities, references):
         p = np.asarray(probability, np.float64).ravel()
-        index = np.minimum((p * bins).astype(np.int64), bins - 1)
+        index = np.minimum((p * BINS).astype(np.int64), BINS - 1)
         for row, weights in zip(sums, (np.ones_like(p), p, np.ravel(reference) > 0), strict=True):
-            row += np.bincount(index, weights, minlength=bins)
+            row += np.bincount(index, weights, minlength=BINS)
     return Calibration(*sums)
 
 
@@ -355,15 +346,12 @@ def calibration(probabilities: Iterable, references: Iterable, bins: int = 15) -
     higher_is_better=False,
 )
 def ece(probabilities: Iterable, references: Iterable) -> float:
-    """Expected calibration error of `calibration`."""
-    return calibration(probabilities, references).ece
+    """Sum over the bins of `calibration` of |interior - P|, divided by all pixels [5]_."""
+    bins = calibration(probabilities, references)
+    return float(np.abs(bins.interior - bins.probability).sum() / bins.pixels.sum())
 
 
-@declare(
-    "SEG",
-    "The mean overlap (IoU) of the true cells with the predicted cell that holds more than half of them.",
-    "cells",
-)
+@declare("SEG", "The mean IoU of the true cells with the predicted cell that holds more than half of them.", "cells")
 def seg(predictions: Iterable, references: Iterable) -> float:
     """SEG of the Cell Tracking Challenge [4]_ for instance masks: mean Jaccard index of the reference cells.
 

@@ -82,7 +82,7 @@ def test_pooled_scores_divide_once(labelled):
     assert found["precision"] == pytest.approx(both / proposal.sum())
     assert found["recall"] == pytest.approx(both / truth.sum())
     assert found["bce"] == pytest.approx(np.mean(found["per_section"]["bce"]), rel=1e-9)
-    assert found["ece"] == pytest.approx(scores.calibration(*labelled).ece)
+    assert found["ece"] == pytest.approx(scores.ece(*labelled))
     assert sum(found["calibration"]["pixels"]) == truth.size
 
 
