@@ -158,10 +158,6 @@ def draw(recipe, *, seed, epoch, index, sections, shape, window):
         The sections to draw from.
     shape : (int, int)
         Rows and columns of a section, each at least `window`.
-
-    Returns
-    -------
-    Draw
     """
     random = _generator(seed, epoch, index, 0)
     origin = tuple(int(random.integers(side - window + 1)) for side in shape)

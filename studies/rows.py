@@ -342,9 +342,8 @@ def jobs_of(table: Table, seeds: int, folds: int | None, protocol: str | None) -
 
 def protocols_of(row, folds):
     """--folds turns holdout into k-fold, but not where a row names its training sections."""
-    if folds is not None and "--train_sections" not in row.argv:
-        return tuple("kfold" if protocol == "holdout" else protocol for protocol in row.protocols)
-    return row.protocols
+    turned = {"holdout": "kfold"} if folds and "--train_sections" not in row.argv else {}
+    return [turned.get(protocol, protocol) for protocol in row.protocols]
 
 
 # -- what a run costs ---------------------------------------------------------------------------------------------
