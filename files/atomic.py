@@ -172,13 +172,14 @@ def _take(descriptor):
 
 
 def refuse_inputs(flag, output, *inputs):
-    """Refuse an output that is one of the inputs, or lies in an input's folder and exists, even with --force."""
+    """Refuse an output that is an input, or exists in an input's folder, or would be one more section there."""
     target = Path(os.path.realpath(output))
     for given in inputs:
         if not isinstance(given, (str, os.PathLike)) or not os.path.exists(os.path.expanduser(given)):
             continue  # a stack in memory, or a data set's name
         source = Path(os.path.realpath(os.path.expanduser(given)))
-        if target.exists() and (target.samefile(source) or source in target.parents):
+        a_section = target.parent == source and target.suffix.lower() in (".tif", ".tiff", ".png")
+        if a_section or (target.exists() and (target.samefile(source) or source in target.parents)):
             raise DataError(f"{flag} must not be an input, or a file in its folder. Received: {output}, input: {given}")
 
 

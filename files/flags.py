@@ -42,7 +42,7 @@ def filter_list(text):
 def path(text):
     """A path, its ~ resolved here and nowhere else."""
     found = os.path.expanduser(text)
-    if not found.strip():
+    if not found.strip() or "\0" in found:
         refuse("a path", repr(text))
     if found.startswith("~") and not os.path.exists(found):
         refuse("a path: no home folder of that user is known here", text)

@@ -64,14 +64,19 @@ def _too_many_values(source, index, pixels, values):
     return f"--mask_path: {source} must hold two label values. Received up to section {index}: {shown}; {like}."
 
 
+def require_ids(section, what):
+    """Refuse a section of what are no numbers of cells."""
+    low, high = section.min(), section.max()
+    if section.dtype.kind not in "biu" or low < 0 or high >= 2**31:
+        rule = "must hold whole numbers, 0 = background, with --instances"
+        raise DataError(f"{what} {rule}. Received: {section.dtype} {low}..{high}")
+
+
 def instance_messages(reader):
     """Return messages about numbered cells; refuse what are no numbers of cells."""
     counts, filled = [], 0
     for section in reader:
-        low, high = section.min(), section.max()
-        if section.dtype.kind not in "biu" or low < 0 or high >= 2**31:
-            rule = "must hold whole numbers, 0 = background, with --instances"
-            raise DataError(f"--mask_path: {reader.source} {rule}. Received: {section.dtype} {low}..{high}")
+        require_ids(section, f"--mask_path: {reader.source}")
         counts.append(np.count_nonzero(np.unique(section)))
         filled += np.count_nonzero(section)
     share = f"{filled / math.prod(reader.shape):.1%} of the pixels"

@@ -18,6 +18,7 @@ import numpy as np
 
 import data
 from files import atomic
+from files.labels import require_ids
 from files.sections import size_words
 from score import origin, report, scores
 from score.scores import FIXED_THRESHOLD, THRESHOLDS, above
@@ -70,7 +71,7 @@ def run(args):
         raise data.DataError(f"--mask_path: {what} in the sections to score, {data.format_sections(sections)}.")
     with contextlib.ExitStack() as files:
         fit = (sections, labels.sections.shape, notes, files)
-        native = read_sections(args.prediction, "prediction", *fit)
+        native = read_sections(args.prediction, "prediction", *fit, ids=args.instances)
         raw = read_sections(args.image_path, "image", *fit) if args.image_path else None
         refuse_inputs(args, labels, native, raw)
         notes += origin.check(native, labels, raw, sections)
@@ -99,9 +100,8 @@ def score_masks(native, references, sections, which, notes):
 
 def score_cells(native, references, sections, *_):
     """As `score_masks`, for numbers of cells."""
-    if native.dtype.kind not in "biu":
-        rule = "must hold whole numbers, 0 = background, with --instances"
-        raise data.DataError(f"--prediction {rule}. Received: {native.dtype}")
+    for section in native:
+        require_ids(section, "--prediction")
     found = score_instances(native, references, sections=sections)
     return native, found, f"mean IoU {found['mean_iou']:.4f}, SEG {found['seg']:.4f} of {found['cells']} cells"
 
@@ -125,7 +125,8 @@ def outputs(args):
     found = [("--json", args.json)] if args.json else []
     if args.report:
         replaced = (path for kind in report.PICTURES for path in sorted(Path(args.report).glob(kind)))
-        found += [("--report", path) for path in (Path(args.report) / "report.html", *replaced)]
+        new = (Path(args.report) / name for name in ("report.html", "section-000.png"))
+        found += [("--report", path) for path in (*new, *replaced)]
     return found
 
 
@@ -137,7 +138,8 @@ def refuse_existing(args):
     ):
         if path is not None and (not path or wrong(path)):
             raise data.DataError(f"{flag} must be a {kind}. Received: {path or repr(path)}")
-    if args.json and os.path.realpath(args.json) in [os.path.realpath(p) for f, p in outputs(args) if f != "--json"]:
+    inside = args.json and args.report and Path(args.report).resolve() == Path(args.json).resolve().parent
+    if inside and any(map(Path(args.json).resolve().match, ("report.html", *report.PICTURES))):
         raise data.DataError(f"--json must not be a file of --report. Received: {args.json}")
     for flag, path in outputs(args):
         if os.path.lexists(path) and not args.force:
@@ -156,7 +158,7 @@ def refuse_inputs(args, *stacks):
 
 def chosen_sections(text, count):
     """Return the sections to score of `count` labelled ones."""
-    if not text:
+    if text is None:
         return tuple(range(count))
     sections = data.parse_sections(text)
     if sections[-1] >= count:
@@ -178,16 +180,16 @@ class Sections:
         return self.convert(self.reader[self.chosen[place]])
 
 
-def read_sections(path, role, sections, shape, notes, files):
+def read_sections(path, role, sections, shape, notes, files, *, ids=False):
     """Open a stack that must fit labels of the given shape (S, H, W); return the `Sections` wanted.
 
     A stack of as many sections as the labels is subset like them; one of exactly as many as were asked for is
-    taken to BE those, and `notes` says so. `files`, an ExitStack, closes it.
+    taken to BE those, and `notes` says so. `files`, an ExitStack, closes it. `ids` as in `data.iter_sections`.
     """
     flag = data.flag(role)
     if role == "prediction" and not os.path.exists(os.path.expanduser(path)):  # nor is it a data set's name
         raise data.DataError(f"{flag}: {path} does not exist.")
-    reader = files.enter_context(data.iter_sections(path, what=role))
+    reader = files.enter_context(data.iter_sections(path, what=role, ids=ids))
     if reader.shape[1:] != shape[1:]:
         sizes = " and ".join(size_words(found) for found in (reader.shape, shape))
         raise data.DataError(f"{flag} and --mask_path must have the same section size. Received: {sizes}")

@@ -126,10 +126,10 @@ def test_an_output_is_no_input(tmp_path, monkeypatch):
         Path(name).write_text("pixels")
     Path("link.tif").symlink_to("a.tif")
     os.link("a.tif", "hard.tif")
-    for output in ("a.tif", "./folder/../a.tif", "link.tif", "hard.tif", "folder/s1.png", "folder"):
+    for output in ("a.tif", "./folder/../a.tif", "link.tif", "hard.tif", "folder/s1.png", "folder", "folder/new.tif"):
         with pytest.raises(DataError, match="--output must not be an input"):
             atomic.refuse_inputs("--output", output, "isbi2012", None, Path("folder"), str(tmp_path / "a.tif"))
-    for output in ("b.tif", "new.tif", "folder/new.tif", "isbi2012"):
+    for output in ("b.tif", "new.tif", "folder/new.json", "folder/in/new.tif", "isbi2012"):
         atomic.refuse_inputs("--output", output, "isbi2012", None, Path("folder"), str(tmp_path / "a.tif"))
 
 

@@ -171,6 +171,12 @@ REFUSED = {
     "a folder": (["--json", "ours", "--force"], "--json must be a file. Received: ours"),
     "no name": (["--json", ""], "--json must be a file. Received: ''"),
     "twice": (["--json", "new/report.html", "--report", "new"], "--json must not be a file of --report"),
+    "twice, a picture": (
+        ["--json", "new/curves-scores.png", "--report", "new"],
+        "--json must not be a file of --report",
+    ),
+    "no section": (["--sections", ""], "sections must be numbers"),
+    "negative numbers": (["--prediction", "negative.tif", "--instances"], "--prediction must hold whole numbers"),
     "the prediction": (["--json", "p.tif", "--force"], "--json must not be an input"),
     "the labels": (["--json", "link.tif", "--force"], "--json must not be an input"),
     "a section": (["--mask_path", "theirs", "--report", "theirs", "--force"], "--report must not be an input"),
@@ -183,6 +189,7 @@ def test_bad_input_is_refused_and_nothing_is_written(name, files, labelled, tmp_
     holed = labelled[1].copy()
     holed[1] = 0
     stacks = {"two": labelled[0][:2], "narrow": labelled[0][:, :, :79], "zero": labelled[1] * 0, "hole": holed}
+    stacks["negative"] = labelled[1].astype(np.int16) - 9
     given = files()
     for stem, sections in stacks.items():
         tifffile.imwrite(f"{stem}.tif", sections, photometric="minisblack")
@@ -198,6 +205,12 @@ def test_bad_input_is_refused_and_nothing_is_written(name, files, labelled, tmp_
     with pytest.raises(DataError, match=words):
         evaluate([*given, *flags])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_numbers_of_cells_are_what_is_stored_whatever_is_shown(files, labelled):
+    given = files(labels=labelled[1])
+    tifffile.imwrite("p.tif", labelled[1], photometric="miniswhite")
+    assert numbers([*given, "--instances"])["mean_iou"] == 1
 
 
 # --- which images were predicted

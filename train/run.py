@@ -338,7 +338,7 @@ def preview(args, stacks):
     """--augment_preview: what the network will see."""
     import figures
 
-    atomic.refuse_inputs("--augment_preview", args.augment_preview, args.image_path, args.mask_path)
+    atomic.refuse_inputs("--augment_preview", args.augment_preview, stacks.images.source, stacks.masks.source)
     refuse_picture(args, Path(args.augment_preview))
     shown, truth = feed_of(args, stacks).preview(stacks.normalisation)
     figures.preview(shown, truth, args.augment_preview)
