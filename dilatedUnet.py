@@ -344,6 +344,9 @@ def parse(argv):
         near = difflib.get_close_matches(argv[0], VERBS, 1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         parser.error(f"the verbs are {', '.join(VERBS)}. Received: {argv[0]}{meant}")
+    for word in words:
+        if re.fullmatch("--[a-z_]+=--", word):  # of which argparse makes an empty list
+            parser.error(f"argument {word[:-3]}: must have a value. Received: --")
     args = parser.parse_args(words)
     if args.verb == "train":
         args = with_recipe(args, parser, words)

@@ -50,6 +50,7 @@ class Stream:
 def ends(main):
     """Exit code of `main`, called as a shell expects it; from then on signals come too late."""
     _open_streams()
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files, whatever a notebook around this has set
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from files.atomic import DataError, locked, make_writable, refuse_existing, write_text
+from files.atomic import DataError, locked, make_writable, refuse_existing, refuse_inputs, write_text
 from files.flags import number, up_to
 from files.shell import Terminated
 from studies import comparison, records, rows
@@ -78,8 +78,8 @@ def run(args, parse) -> int:
     if args.list:
         print("\n".join(listing(plans[0], args.missing)))
         return 0
-    if args.collect:
-        make_writable(args.records)
+    places = {args.records: args.collect, args.figures: args.figures, Path(args.output or "").parent: args.output}
+    make_writable(*(folder for folder, asked in places.items() if asked))
     done = args.render or train(plans[0], args)
     if args.collect:
         records.collect(plans[0], args.records)
@@ -92,6 +92,10 @@ def check_flags(args):
         raise DataError("--render trains nothing: choose it, or --list, or --missing.")
     if args.name == "all" and (args.collect or not args.render):
         raise DataError(f"all is for --render alone; else name one table: {', '.join(rows.TABLES)}.")
+    for name in ("records", "runs"):
+        if os.path.isfile(folder := getattr(args, name)):
+            raise DataError(f"--{name} must be a folder. Received: {folder}")
+    refuse_inputs("--output", args.output or "", *Path(args.records).glob("*.json"))
     output = Path(args.output or "")
     ours = output.is_file() and output.read_bytes().startswith(MARK.encode())
     if args.output and output.exists() and not (args.force or ours):

@@ -101,6 +101,7 @@ def test_a_number_out_of_range_is_refused_with_its_flag_and_range(refuses, flags
 
 REFUSED = {  # what is said of which flags
     "argument --epochs: must be at least 1 and at most 1000000. Received: 0": ["--epochs 0"],
+    "argument --epochs: must have a value. Received: --": ["--epochs=--"],
     "--batch_size windows must hold at most 1073741824 px": ["--batch_size 1024 --window 4096"],
     "argument --filters: must be 1 to 8 whole numbers of at most 4096, such as 44,88,176. Received: ": [
         *("--filters 1000000000", "--filters 4,x", "--filters 4,0"),

@@ -251,17 +251,20 @@ def test_the_rows_of_2015_have_the_papers_values_beside_them():
         (["table", "--missing", "--render"], "--render trains nothing"),
         *((["all", *words], "all is for --render") for words in ([], ["--render", "--collect"])),
         (["table", "--output", "README.md"], "README.md exists and is not a table written by reproduce"),
+        (["table", "--records", "README.md"], "--records must be a folder. Received: README.md"),
+        (["table", "--records", ".", "--force", "--output", "x/../table.json"], "--output must not be an input"),
+        (["table", "--output", "README.md/x.md", "--force"], "README.md could not be written"),
         (["table", "--output", "."], "exists and is not a table written by reproduce"),
         (["study", "lr", "--figures", "images"], "images/study-lr.png exists already"),
     ],
 )
 def test_bad_usage_is_one_sentence_and_exit_code_2_and_starts_nothing(reproduced, words, sentence):
-    theirs = [Path("README.md"), Path("images/study-lr.png")]
+    theirs = [Path("README.md"), Path("images/study-lr.png"), Path("table.json")]
     theirs[1].parent.mkdir()
     for path in theirs:
         path.write_text("# mine\n")
     refused(reproduced, sentence, *words)
-    assert [path.read_text() for path in theirs] == ["# mine\n"] * 2
+    assert [path.read_text() for path in theirs] == ["# mine\n"] * 3
 
 
 def refused(reproduced, sentence, *words):
