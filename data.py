@@ -407,11 +407,11 @@ def montage(sections, rows, columns, order):
 
 
 def describe(
-    image_path, mask_path=None, *, invert_mask=False, instances=False, window=512, windows=None, split=None, multiple=8
+    image_path, mask_path=None, *, invert_mask=False, instances=False, window=512, windows=None, protocol="holdout"
 ):
     """Say in plain words what the files are, and what training would do with them, section by section.
 
-    `window` None is the largest of the recipes' `windows`, by name, that fits; `split` is what `split_sections` takes.
+    `window` None is the largest of the recipes' `windows`, by name, that fits.
 
     Returns
     -------
@@ -423,7 +423,7 @@ def describe(
         lines = _image_lines(images)
         if mask_path is not None:
             lines += _mask_lines(images, mask_path, invert_mask, instances)
-        return lines + _training_lines(images, window, windows or {}, split or {"protocol": "holdout"}, multiple)
+        return lines + _training_lines(images, window, windows or {}, protocol)
 
 
 def _file_lines(kind, reader):
@@ -462,15 +462,15 @@ def _mask_lines(images, mask_path, invert_mask, instances):
     return [*lines, *(line if line.startswith("warning:") else f"  {line}" for line in messages + said)]
 
 
-def _training_lines(images, window, windows, split, multiple):
+def _training_lines(images, window, windows, protocol):
     count, height, width = images.shape
     fitting = {name: side for name, side in windows.items() if side <= min(height, width)}
     window = window or max(fitting.values(), default=min(windows.values(), default=512))
     nbytes = math.prod(images.shape) * (images.dtype.itemsize + 1)
     lines = ["training:"]
     for attempt in (
-        lambda: split_sections(count, **split).describe(),
-        lambda: check_window(images, window, multiple) or _crop_words(height, width, window),
+        lambda: split_sections(count, protocol).describe(),
+        lambda: check_window(images, window) or _crop_words(height, width, window),
         lambda: require_memory(nbytes, "the stack and its masks") or f"{memory_words(nbytes)} of memory for the stack",
     ):
         try:
@@ -478,8 +478,8 @@ def _training_lines(images, window, windows, split, multiple):
         except DataError as error:
             lines.append(f"problem: {error}")
     lines += [f"  {_recipe_words(windows, fitting)}"] * bool(windows)
-    if height % multiple or width % multiple:
-        lines.append(f"  {height} x {width} px is no multiple of {multiple}: prediction mirrors the borders")
+    if height % 8 or width % 8:
+        lines.append(f"  {height} x {width} px is no multiple of 8: prediction mirrors the borders")
     return lines
 
 

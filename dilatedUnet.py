@@ -500,7 +500,7 @@ def run_check(args):
         masks = None
     recipe = RECIPES.get(args.recipe, {})
     how = {"invert_mask": args.invert_mask, "instances": args.instances, "window": args.window or recipe.get("window")}
-    how["split"] = {"protocol": recipe.get("protocol", "holdout")}
+    how["protocol"] = recipe.get("protocol", "holdout")
     how["windows"] = {name: values["window"] for name, values in RECIPES.items()}
     lines = data.describe(images, masks, **how)
     print("\n".join([*lines, *describe_recipes()]))
