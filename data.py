@@ -9,6 +9,7 @@ and 0 is membrane. This file is the door; behind it lie `stacks`, `tiff` and `om
 `fetching` (the data sets) and `synthetic` (the painted stack). Bad input ends in a `DataError` of one sentence.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -261,14 +262,12 @@ class Normalisation:
     @classmethod
     def from_dict(cls, values):
         """Rebuild from `to_dict`, or refuse what is not three finite numbers."""
-        try:
+        with contextlib.suppress(KeyError, OverflowError, TypeError, ValueError):
             found = cls(*(float(values[key]) for key in ("mean", "std", "epsilon")))
-        except (KeyError, OverflowError, TypeError, ValueError) as error:
-            raise DataError(f"normalisation must hold mean, std and epsilon. Received: {values}") from error
-        scale = found.std + found.epsilon
-        if not (math.isfinite(found.mean) and math.isfinite(scale) and found.std >= 0 and scale > 0):
-            raise DataError(f"normalisation must be finite, with std >= 0 and epsilon > 0. Received: {values}")
-        return found
+            scale = found.std + found.epsilon
+            if math.isfinite(found.mean) and math.isfinite(scale) and found.std >= 0 and scale > 0:
+                return found
+        raise DataError(f"normalisation must hold mean, std and epsilon, finite and not below 0. Received: {values}")
 
 
 # --- Splits by section --------------------------------------------------------------------------------------

@@ -132,12 +132,13 @@ def _fetch_isbi(folder, scratch, wanted, log):
     for url in (ISBI_ARCHIVE, *ISBI_MIRRORS):
         log(f"fetching {', '.join(wanted)} from {url}")
         try:
-            for name, file in _offers(url, wanted, scratch):
+            for file in _offers(url, wanted, scratch):
                 if reason := _unfit(file):
-                    reasons.append(f"{url}: {name} {reason}")
+                    reasons.append(f"{url}: {file.name} {reason}")
                 else:
-                    os.replace(file, folder / name)
-                    log(f"{name}: {'checked' if name in ISBI_FILES else 'kept unchecked, its hash is not known'}")
+                    os.replace(file, folder / file.name)
+                    checked = "checked" if file.name in ISBI_FILES else "kept unchecked, its hash is not known"
+                    log(f"{file.name}: {checked}")
         except DOWNLOAD_ERRORS as error:
             reasons.append(f"{url}: {_in_short(error)}")
         wanted = [name for name in wanted if not is_published(folder / name)]
@@ -150,12 +151,10 @@ def _fetch_isbi(folder, scratch, wanted, log):
 
 
 def _offers(url, wanted, scratch):
-    """Yield (name, downloaded file) from the archive, wherever they lie in it, or from a mirror's folder."""
+    """Download what is wanted: from an archive, wherever it lies there, or from a mirror's folder."""
     if not url.endswith(".zip"):
-        yield from ((name, _download(f"{url}/{name}", scratch, name)) for name in wanted)
-        return
-    names = {*wanted, ISBI_ROLES["test_mask"]}
-    yield from ((file.name, file) for file in _unzipped(url, scratch) if file.name in names)
+        return (Path(_download(f"{url}/{name}", scratch, name)) for name in wanted)
+    return (file for file in _unzipped(url, scratch) if file.name in {*wanted, ISBI_ROLES["test_mask"]})
 
 
 def _unfit(file):
@@ -190,21 +189,20 @@ def _fetch_cells(name, folder, scratch, log):
 # --- Downloads ----------------------------------------------------------------------------------------------
 
 
-def _download(url, scratch, name, known_hash=None, **how):
+def _download(url, scratch, name, known_hash=None, processor=None):
     import pooch
 
     pooch.get_logger().setLevel("WARNING")  # it would print the hash of every file and advise to keep it
     (scratch / name).unlink(missing_ok=True)
-    how["downloader"] = pooch.HTTPDownloader(timeout=TIMEOUT_S)
-    found = pooch.retrieve(url, known_hash, fname=name, path=scratch, **how)
-    return found if isinstance(found, list) else Path(found)
+    how = {"downloader": pooch.HTTPDownloader(timeout=TIMEOUT_S), "processor": processor}
+    return pooch.retrieve(url, known_hash, fname=name, path=scratch, **how)
 
 
 def _unzipped(url, scratch, known_hash=None):
     import pooch
 
     unzip = pooch.Unzip(extract_dir="unpacked")
-    return sorted(map(Path, _download(url, scratch, "archive.zip", known_hash, processor=unzip)))
+    return sorted(map(Path, _download(url, scratch, "archive.zip", known_hash, unzip)))
 
 
 def _in_short(error):

@@ -13,7 +13,7 @@ import numpy as np
 from files import sections
 from files.atomic import DataError
 
-RECORD = sections.RECORD  # the attribute of the output that says what it is made of
+RECORD = "dilated_unet"  # the attribute of a prediction that says what it is made of
 
 
 @contextlib.contextmanager
@@ -36,12 +36,7 @@ def is_zarr(path):
 class ZarrReader(sections.StackReader):
     """Sections of an OME-Zarr image, one in memory at a time, or parts of them.
 
-    Attributes
-    ----------
-    array : zarr.Array
-        Level 0: any axes of which one at most is longer than 1, then rows and columns.
-    multiscale : dict
-        The image's metadata.
+    `array` is level 0: axes of which one at most is longer than 1, then rows and columns. `multiscale` is metadata.
     """
 
     def __init__(self, path, array, multiscale, made_of):
@@ -89,23 +84,9 @@ def place(axes, index):
 
 
 def open_zarr(path, what="image"):
-    """Open an OME-Zarr image, level 0, for reading section by section.
+    """Open level 0 of an OME-Zarr image as a ZarrReader; `what` is the role, for messages.
 
-    Parameters
-    ----------
-    path : str or Path
-        The folder of the image.
-    what : str
-        The role, for messages.
-
-    Returns
-    -------
-    ZarrReader
-
-    Raises
-    ------
-    DataError
-        Where the folder holds no image of OME-NGFF 0.4 or 0.5, or more than one gray stack.
+    A DataError says where the folder holds no image of OME-NGFF 0.4 or 0.5, or more than one gray stack.
     """
     with extra():
         import zarr
@@ -161,16 +142,8 @@ def _made_of(attributes):
 def create(path, reader, shape, chunks, record):
     """Write an OME-Zarr image without chunks: NaN, float32, with the axes and the voxel size of what is predicted.
 
-    Parameters
-    ----------
-    path : Path
-        Must not exist.
-    reader : StackReader
-        What is predicted. The prediction of OME-NGFF 0.4 is 0.4; that of everything else is 0.5.
-    shape, chunks : tuple of int
-        Of level 0, the only one.
-    record : dict
-        For the attribute `RECORD`.
+    `path` must not exist; `shape` and `chunks` are those of level 0, the only one; `record` is for the attribute
+    `RECORD`. The prediction of OME-NGFF 0.4 is 0.4; that of everything else is 0.5.
     """
     with extra():
         import numcodecs

@@ -14,7 +14,6 @@ from files.atomic import DataError
 
 FLAGS = {"image": "--image_path", "mask": "--mask_path", "test": "--image_path", "test_mask": "--mask_path"}
 MOST_SECTIONS = 2**20  # a header that speaks of more is damaged
-RECORD = "dilated_unet"  # key of what a prediction says that it is made of
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,9 +212,9 @@ def memory_limit():
 
 def require_memory(nbytes, words):
     """Refuse what cannot fit into memory before it is taken."""
-    if nbytes > memory_limit():
-        limit = memory_words(memory_limit())
-        raise DataError(f"{words} would take {memory_words(nbytes)} of memory, more than the {limit} there is.")
+    if nbytes > (limit := memory_limit()):
+        there = memory_words(limit)
+        raise DataError(f"{words} would take {memory_words(nbytes)} of memory, more than the {there} there is.")
 
 
 # --- Voxel size ---------------------------------------------------------------------------------------------

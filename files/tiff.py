@@ -27,17 +27,18 @@ def open_tiff(path, what, ids):
 def _tiff_reader(tif, path, what, ids):
     if not len(tif.pages) or not tif.series:
         raise refusal(what, path, "is damaged or cut off: it holds no image")
-    shape, notes = _tiff_shape(tif, path, what)
+    shape = _tiff_shape(tif, path, what)
     series, page = tif.series[0], tif.pages[0]
     _check_pages(tif, series, shape[0], path, what)
     read, note = _as_shown(page, _tiff_pixels(tif, series, shape), path, what, ids)
-    words = ", ".join([f"axes {series.axes}", *_encoding(tif), *notes, *note])
-    about = {"source": path, "voxel_nm": _voxel_nm(tif), "description": words, "made_of": _made_of(tif)}
+    words = ", ".join([f"axes {series.axes}", *_encoding(tif), *note])
+    made_of = dict(re.findall(r"made_of_(\w+)=([^\s<]+)", page.description))  # as `writing` says it
+    about = {"source": path, "voxel_nm": _voxel_nm(tif), "description": words, "made_of": made_of}
     return StackReader(read, shape, series.dtype, close=tif.close, **about)
 
 
 def _tiff_shape(tif, path, what):
-    """Return (S, H, W) and a list of remarks; refuse what is not one gray stack."""
+    """Return (S, H, W); refuse what is not one gray stack."""
     series = tif.series[0]
     if len(tif.series) > 1:
         sizes = some(sorted({size_words(s.shape) for s in tif.series}, key=natural_key))
@@ -52,11 +53,10 @@ def _tiff_shape(tif, path, what):
     if len(others) > 1 or series.axes[-2:] != "YX" or kind not in tuple("buif"):
         found = f"axes {series.axes}, shape {series.shape}, type {series.dtype}"
         raise refusal(what, path, f"has {found}; one gray stack with axes ZYX is needed")
-    if ("C", True) in [(axis, n < 5) for axis, n in others]:
+    if others and others[0][0] == "C" and others[0][1] < 5:
         rule = f"has {others[0][1]} channels (axes {series.axes}); save one channel, or sections as Z"
         raise refusal(what, path, rule)
-    notes = ["channels read as sections"] if "C" in dict(others) else []
-    return (math.prod(n for _, n in others), *series.shape[-2:]), notes
+    return (math.prod(n for _, n in others), *series.shape[-2:])
 
 
 def _check_pages(tif, series, count, path, what):
@@ -180,11 +180,6 @@ def _encoding(tif):
     packing = "uncompressed" if page.compression == 1 else getattr(page.compression, "name", str(page.compression))
     words = [f"{kind} {'BigTIFF' if tif.is_bigtiff else 'TIFF'}", packing.lower()]
     return words + ["tiled"] * page.is_tiled + ["big-endian"] * (tif.byteorder == ">")
-
-
-def _made_of(tif):
-    """Read what a prediction of this suite is made of, as `writing` says it; empty where the file is none."""
-    return dict(re.findall(r"made_of_(\w+)=([^\s<]+)", tif.pages[0].description))
 
 
 # --- Voxel size ---------------------------------------------------------------------------------------------
