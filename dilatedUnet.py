@@ -50,6 +50,11 @@ RECIPES = {
         **{"batch_size": 4, "epochs": 5, "steps_per_epoch": 100, "optimizer": "adam"},
         **{"clr_mode": "cosine", "lr": 1e-5, "max_lr": 1.5e-3, "ema": 0.98},
     },
+    "finetune": {
+        **{"protocol": "holdout", "inner_sections": 0, "dilate": 0, "dropout": 0.1, "augment": "all", "window": 256},
+        **{"batch_size": 4, "epochs": 2, "steps_per_epoch": 100, "optimizer": "adam", "bn_momentum": 0.9},
+        **{"clr_mode": "cosine", "lr": 1e-5, "max_lr": 5e-4, "ema": 0.98, "init_from": str(SHIPPED)},
+    },
     "strong": {
         **{"protocol": "holdout", "inner_sections": 0, "dilate": 0, "dropout": 0.1, "augment": "all", "window": 512},
         **{"batch_size": 4, "epochs": 80, "steps_per_epoch": 100, "optimizer": "adam"},
@@ -60,6 +65,7 @@ COSTS = {
     "published": "the study of 2017, which validated on its training sections. Estimated: 4 to 9 hours on 2 CPU cores, "
     "3 minutes on an H200-class GPU",
     "quick": "for your own sections. At most 15 minutes on 2 CPU cores",
+    "finetune": "for a few sections: goes on from the shipped network. Estimated: 6 minutes on 2 CPU cores",
     "strong": "for your own sections, 16 times as many updates on larger windows. Estimated: half a day on 2 CPU "
     "cores, 6 minutes on an H200-class GPU",
 }
@@ -182,6 +188,11 @@ AUGMENTATION = (
 )
 TRAINING = (
     flag("--epochs", "epochs of --steps_per_epoch updates", type=up_to(MANY), default=300),
+    flag(
+        "--minutes",
+        "train about so long, in place of --epochs: the first updates are timed, and the schedule is laid out for that",
+        type=number(float, 0, 10**5, above=True),
+    ),
     flag("--steps_per_epoch", "updates per epoch", type=up_to(MANY), default=10),
     flag("--batch_size", "windows per update (default: 3; unet2015: 1)", type=up_to(BATCH)),
     flag("--lr", "base learning rate (default: 0.00001; unet2015: 0.001)", type=rate),
@@ -215,6 +226,12 @@ TRAINING = (
     flag("--sigma", "its reach, standard deviation in px (default: 5)", type=number(float, 0, 1000, above=True)),
     flag(
         "--patience", "stop after so many epochs without a better validation loss; 0: never (default: 300)", type=count
+    ),
+    flag(
+        "--init_from",
+        "weights to start from, of the same network, such as weights/isbi2012_standard; the gray values are normalised "
+        "by your own sections",
+        metavar="FILE",
     ),
     flag("--seed", "of everything that is drawn", type=number(int, 0, 2**31 - 1), default=0),
 )
@@ -419,6 +436,7 @@ def contradictions(given, args):
         ((args.max_lr or LATE["max_lr"]) < args.lr and args.clr_mode != "none", "--max_lr must be at least --lr"),
         (given.momentum and args.optimizer not in ("rmsprop", "sgd"), "--momentum goes with rmsprop and sgd"),
         (args.lr_find and args.distribute is not None, "--lr_find runs on one device: without --distribute"),
+        (args.minutes and args.distribute is not None, "--minutes runs on one device: without --distribute"),
         (args.lr_find and args.augment_preview, "--lr_find and --augment_preview are two different jobs: choose one"),
         (args.resume and args.force, "--resume goes on with a run and --force replaces it: choose one"),
         (args.steps_per_epoch % execution, "--steps_per_execution must be a divisor of --steps_per_epoch"),

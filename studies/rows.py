@@ -18,7 +18,7 @@ from studies import comparison
 # Of a run's settings: where it is kept and what it runs on, which do not make it another experiment.
 IGNORED = (
     *("verb", "run", "argv", "run_dir", "weight_path", "resume", "force", "tensorboard", "gpu", "precision", "recipe"),
-    *("distribute", "lr_find", "augment_preview", "steps_per_execution"),
+    *("distribute", "lr_find", "augment_preview", "steps_per_execution", "minutes"),
 )
 
 

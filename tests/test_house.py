@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from places further down this list, so there is no circle anywhere.
 ORDER = [
     *("dilatedUnet", "train.run", "train.finish", "train.recorder", "train.trainee", "train.feed"),
-    *("train.record", "train.progress"),
+    *("train.initial", "train.record", "train.progress"),
     *("predict.prediction", "predict.blocks", "predict.engines", "predict.intensity", "predict.tiling"),
     *("studies.reproduce", "studies.records", "studies.rows", "studies.comparison", "studies.verdicts"),
     *("score.evaluation", "score.report", "score.origin", "score.scores", "score.topology", "score.segments"),

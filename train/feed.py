@@ -24,6 +24,10 @@ class Stacks:
     split: data.Split
     normalisation: data.Normalisation
 
+    def describe(self):
+        count, height, width = self.images.sections.shape
+        return f"data: {self.images.source}, {count} sections of {height} x {width} px\nsplit: {self.split.describe()}"
+
 
 @dataclass(frozen=True, eq=False)
 class Feed:

@@ -25,9 +25,10 @@ from train.progress import say
 # What may differ between a run and its resumption; every other setting must be the same.
 FREE_ON_RESUME = (
     *("epochs", "resume", "force", "tensorboard", "gpu", "distribute", "lr_find", "augment_preview"),
-    *("verb", "run", "argv", "recipe"),
+    *("verb", "run", "argv", "recipe", "minutes"),
 )
-PATHS = ("image_path", "mask_path", "run_dir", "weight_path")  # compared by what they lead to, not by their spelling
+# Compared by what they lead to, not by their spelling.
+PATHS = ("image_path", "mask_path", "run_dir", "weight_path", "init_from")
 NEEDED = {"settings": dict, "data": dict, "precision": str, "epochs": int, "finished": bool, "sittings": list}
 AT_THE_END = {"final": dict, "stopped_early": bool}  # what a finished run record has as well
 PROVENANCE = ("command", "versions", "commit", "hardware")

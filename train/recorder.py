@@ -16,7 +16,7 @@ from train.trainee import averaged_weights
 
 OF_WEIGHTS = (
     *("network", "normalisation", "intensity", "seed", "precision", "split", "data", "command", "versions", "commit"),
-    "receptive_field_px",
+    *("receptive_field_px", "init_from"),
 )
 
 

@@ -20,6 +20,7 @@ from data import DataError
 from files import atomic, shell
 from network import device, distribution, layers, losses, optimizers, unet
 from predict import prediction
+from train import initial
 from train import record as records
 from train.feed import Feed, Stacks, pixel_weights
 from train.finish import draw_weights, finish
@@ -60,9 +61,9 @@ def train(args, place, spread, defaults):
     precision, stacks = together(spread, read)
     if args.augment_preview:
         return preview(args, stacks)
-    count, height, width = stacks.images.sections.shape
-    say(f"data: {stacks.images.source}, {count} sections of {height} x {width} px")
-    say(f"split: {stacks.split.describe()}")
+    say(stacks.describe())
+    if args.minutes:
+        lay_out(args, place, stacks, precision)
     course = course_of(args)
     trainee = make_trainee(args, course, stacks.normalisation, precision, spread)
     if args.lr_find:
@@ -276,6 +277,7 @@ def new_record(args, stacks, precision, network):
         "precision": precision,
         "seed": args.seed,
         "split": {key: list(getattr(split, key)) for key in SPLIT} | {"protocol": split.protocol},
+        "init_from": initial.origin(args.init_from) if args.init_from else None,
         "normalisation": stacks.normalisation.to_dict(),
         "intensity": records.intensity(stacks.images.sections[list(split.train)]),
         "data": {
@@ -296,15 +298,18 @@ def new_record(args, stacks, precision, network):
 
 def begin(args, place, record, defaults, locks):
     """Take the folder and the weights for this process, and make them ready; the record of the run that goes on."""
+    network = (prediction.weight_file(args.init_from), prediction.record_file(args.init_from)) if args.init_from else ()
     for path in (place.folder, place.weights):
         locks.enter_context(atomic.locked(path))
-    how = {"resume": args.resume, "force": args.force, "inputs": (args.image_path, args.mask_path)}
+    how = {"resume": args.resume, "force": args.force, "inputs": (args.image_path, args.mask_path, *network)}
     return records.prepare(place, record, **how, defaults=defaults)
 
 
 def restore(args, place, spread, trainee, copy):
     """What the run remembers: of the checkpoint, if it goes on from one."""
     if not (args.resume and place.checkpoint.exists()):
+        if args.init_from:
+            initial.start_from(trainee.network, args.init_from)
         return records.Journal()
     journal = records.load_checkpoint(place.checkpoint, trainee.state())
     if copy is not None:
@@ -316,6 +321,17 @@ def restore(args, place, spread, trainee, copy):
         raise DataError(f"{place.weights}, the best weights so far, is gone: --force starts anew.")
     say(f"resumed after epoch {len(journal.rows)}, update {len(journal.rows) * args.steps_per_epoch}")
     return journal
+
+
+def lay_out(args, place, stacks, precision):
+    """--minutes: the epochs and their updates, of the run that is resumed or else from the time of an update."""
+    before = records.read_record(place.record) if args.resume and place.checkpoint.exists() else None
+    if before:
+        args.epochs, args.steps_per_epoch = before["epochs"], before["settings"]["steps_per_epoch"]
+        return
+    trainee = make_trainee(args, course_of(args), stacks.normalisation, precision)
+    updates = initial.updates_in(args.minutes, trainee, feed_of(args, stacks).training(0))
+    args.epochs, args.steps_per_epoch = initial.laid_out(updates, args.steps_per_epoch)
 
 
 def check_shared(spread, epoch, folder):

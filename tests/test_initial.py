@@ -1,0 +1,78 @@
+"""Where a training starts from: weights of another run, and the time that it may take."""
+
+import numpy as np
+import pytest
+from conftest import HOLDOUT, assert_same_run, same_weights, strict
+
+from network import unet
+from predict import prediction
+from train import initial
+
+
+@pytest.mark.jax
+def test_a_network_starts_as_the_other_one_ended_but_for_a_head_of_other_classes(finished, capsys):
+    weights = finished / "weights/x"
+    theirs, record = prediction.load_network(weights)
+    for classes in (2, 3):
+        ours = unet.from_settings(record["network"] | {"classes": classes}, seed=5)
+        before = [np.array(w) for w in ours.get_layer("head_conv").weights]
+        initial.start_from(ours, weights)
+        for layer in ours.layers:
+            same = [
+                np.array_equal(a, b) for a, b in zip(layer.weights, theirs.get_layer(layer.name).weights, strict=True)
+            ]
+            assert all(same) == (classes == 2 or layer.name != "head_conv"), layer.name
+        kept = [np.array_equal(a, b) for a, b in zip(ours.get_layer("head_conv").weights, before, strict=True)]
+        assert all(kept) == (classes == 3)
+        assert ("but for head_conv" in capsys.readouterr().err) == (classes == 3)
+
+
+@pytest.mark.parametrize("flags", ["--filters 2,4", "--filters 2,3,4", "--filters 2,3 --dilate 0"])
+def test_another_network_is_refused_by_its_flags(train, refuses, finished, small, flags):
+    files = ("--image_path", small / "images.tif", "--mask_path", small / "labels.tif", "--window", "32")
+    said = refuses("holds another network", *files, *flags.split(), "--init_from", finished / "weights/x")
+    assert "--filters [2, 3]" in said
+    refuses("--init_from: gone.weights.h5 does not exist", *files, "--init_from", "gone")
+
+
+def test_a_fine_tuned_run_has_its_own_normalisation_and_names_where_it_started(train, finished, small, tmp_path):
+    """The weights of a first update at a rate of nearly nothing are those that it started from."""
+    weights = finished / "weights/x"
+    flags = "--clr_mode none --lr 1e-12 --epochs 1 --steps_per_epoch 1 --train_sections 0-2 --run_dir run"
+    done = train(f"{HOLDOUT} {flags} --inner_sections 0 --bn_momentum 0", "--init_from", weights)
+    assert done.code == 0, done.err
+    run, there = strict("run/run.json"), prediction.read_record(weights)
+    assert run["normalisation"] != there["normalisation"]
+    assert run["init_from"] == strict("run/best.json")["init_from"] == initial.origin(weights)
+    network, record = prediction.load_network("run/best")
+    assert record["network"]["bn_momentum"] == 0
+    theirs = prediction.load_network(weights)[0]
+    for layer in network.layers:
+        if hasattr(layer, "kernel"):
+            np.testing.assert_allclose(layer.kernel, theirs.get_layer(layer.name).kernel, atol=1e-6)
+
+
+def test_a_run_laid_out_for_minutes_is_resumed_as_it_was_laid_out(train, monkeypatch, tmp_path):
+    """However long an update takes by then; and it is the run with as many epochs by hand."""
+    for updates, more in ((12, "--epochs 1"), (700, "--resume")):
+        monkeypatch.setattr(initial, "updates_in", lambda minutes, trainee, batches, n=updates: n)
+        done = train(f"{HOLDOUT} --clr_mode cosine --minutes 3 --run_dir run {more}")
+        assert done.code == 0, done.err
+    record = strict("run/run.json")
+    assert (record["epochs"], record["settings"]["steps_per_epoch"]) == (6, 2)
+    assert train(f"{HOLDOUT} --clr_mode cosine --epochs 6 --run_dir by-hand").code == 0
+    assert_same_run(tmp_path / "run", tmp_path / "by-hand")
+    assert same_weights(tmp_path / "run/best.weights.h5", tmp_path / "by-hand/best.weights.h5")
+
+
+def test_the_updates_of_some_minutes_follow_from_the_time_of_an_update(monkeypatch):
+    clock = iter([0.0, 8.0])  # four updates took 8 s
+    monkeypatch.setattr(initial.time, "monotonic", lambda: next(clock))
+    made = []
+
+    class Trainee:
+        def train_on_batch(self, batch):
+            made.append(batch)
+
+    assert initial.updates_in(10, Trainee(), iter((n,) for n in range(99))) == int(0.9 * 600 / 2)
+    assert len(made) == 6

@@ -1,0 +1,75 @@
+"""Where a training starts from: the weights of another network (`--init_from`), and the time that it may take."""
+
+import hashlib
+import time
+
+import keras
+
+from data import DataError
+from predict import prediction
+from train.progress import say
+
+TIMED = 4  # updates that are timed for --minutes, after two that compile
+SHARE = 0.9  # of the minutes for the updates; the rest is for checkpoints and the scores at the end
+FEWEST_EPOCHS = 5  # of a course that is laid out for a time
+
+
+def start_from(network, path):
+    """Give a network the weights of another one of its kind, batch norm's statistics included.
+
+    What does not fit because the network has another number of classes or channels keeps its random start, and is
+    named. The gray values are normalised by the new training sections' own mean and deviation, not by those of the
+    other network: it saw gray values of mean 0 and deviation 1, and sees them again.
+
+    Raises
+    ------
+    DataError
+        If the weights belong to a network of another kind; the message says with which flags it was built.
+    """
+    source, record = prediction.load_network(path)
+    ours, theirs = ({layer.name: layer for layer in net.layers if layer.weights} for net in (network, source))
+    shapes = {name: [w.shape for w in theirs[name].weights] if name in theirs else None for name in ours}
+    other = [name for name, layer in ours.items() if [w.shape for w in layer.weights] != shapes[name]]
+    if set(ours) != set(theirs) or _dilations(ours) != _dilations(theirs) or set(other) - {"down1_conv1", "head_conv"}:
+        flags = " ".join(f"--{key} {value}" for key, value in record["network"].items())
+        raise DataError(f"--init_from: {path} holds another network: {flags}.")
+    for name in ours.keys() - set(other):
+        for ours_is, theirs_is in zip(ours[name].weights, theirs[name].weights, strict=True):
+            ours_is.assign(keras.ops.convert_to_numpy(theirs_is))
+    say(f"starts from {prediction.weight_file(path)}" + f", but for {', '.join(other)}" * bool(other))
+
+
+def _dilations(layers):
+    return {name: getattr(layer, "dilation_rate", None) for name, layer in layers.items()}
+
+
+def updates_in(minutes, trainee, batches):
+    """Updates of a training of so many minutes; the first are made and timed, on a trainee that is then given up."""
+    for timed in range(-2, TIMED):
+        if timed == 0:
+            begin = time.monotonic()
+        trainee.train_on_batch(next(batches)[0])
+    seconds = (time.monotonic() - begin) / TIMED
+    updates = max(1, int(SHARE * 60 * minutes / seconds))
+    say(f"--minutes {minutes:g}: an update takes {seconds:.2f} s, so there are {updates} of them")
+    return updates
+
+
+def laid_out(updates, steps_per_epoch):
+    """Epochs, and updates of each, for a number of updates.
+
+    >>> laid_out(730, 100), laid_out(60, 100)
+    ((7, 100), (5, 12))
+    """
+    steps = min(steps_per_epoch, max(1, updates // FEWEST_EPOCHS))
+    return max(1, updates // steps), steps
+
+
+def origin(path):
+    """Which weights those are, for the record; DataError where there are none."""
+    try:
+        prediction.read_record(path)
+    except DataError as error:
+        raise DataError(str(error).replace("--weight_path", "--init_from", 1)) from error
+    with open(prediction.weight_file(path), "rb") as file:
+        return {"weights": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
