@@ -1,15 +1,15 @@
 """The report: one page that holds all it shows, worst section first, and the same figures as PNG."""
 
-import argparse
 import re
 from html.parser import HTMLParser
+from itertools import combinations
 
 import numpy as np
 import pytest
 import tifffile
 from scipy import ndimage
 
-from score import evaluation, report, scores
+from score import evaluation, report, scores, segments
 
 
 class Page(HTMLParser):
@@ -73,15 +73,12 @@ def test_the_figures_lie_beside_the_page_as_png(written):
 
 
 def test_marks_differ_by_more_than_colour():
-    one = np.zeros((30, 30), bool)
-    painted = []
+    blank, painted = np.zeros((30, 30), bool), []
     for name in ("splits", "mergers", "missed"):
-        maps = dict.fromkeys(("splits", "mergers", "missed", "cuts"), one) | {name: ~one}
-        picture = report.paint(np.zeros((30, 30), np.uint8), argparse.Namespace(**maps)).astype(int)
-        painted.append(picture[10:50, 10:50].mean(axis=-1) > np.median(picture[10:50, 10:50].mean(axis=-1)))
-    for a in range(3):
-        for b in range(a):
-            assert (painted[a] != painted[b]).any()
+        maps = segments.Maps(blank, blank, blank, blank)._replace(**{name: ~blank})
+        gray = report.paint(blank, maps)[10:50, 10:50].mean(axis=-1)
+        painted.append(gray > np.median(gray))
+    assert all((one != other).any() for one, other in combinations(painted, 2))
 
 
 @pytest.mark.parametrize(("which", "charts"), [(("dice",), 0), (("v_rand",), 1), (("bce",), 0)])
