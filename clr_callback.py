@@ -4,7 +4,7 @@ The schedule is a pure function of the update number, counted from 0, that impor
 
     model.fit(x, y, callbacks=[CyclicLR(base_lr=1e-5, max_lr=1e-2, step_size=2000)])
 
->>> [triangular(n, base_lr=0.0, max_lr=1.0, step_size=4) for n in range(9)]
+>>> [rate_of("triangular", base_lr=0.0, max_lr=1.0, step_size=4)(n) for n in range(9)]
 [0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
 """
 
@@ -25,21 +25,6 @@ def wave(update, step_size):
     return 1 - abs(update % (2 * step_size) / step_size - 1)
 
 
-def triangular(update, base_lr, max_lr, step_size):
-    """Learning rate of `update`: from base to max and back, every cycle alike."""
-    return base_lr + (max_lr - base_lr) * wave(update, step_size)
-
-
-def triangular2(update, base_lr, max_lr, step_size):
-    """As `triangular`, the height halved after each cycle."""
-    return base_lr + (max_lr - base_lr) * wave(update, step_size) * 0.5 ** (cycle_number(update, step_size) - 1)
-
-
-def exp_range(update, base_lr, max_lr, step_size, gamma):
-    """As `triangular`, the height times gamma ** update."""
-    return base_lr + (max_lr - base_lr) * wave(update, step_size) * gamma**update
-
-
 def cosine(update, base_lr, max_lr, updates, warm_up=0):
     """Linear rise to `max_lr` over `warm_up` updates, then half a cosine down to `base_lr` at the last of `updates`.
 
@@ -55,15 +40,21 @@ def cosine(update, base_lr, max_lr, updates, warm_up=0):
 
 
 def rate_of(mode, base_lr, max_lr, step_size, gamma=1.0, updates=0):
-    """Learning rate as a function of the update, a number or a tensor: one of `MODES`, "none", or a run's "cosine"."""
-    bounds = (base_lr, max_lr, step_size)
-    return {
-        "none": lambda update: base_lr + 0 * update,
-        "cosine": lambda update: cosine(update, base_lr, max_lr, updates, min(100, updates // 20)),
-        "triangular": lambda update: triangular(update, *bounds),
-        "triangular2": lambda update: triangular2(update, *bounds),
-        "exp_range": lambda update: exp_range(update, *bounds, gamma),
+    """Learning rate as a function of the update, a number or a tensor: one of `MODES`, "none", or a run's "cosine".
+
+    Every mode of `MODES` goes from base to max and back. "triangular2" halves the height after each cycle, "exp_range"
+    multiplies it with gamma ** update.
+    """
+    if mode == "none":
+        return lambda update: base_lr + 0 * update
+    if mode == "cosine":
+        return lambda update: cosine(update, base_lr, max_lr, updates, min(100, updates // 20))
+    height = {
+        "triangular": lambda update: 1.0,
+        "triangular2": lambda update: 0.5 ** (cycle_number(update, step_size) - 1),
+        "exp_range": lambda update: gamma**update,
     }[mode]
+    return lambda update: base_lr + (max_lr - base_lr) * wave(update, step_size) * height(update)
 
 
 # -- for Keras --------------------------------------------------------------------------------------------------

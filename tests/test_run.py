@@ -98,7 +98,7 @@ def test_the_weights_are_those_of_the_lowest_validation_loss_and_their_record_sa
 def test_the_history_holds_the_rate_that_the_pure_function_gives(finished):
     for epoch, row in enumerate(history(finished / "runs/x")):
         assert (row["epoch"], row["update"]) == (epoch + 1, 2 * epoch + 2)
-        assert row["learning_rate"] == clr_callback.triangular2(2 * epoch + 1, 1e-4, 1e-2, 4)
+        assert row["learning_rate"] == clr_callback.rate_of("triangular2", 1e-4, 1e-2, 4)(2 * epoch + 1)
 
 
 def test_a_validation_loss_is_the_mean_over_all_windows(finished):
