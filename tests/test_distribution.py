@@ -166,10 +166,6 @@ def test_a_batch_that_cannot_be_shared_is_refused(start):
     assert not (start.folder / "uneven").exists()
 
 
-def test_the_range_test_is_for_one_device(refuses):
-    refuses("--lr_find runs on one device", "--lr_find", "--distribute")
-
-
 def test_one_device_shares_nothing():
     spread = distribution.start(dilatedUnet.parse([]).distribute)
     assert (spread.replicas, spread.chief, spread.agree(7)) == (1, True, 7)

@@ -60,13 +60,6 @@ def test_the_papers_constants_are_the_defaults():
     np.testing.assert_allclose(losses.border_weights(labels)[0], expected, rtol=1e-6)
 
 
-def test_the_second_instance_counts_and_not_the_third():
-    two, three = np.array([[1, 0, 2, 0, 0]]), np.array([[1, 0, 2, 0, 3]])
-    weights = [losses.border_weights(labels) for labels in (two, three)]
-    assert weights[0][0, 1] == weights[1][0, 1]
-    assert weights[0][0, 3] < weights[1][0, 3]
-
-
 def balanced(labels, **options):
     balance = losses.class_weights(np.count_nonzero(labels), labels.size)
     return losses.border_weights(labels, balance=balance, **options)
@@ -94,14 +87,6 @@ def test_both_classes_weigh_the_same_without_borders(labels):
 )
 def test_masks_of_one_class_weigh_1_everywhere(labels):
     np.testing.assert_array_equal(balanced(labels), np.ones(labels.shape, np.float32))
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_mask_without_a_second_cell_has_class_weights_alone(size):
-    labels = np.zeros((10, 10), int)
-    labels[4 : 4 + size, 4 : 4 + size] = 7
-    expected = np.where(labels > 0, 100 / (2 * size**2), 100 / (2 * (100 - size**2)))
-    np.testing.assert_allclose(balanced(labels), expected, rtol=1e-6)
 
 
 def test_the_map_turns_with_the_mask_whatever_the_numbers_of_its_instances():
