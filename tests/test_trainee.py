@@ -90,13 +90,13 @@ def test_the_loss_is_the_one_asked_for(name):
     [
         (
             "--precision float32 --dropout 0 --dilate 1",
-            {"down1_conv1.compute_dtype": "float32", "down1_bn1.rate": 0.0, "centre_conv3.dilation_rate": (4, 4)},
+            {"down1_conv1.compute_dtype": "float32", "down1_bn1.kept": 256, "centre_conv3.dilation_rate": (4, 4)},
         ),
         (
             "--precision bfloat16 --classes 3 --filters 5,7 --dropout 0.5 --dilate 0 --dilate_rate 2 --addition 0",
             {
                 **{"down1_conv1.compute_dtype": "bfloat16", "head_conv.filters": 3, "down2_conv1.filters": 7},
-                **{"down1_drop.rate": 0.5, "centre_conv3.dilation_rate": (1, 1), "down1_conv2.dilation_rate": (2, 2)},
+                **{"down1_drop.kept": 128, "centre_conv3.dilation_rate": (1, 1), "down1_conv2.dilation_rate": (2, 2)},
             },
         ),
     ],
