@@ -403,7 +403,7 @@ def test_check_says_what_the_files_are(tmp_path):
 def test_check_says_every_problem_and_does_not_stop_at_the_first():
     lines = describe(image_stack((1, 60, 90)), mask_stack(np.zeros((1, 60, 91), np.uint8)), window=64)
     saying(lines, "must be like the images", "too few sections", "at most 56", problems=3)
-    saying(lines, "60 x 90 px is no multiple of 8: prediction mirrors the borders", problems=3)
+    saying(lines, "voxel size unknown", "60 x 90 px is no multiple of 8: prediction mirrors the borders", problems=3)
 
 
 def test_check_turns_label_trouble_into_lines(tmp_path):

@@ -14,7 +14,7 @@ import tifffile
 from data import DataError, fetch, read_stack, resolve, sha256_pixels
 from files import atomic, fetching
 
-NAMES = ("train-volume.tif", "train-labels.tif", "test-volume.tif")
+NAMES, LABELS = ("train-volume.tif", "train-labels.tif", "test-volume.tif"), "test-labels.tif"
 
 
 def tiff(sections, **options):
@@ -29,6 +29,11 @@ def zipped(files):
         for name, content in files.items():
             archive.writestr(name, content)
     return file.getvalue()
+
+
+PIXELS = np.random.default_rng(0).integers(0, 255, (4, 3, 16, 16), np.uint8)
+STACKS = dict(zip((*NAMES, LABELS), PIXELS, strict=True))
+OFFICIAL = {name: tiff(sections) for name, sections in STACKS.items()}
 
 
 class Web:
@@ -73,10 +78,7 @@ def not_fetched(web, *words, left=()):
 def web(tmp_path, monkeypatch):
     """A small challenge on a server of this machine, and an empty cache."""
     web = Web()
-    rng = np.random.default_rng(0)
-    web.stacks = {name: rng.integers(0, 255, (3, 16, 16), np.uint8) for name in (*NAMES, "test-labels.tif")}
-    web.official = {name: tiff(sections) for name, sections in web.stacks.items()}
-    monkeypatch.setattr(fetching, "ISBI_FILES", {name: sha256_pixels(web.stacks[name]) for name in NAMES})
+    monkeypatch.setattr(fetching, "ISBI_FILES", {name: sha256_pixels(STACKS[name]) for name in NAMES})
     monkeypatch.setattr(fetching, "ISBI_SHAPE", (3, 16, 16))
     monkeypatch.setattr(fetching, "ISBI_ARCHIVE", f"{web.url}/archive.zip")
     monkeypatch.setattr(fetching, "ISBI_MIRRORS", (f"{web.url}/mirror1/data", f"{web.url}/mirror2"))
@@ -87,14 +89,13 @@ def web(tmp_path, monkeypatch):
     web.close()
 
 
-def offer_archive(web, **changed):
-    files = {f"ISBI-2012-challenge/deep/{name}": content for name, content in web.official.items()}
-    files |= {f"ISBI-2012-challenge/deep/{name}": content for name, content in changed.items()}
+def offer_archive(web, changed):
+    files = {f"ISBI-2012-challenge/deep/{name}": content for name, content in (OFFICIAL | changed).items()}
     web.files["/archive.zip"] = zipped(files | {"__MACOSX/._train-volume.tif": b"left by a Mac"})
 
 
-def offer_mirror(web, folder, **changed):
-    web.files |= {f"/{folder}/{name}": changed.get(name, web.official[name]) for name in NAMES}
+def offer_mirror(web, folder, changed):
+    web.files |= {f"/{folder}/{name}": changed.get(name, OFFICIAL[name]) for name in NAMES}
 
 
 def fetched(web, names=NAMES):
@@ -102,70 +103,65 @@ def fetched(web, names=NAMES):
     assert fetch("isbi2012", log=web.said.append) == web.cache
     assert sorted(path.name for path in web.cache.iterdir()) == sorted(names)
     for name in names:
-        np.testing.assert_array_equal(read_stack(web.cache / name).sections, web.stacks[name])
+        np.testing.assert_array_equal(read_stack(web.cache / name).sections, STACKS[name])
 
 
-def test_archive_comes_first_and_its_files_lie_anywhere_in_it(web):
-    offer_archive(web)
-    fetched(web, [*NAMES, "test-labels.tif"])
-    assert web.asked == ["/archive.zip"]
-    assert "test-labels.tif: kept unchecked, its hash is not known" in web.said
-    assert "train-volume.tif: checked" in web.said
-    assert resolve("isbi2012", "test_mask") == resolve("isbi2012-test", "mask") == web.cache / "test-labels.tif"
-    assert resolve("isbi2012-test", "image") == web.cache / "test-volume.tif"
+PACKED = {name: tiff(STACKS[name], compression="zlib", byteorder=">") for name in NAMES}
+WRONG_PIXEL = {"train-labels.tif": tiff(STACKS["train-labels.tif"] ^ (np.arange(16) == 7))}
+WRONG_SHAPE = {LABELS: tiff(np.zeros((2, 16, 16), np.uint8))}
+NO_TIFF = {"test-volume.tif": b"<html>not found</html>"}
+MIRROR = [f"/mirror1/data/{name}" for name in NAMES]
+SOURCES = {  # what the archive, the first and the second mirror offer that is not official; what comes; what is asked
+    "archive": ({}, None, None, [*NAMES, LABELS], ["/archive.zip"]),
+    "archive, the same pixels in another container": (PACKED, None, None, [*NAMES, LABELS], ["/archive.zip"]),
+    "archive with wrong pixels": (WRONG_PIXEL, {}, None, [*NAMES, LABELS], ["/archive.zip", MIRROR[1]]),
+    "archive with wrong labels, which no hash tells": (WRONG_SHAPE, None, None, NAMES, ["/archive.zip"]),
+    "mirror": (None, {}, None, NAMES, ["/archive.zip", *MIRROR]),
+    "mirror with a wrong file": (None, NO_TIFF, {}, NAMES, ["/archive.zip", *MIRROR, "/mirror2/test-volume.tif"]),
+}
+
+
+@pytest.mark.parametrize("case", SOURCES)
+def test_what_one_source_lacks_comes_from_the_next(web, case):
+    archive, first, second, names, asked = SOURCES[case]
+    if archive is not None:
+        offer_archive(web, archive)
+    for folder, changed in (("mirror1/data", first), ("mirror2", second)):
+        if changed is not None:
+            offer_mirror(web, folder, changed)
+    fetched(web, names)
+    assert web.asked == asked
+    if LABELS in names:
+        assert resolve("isbi2012", "test_mask") == resolve("isbi2012-test", "mask") == web.cache / LABELS
+        return
+    with pytest.raises(DataError, match="it comes only with"):
+        resolve("isbi2012", "test_mask")
 
 
 def test_cached_files_are_not_asked_for_again(web):
-    offer_archive(web)
-    fetch("isbi2012", log=web.said.append)
-    assert fetch("isbi2012", log=web.said.append) == web.cache
-    assert resolve("isbi2012", "test") == web.cache / "test-volume.tif"
+    offer_archive(web, {})
+    for _ in range(2):
+        assert fetch("isbi2012", log=web.said.append) == web.cache
+    assert resolve("isbi2012", "test") == resolve("isbi2012-test", "image") == web.cache / "test-volume.tif"
     assert web.asked == ["/archive.zip"]
-
-
-def test_mirror_follows_where_there_is_no_archive(web):
-    offer_mirror(web, "mirror1/data")
-    fetched(web)
-    assert web.asked == ["/archive.zip", *(f"/mirror1/data/{name}" for name in NAMES)]
-
-
-def test_same_pixels_in_another_container_are_accepted(web):
-    offer_archive(web, **{name: tiff(web.stacks[name], compression="zlib", byteorder=">") for name in NAMES})
-    fetched(web, [*NAMES, "test-labels.tif"])
-    assert web.asked == ["/archive.zip"]
-
-
-def test_one_wrong_pixel_is_refused_and_only_that_file_comes_from_the_mirror(web):
-    wrong = web.stacks["train-labels.tif"].copy()
-    wrong[1, 2, 3] ^= 1
-    offer_archive(web, **{"train-labels.tif": tiff(wrong)})
-    offer_mirror(web, "mirror1/data")
-    fetched(web, [*NAMES, "test-labels.tif"])
-    assert web.asked == ["/archive.zip", "/mirror1/data/train-labels.tif"]
-
-
-def test_wrong_mirror_is_followed_by_the_next(web):
-    offer_mirror(web, "mirror1/data", **{"test-volume.tif": b"<html>not found</html>"})
-    offer_mirror(web, "mirror2")
-    fetched(web)
-    assert web.asked[-1:] == ["/mirror2/test-volume.tif"]
+    assert {f"{LABELS}: kept unchecked, its hash is not known", "train-volume.tif: checked"} < set(web.said)
 
 
 def test_cut_off_archive_is_followed_by_the_mirror(web):
-    offer_archive(web)
-    offer_mirror(web, "mirror1/data")
+    offer_archive(web, {})
+    offer_mirror(web, "mirror1/data", {})
     web.cut.add("/archive.zip")
     fetched(web)
 
 
 def test_cut_off_file_never_stays(web):
-    offer_mirror(web, "mirror1/data")
+    offer_mirror(web, "mirror1/data", {})
     web.cut.add("/mirror1/data/train-labels.tif")
     not_fetched(web, "put train-labels.tif, test-volume.tif into", left=["train-volume.tif"])
 
 
 def test_zip_cut_off_by_its_server_without_a_word_never_stays(web):
-    offer_archive(web)
+    offer_archive(web, {})
     web.files["/archive.zip"] = web.files["/archive.zip"][:-40]
     not_fetched(web)
     assert not web.cache.exists()
@@ -180,24 +176,17 @@ def test_all_sources_failing_says_why_and_what_to_do(web):
 
 def test_wrong_file_in_the_cache_is_replaced_but_not_lost_before(web):
     web.cache.mkdir(parents=True)
-    (web.cache / "train-volume.tif").write_bytes(web.official["train-volume.tif"][:-300])
+    (web.cache / "train-volume.tif").write_bytes(OFFICIAL["train-volume.tif"][:-300])
     not_fetched(web, "train-volume.tif is not the published file", left=["train-volume.tif"])
-    offer_mirror(web, "mirror2")
+    offer_mirror(web, "mirror2", {})
     fetched(web)
 
 
 def test_file_that_is_there_needs_no_network_even_if_others_are_missing(web):
     web.cache.mkdir(parents=True)
-    (web.cache / "test-volume.tif").write_bytes(web.official["test-volume.tif"])
+    (web.cache / "test-volume.tif").write_bytes(OFFICIAL["test-volume.tif"])
     assert resolve("isbi2012", "test") == web.cache / "test-volume.tif"
     assert web.asked == []
-
-
-def test_wrong_unchecked_labels_are_left_out(web):
-    offer_archive(web, **{"test-labels.tif": tiff(np.zeros((2, 16, 16), np.uint8))})
-    fetched(web)
-    with pytest.raises(DataError, match="it comes only with"):
-        resolve("isbi2012", "test_mask")
 
 
 def test_no_network_is_told_within_seconds(web):
@@ -219,8 +208,8 @@ def test_unwritable_cache_is_a_sentence(web, monkeypatch, tmp_path, named, words
 
 def test_what_a_killed_download_left_goes(web):
     (web.cache / f".part{2**22 + 1}_{atomic.HOST}-fetched").mkdir(parents=True)
-    offer_archive(web)
-    fetched(web, [*NAMES, "test-labels.tif"])
+    offer_archive(web, {})
+    fetched(web, [*NAMES, LABELS])
 
 
 @pytest.mark.parametrize("name", ["synthetic", "isbi2013", ""])

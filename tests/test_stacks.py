@@ -471,11 +471,6 @@ def test_voxel_size_is_read_in_nm(tmp_path, options, expected):
     assert found == (expected and tuple(nm and pytest.approx(nm, rel=1e-4) for nm in expected))
 
 
-def test_voxel_words():
-    assert sections_module.voxel_words(None) == "voxel size unknown"
-    assert sections_module.voxel_words((None, 189.999, 189.999)) == "pixel 190 x 190 nm, section thickness unknown"
-
-
 # --- Writing ------------------------------------------------------------------------------------------------
 
 
