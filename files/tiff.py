@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import re
+import struct
 
 import numpy as np
 
@@ -74,9 +75,7 @@ def _is_cut_off(tif, series):
     """Tell whether the file ends early; tifffile itself reads what is left as a shorter stack."""
     size = tif.filehandle.size
     tif.filehandle.seek(tif.pages.next_page_offset)
-    order = "little" if tif.byteorder == "<" else "big"
-    pointer = tif.filehandle.read(tif.tiff.offsetsize)
-    following = int.from_bytes(pointer, order) if len(pointer) == tif.tiff.offsetsize else size
+    (following,) = struct.unpack(tif.tiff.offsetformat, tif.filehandle.read(tif.tiff.offsetsize))
     parts = ((o, n) for page in tif.pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=False))
     end = max((offset + count for offset, count in parts), default=size + 1)
     if series.dataoffset is not None:
