@@ -81,7 +81,7 @@ def large(args):
     """Seconds of one section of `--side`, cut into tiles and stitched, by candidate."""
     section = standardised(painted(args.side))[0]
     field = unet.field_from_settings(NETWORK)
-    grid = tiling.choose(section.shape, field.radius, multiple=field.multiple)
+    grid = tiling.choose(section.shape, field)
     print(f"section of {args.side} x {args.side} px: {grid.words}")
     candidates = {}
     for name, forward in forwards().items():

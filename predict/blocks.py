@@ -1,21 +1,16 @@
-"""Prediction in blocks: OME-Zarr in and out, on one machine or several, resumable chunk by chunk.
+"""Prediction in blocks: OME-Zarr out, on one machine or several, resumable chunk by chunk.
 
-A block is predicted from the very tiles that `tiling.predict_section` cuts for it, out of no more of the section than
-they read, so the result is the same numbers, and no section need fit into memory. That holds for the mean over
-rotated and mirrored versions too, whose tiles are counted from other corners of the section.
+A block is predicted from the very tiles that `tiling.predict_section` cuts, out of no more of the section than they
+read: the same numbers, and no section need fit into memory. The output's chunks are what the tiles fill, a block is a
+whole number of them, and so two workers never write to the same one. A chunk's file is whole or absent, for zarr
+(>= 3.1.3) moves it to its place, and never left out for being empty, for what is not written reads as NaN. So a block
+is finished when the files of its chunks are there to the last byte, and `--resume` predicts the others.
 
-The output's chunks are the parts that the tiles fill, a block is a whole number of chunks, and two workers never write
-to the same one. A chunk's file is whole or absent, for zarr (>= 3.1.3) writes it beside its place and moves it there;
-it is never left out for being empty, for what is not written reads as NaN and a probability is not NaN. So a block is
-finished when the files of its chunks are there to the last byte, and `--resume` predicts the others.
-
-Blocks are sent to the workers of dask, which are processes on this machine, or of the cluster whose scheduler is named.
-A worker loads the network once; it must see image, weights, output and this folder under the same paths, and no more
-than the number of a block goes over the wire.
-
-Metadata: OME-NGFF 0.4 (zarr v2) and 0.5 (zarr v3), https://ngff.openmicroscopy.org/specifications/.
+The workers are those of dask: processes here, or of the cluster whose scheduler is named. They see image, weights,
+output and this folder under the same paths; no more than the number of a block goes over the wire.
 """
 
+import asyncio
 import contextlib
 import functools
 import hashlib
@@ -24,17 +19,16 @@ import itertools
 import json
 import logging
 import math
-import re
 import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from files import atomic, omezarr, stacks
-from files.atomic import DataError
+import data
+from data import DataError
+from files import atomic, omezarr
 from files.sections import size_words
 from predict import intensity, tiling
 
@@ -46,7 +40,6 @@ SAMPLE_PX = 512  # side of the pixels that tell images apart
 PIXELS = "pixels_sha256"  # of all sections, which `evaluate` compares; older outputs have it not
 IN_FLIGHT = 256  # blocks that the scheduler is told of at a time
 CONNECT_S = 10
-ADDRESS = re.compile(r"(?:(?:tcp|tls|ws|wss|ucx)://)?(?:[^:/\s]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}/?")
 IGNORE_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # of workers here: their client ends them
 
 
@@ -54,89 +47,37 @@ IGNORE_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  #
 
 
 class Job(NamedTuple):
-    """What is to be predicted, from what and how; small and of plain types, for every block is sent with it.
+    """What is to be predicted, from what and how; small and of plain types, for every block is sent with it."""
 
-    Attributes
-    ----------
-    image, output, weights : str
-        Paths that every machine sees.
-    load : str
-        "module:function" of the network, see `run`.
-    how : tuple of (str, str)
-        Its keyword arguments.
-    shape : tuple of int
-        Of the output: all axes of an OME-Zarr image, or (S, H, W).
-    depth : int
-        Sections of a block.
-    zarr_format : int
-        Of the output.
-    grid : tuple
-        The fields of a `tiling.Grid`.
-    tta : str
-        A name in `tiling.TRANSFORMS`.
-    batch : int
-        Most windows in one call.
-    made_of : str
-        What the numbers depend on, as JSON: a worker that outlives a run loads anew when any of it has changed.
-    """
-
-    image: str
+    image: str  # paths that every machine sees
     output: str
     weights: str
-    load: str
-    how: tuple[tuple[str, str], ...]
-    shape: tuple[int, ...]
-    depth: int
+    load: str  # "module:function" of the network, see `run`
+    how: tuple[tuple[str, str], ...]  # its keyword arguments
+    shape: tuple[int, ...]  # of the output: all axes of an OME-Zarr image, or (S, H, W)
+    chunks: tuple[int, ...]  # of one section each, and of what the first tile fills
     zarr_format: int
-    grid: tuple
+    grid: tuple  # the fields of a `tiling.Grid`
+    block: tuple[int, int, int]  # sections, and tiles along the rows and columns
     tta: str
-    batch: int
-    made_of: str
-
-
-@functools.lru_cache(maxsize=2)
-def tiles_of(job):
-    """Grid of a section, and the rows and columns that its tiles fill."""
-    grid = tiling.Grid(*job.grid)
-    return grid, grid.cuts
-
-
-def chunk_size(job):
-    """Rows and columns of a chunk: those that the first tile fills."""
-    return tuple(cuts[0].stop for cuts in tiles_of(job)[1])
-
-
-def chunks_of(job):
-    """Chunks of the output: of one section each."""
-    return (1,) * (len(job.shape) - 2) + chunk_size(job)
-
-
-def span(job):
-    """Tiles along the rows, and along the columns, of a block: as many as one call takes, or SPAN."""
-    if job.tta != "none":
-        return SPAN, SPAN
-    return 1, tiling.even_batch(len(tiles_of(job)[1][1]), job.batch)
+    batch: int  # windows in one call
+    made_of: str  # what the numbers depend on, as JSON: a worker that outlives a run loads anew when it has changed
 
 
 @functools.lru_cache(maxsize=2)
 def block_parts(job):
     """Sections, rows and columns of the blocks, as slices along each axis."""
-    count = math.prod(job.shape[:-2])
-    sections = [slice(i, min(i + job.depth, count)) for i in range(0, count, job.depth)]
-    return sections, *tiles_of(job)[0].parts(*span(job))
-
-
-def block_count(job):
-    """Blocks of the whole stack."""
-    return math.prod(len(parts) for parts in block_parts(job))
+    count, (depth, *span) = math.prod(job.shape[:-2]), job.block
+    sections = [slice(i, min(i + depth, count)) for i in range(0, count, depth)]
+    return sections, *tiling.Grid(*job.grid).parts(*span)
 
 
 def block(job, number):
-    """Sections, rows and columns of a block, as slices."""
-    sections, rows, columns = block_parts(job)
-    number, column = divmod(number, len(columns))
-    number, row = divmod(number, len(rows))
-    return sections[number], (rows[row], columns[column])
+    """Sections of a block, and its rows and columns, as slices."""
+    parts = block_parts(job)
+    place = np.unravel_index(number, [len(along) for along in parts])
+    sections, *part = (along[i] for along, i in zip(parts, place, strict=True))
+    return sections, tuple(part)
 
 
 def is_finished(job, number):
@@ -147,21 +88,25 @@ def is_finished(job, number):
 
 def is_written(job, index, part):
     """Whether the files of all chunks of a part of a section are whole."""
-    place, sides = omezarr.place(len(job.shape), index), chunk_size(job)
+    place = omezarr.place(len(job.shape), index)
     folder = Path(job.output, "0", *(["c"] if job.zarr_format == 3 else []), *map(str, place))
-    keys = (range(along.start // side, -(-along.stop // side)) for along, side in zip(part, sides, strict=True))
+    sides = zip(part, job.chunks[-2:], strict=True)
+    keys = (range(along.start // side, -(-along.stop // side)) for along, side in sides)
     return all(omezarr.is_whole(folder / str(row) / str(column)) for row, column in itertools.product(*keys))
 
 
 # -- predicting a block ------------------------------------------------------------------------------------------
 
+_ONE_AT_A_TIME = threading.Lock()  # a worker's threads: one predicts while the other reads or writes
+
 
 def predict_block(job, number):
     """Predict a block and write its chunks, section by section; what a worker does."""
-    read, predict, array = _tools(job)
-    (sections, part), (grid, _) = block(job, number), tiles_of(job)
+    with _ONE_AT_A_TIME:
+        read, predict, array = _load(job)
+    (sections, part), grid = block(job, number), tiling.Grid(*job.grid)
     around = tiling.pixels_read(grid, part, job.tta)
-    how = {"corner": [along.start for along in around], "tta": job.tta, "batch": batch_size(job)}
+    how = {"corner": [along.start for along in around], "tta": job.tta, "batch": job.batch}
     for index, pixels in enumerate(read(sections, *around), sections.start):
         if not is_written(job, index, part):
             values = np.zeros([along.stop - along.start for along in part], np.float32)
@@ -172,19 +117,6 @@ def predict_block(job, number):
                 array[(*omezarr.place(len(job.shape), index), *part)] = np.clip(values, 0.0, 1.0, out=values)
             except OSError as error:
                 raise atomic.could_not_be_written(job.output, error) from error
-
-
-def batch_size(job):
-    """Windows in one call: no more than a block has tiles."""
-    return min(job.batch, math.prod(map(min, span(job), map(len, tiles_of(job)[1]))))
-
-
-_ONE_AT_A_TIME = threading.Lock()  # a worker's threads: one predicts while the other reads or writes
-
-
-def _tools(job):
-    with _ONE_AT_A_TIME:
-        return _load(job)
 
 
 @functools.lru_cache(maxsize=1)
@@ -199,7 +131,8 @@ def _load(job):
         with _ONE_AT_A_TIME:
             return network(windows)
 
-    return _part_reader(open_sections(job.image)), predict, zarr.open_array(f"{job.output}/0", mode="r+")
+    reader = data.iter_sections(Path(job.image))
+    return _part_reader(reader), predict, zarr.open_array(f"{job.output}/0", mode="r+")
 
 
 def _part_reader(reader):
@@ -207,7 +140,7 @@ def _part_reader(reader):
     if isinstance(reader, omezarr.ZarrReader):
         return reader.slab
     small = math.prod(reader.shape[1:]) * reader.dtype.itemsize <= SLAB_BYTES
-    section = functools.lru_cache(maxsize=2)(reader.__getitem__) if small else None
+    section = functools.lru_cache(maxsize=2)(reader.__getitem__)
 
     def read(sections, rows, columns):
         with _ONE_AT_A_TIME:
@@ -218,23 +151,19 @@ def _part_reader(reader):
     return read
 
 
-def open_sections(path):
-    """Open an OME-Zarr image, or another file or folder of sections."""
-    return omezarr.open_zarr(path) if omezarr.is_zarr(path) else stacks.open_stack(Path(path))
-
-
 # -- the whole stack ---------------------------------------------------------------------------------------------
 
 
-def run(args, source, *, load, weights, how, settings, choose, log):
+def run(args, reader, field, *, load, weights, how, settings, log):
     """Predict a stack to an OME-Zarr image, block by block.
 
     Parameters
     ----------
     args : Namespace
         Of the `predict` verb.
-    source : Path or Stack
-        A Stack in memory is refused, for workers read the sections themselves.
+    reader : StackReader
+        Of a file or folder, which workers read themselves.
+    field : network.field.ReceptiveField
     load : callable
         (weights, **how) -> predict, with predict: raw windows (B, h, w) -> interior probability (B, h - 2 shrink, w -
         2 shrink), float32. A function of a module, which workers import.
@@ -244,22 +173,19 @@ def run(args, source, *, load, weights, how, settings, choose, log):
         What else `load` takes, such as the precision.
     settings : dict
         What else the numbers depend on, for JSON: the network and its normalisation.
-    choose : callable
-        (H, W) -> tiling.Grid.
     log : callable
         Told what is done, in words.
 
     Raises
     ------
     DataError
-        Where flags contradict each other, an input is bad, or the output is there or is made of something else.
+        Where an input is bad, or the output is there or is made of something else.
     """
-    _check_flags(args, source)
-    with open_sections(source) as reader, atomic.locked(args.output):
-        grid = choose(reader.shape[1:])
+    with atomic.locked(args.output):
+        grid = tiling.choose(reader.shape[1:], field, max_tile=args.tile, halo=args.overlap)
         log(f"sections of {size_words(reader.shape)} px: {grid.words}")
         made_of = {
-            "weights_sha256": _sha256(weights),
+            "weights_sha256": hashlib.sha256(Path(weights).read_bytes()).hexdigest(),
             "image_sha256": _sample_sha256(reader),
             "image_shape": reader.shape,
             "tile": grid.tile,
@@ -268,93 +194,67 @@ def run(args, source, *, load, weights, how, settings, choose, log):
             **how,
             **settings,
         }
+        shape, block = omezarr.array_shape(reader), _block(args, grid, reader)
         job = Job(
-            image=str(Path(source).resolve()),
+            image=str(Path(reader.source).resolve()),
             output=str(Path(args.output).resolve()),
             weights=str(Path(weights).resolve()),
             load=f"{load.__module__}:{load.__name__}",
             how=tuple(how.items()),
-            shape=omezarr.array_shape(reader),
-            depth=1,
+            shape=shape,
+            chunks=(1,) * (len(shape) - 2) + tuple(cuts[0].stop for cuts in grid.cuts),
             zarr_format=omezarr.zarr_format(reader),
             grid=tuple(grid),
+            block=block,
             tta=args.tta,
-            batch=args.batch_size,
+            batch=min(args.batch_size, math.prod(map(min, block[1:], map(len, grid.cuts)))),
             made_of=json.dumps(made_of),
         )
-        job = job._replace(depth=_depth(job, reader))
         _check_output(args, job)
         with _client(args) as client:
             if args.resume and Path(job.output).exists():
                 omezarr.remove_partials(job.output)  # nobody else writes here: it is locked
             else:
                 _begin(args, job, reader)
-            _finish(args, job, client, log)
+            count = math.prod(map(len, block_parts(job)))
+            todo = [number for number in range(count) if not (args.resume and is_finished(job, number))]
+            log(f"{count} blocks" + (f", {count - len(todo)} of them finished before" if args.resume else ""))
+            finished = _streamed(client, job, todo) if client else (predict_block(job, number) for number in todo)
+            for _ in tiling.counted(finished, "block", count, count - len(todo)):
+                pass
 
 
-def _finish(args, job, client, log):
-    """Predict the blocks that are not finished, and count them on a terminal."""
-    count = block_count(job)
-    todo = [number for number in range(count) if not is_finished(job, number)] if args.resume else range(count)
-    log(f"{count} blocks" + (f", {count - len(todo)} of them finished before" if args.resume else ""))
-    finished = _streamed(client, job, todo) if client else (predict_block(job, number) for number in todo)
-    for done, _ in enumerate(finished, count - len(todo) + 1):
-        if sys.stderr.isatty():
-            print(f"\rblock {done}/{count}", end="\n" if done == count else "", file=sys.stderr, flush=True)
-
-
-def _check_flags(args, source):
-    masks = args.threshold is not None or args.segment
-    contradictions = (
-        (masks, "--threshold and --segment go with a TIFF --output"),
-        (args.resume and args.force, "--resume goes on with a prediction and --force replaces it: choose one"),
-        (args.scheduler and args.workers is not None, "--workers is of no use with --scheduler, which has its own"),
-        (isinstance(source, stacks.Stack), "--image_path must be a file or folder, which workers can read"),
-    )
-    for wrong, words in contradictions:
-        if wrong:
-            raise DataError(f"{words}. Received: --image_path {args.image_path} --output {args.output}")
-    if args.scheduler and not ADDRESS.fullmatch(args.scheduler):
-        raise DataError(f"--scheduler must be an address such as tcp://host:8786. Received: {args.scheduler}")
-    atomic.refuse_inputs("--output", args.output, source)
-
-
-def _depth(job, reader):
-    """Sections of a block: those that lie in the same chunks of the image, where that is not too much at a time."""
+def _block(args, grid, reader):
+    """Sections of a block, where they lie in the same chunks of the image and are not too many, and tiles along it."""
+    span = (SPAN, SPAN) if args.tta != "none" else (1, tiling.even_batch(len(grid.cuts[1]), args.batch_size))
     if not isinstance(reader, omezarr.ZarrReader) or reader.array.ndim < 3:
-        return 1
-    tile = tiles_of(job)[0].tile
-    sides = (min(n, s * side) for n, s, side in zip(reader.shape[1:], span(job), tile, strict=True))
-    return max(1, min(reader.array.chunks[-3], DEPTH, SLAB_BYTES // (math.prod(sides) * reader.dtype.itemsize)))
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return 1, *span
+    sides = (min(n, s * side) for n, s, side in zip(reader.shape[1:], span, grid.tile, strict=True))
+    affordable = SLAB_BYTES // (math.prod(sides) * reader.dtype.itemsize)
+    return max(1, min(reader.array.chunks[-3], DEPTH, affordable)), *span
 
 
 def _sample_sha256(reader):
     """SHA-256 of the central pixels of the first, the middle and the last section: the whole may be terabytes."""
-    samples = [stacks.sha256_pixels(pixels) for pixels in intensity.sample(reader, SAMPLE_PX)]
+    samples = [data.sha256_pixels(pixels) for pixels in intensity.sample(reader, SAMPLE_PX)]
     return hashlib.sha256("".join(samples).encode()).hexdigest()
 
 
 def _check_output(args, job):
     """Refuse an output that is there, but with --force a prediction, and with --resume one that is made of the same."""
+    if not (args.resume or args.force):
+        atomic.refuse_existing(args.output, words="--resume goes on with it, --force replaces it")
     if not Path(job.output).exists():
         return
-    if not (args.resume or args.force):
-        raise DataError(f"{args.output} exists already (--resume goes on with it, --force replaces it).")
     found, made_of = _record(job.output), json.loads(job.made_of)
     if not found:
         raise DataError(f"--resume and --force are for a prediction of this suite, and {args.output} is none.")
-    known = {*made_of, *found} - ({PIXELS} if PIXELS not in found else set())
-    other = [key for key in sorted(known) if made_of.get(key) != found.get(key)]
-    if args.resume and other:
-        words = f"is made of another {', '.join(other)} (--force begins anew)"
-        raise DataError(f"--resume goes on with a prediction that is made of the same, and {args.output} {words}.")
     if args.resume:
-        omezarr.check_array(job.output, job.shape, chunks_of(job))
+        known = {*made_of, *found} - ({PIXELS} - found.keys())
+        if other := [key for key in sorted(known) if made_of.get(key) != found.get(key)]:
+            words = f"is made of another {', '.join(other)} (--force begins anew)"
+            raise DataError(f"--resume goes on with a prediction that is made of the same, and {args.output} {words}.")
+        omezarr.check_array(job.output, job.shape, job.chunks)
 
 
 def _record(output):
@@ -375,7 +275,7 @@ def _begin(args, job, reader):
     partial, old = atomic.beside(output), atomic.beside(output.with_name(f"old-{output.name}"))
     try:
         atomic.remove_abandoned(output.parent)
-        omezarr.create(partial, reader, job.shape, chunks_of(job), record)
+        omezarr.create(partial, reader, job.shape, job.chunks, record)
         if output.exists():
             output.rename(old)
         partial.rename(output)
@@ -393,18 +293,14 @@ def _streamed(client, job, todo):
     """Send blocks to the workers, a bounded number at a time; dask sends those of a worker that died to another."""
     import distributed
 
-    call, waiting = _by_value(job), iter(todo)
+    call = _by_value(job)
     _check_workers(client, call)
-
-    def send():
-        return (client.submit(call, "predict_block", number, pure=False) for number in waiting)
-
-    running = distributed.as_completed(list(itertools.islice(send(), IN_FLIGHT)), loop=client.loop)
+    sent = (client.submit(call, "predict_block", number, pure=False) for number in todo)
+    running = distributed.as_completed(list(itertools.islice(sent, IN_FLIGHT)), loop=client.loop)
     try:
         for future in running:
             yield future.result()
-            for following in itertools.islice(send(), 1):
-                running.add(following)
+            running.update(list(itertools.islice(sent, 1)))
     except distributed.KilledWorker as error:
         words = "out of memory? A smaller --tile takes less"
         raise DataError(f"{error.allowed_failures + 1} workers died with the same block: {words}.") from error
@@ -454,16 +350,27 @@ def _client(args):
         return
     with omezarr.extra():
         import distributed
-    if not args.scheduler:
-        with _local_cluster(args.workers or 1) as cluster, distributed.Client(cluster, set_as_default=False) as client:
-            yield client
-        return
+    cluster = contextlib.nullcontext(args.scheduler) if args.scheduler else _local_cluster(args.workers or 1)
     try:
-        client = distributed.Client(args.scheduler, set_as_default=False, timeout=CONNECT_S)
-    except (OSError, ValueError) as error:
-        raise DataError(f"--scheduler: {args.scheduler} cannot be reached: {error}") from error
-    with client:
+        if args.scheduler:
+            asyncio.run(_identity(args.scheduler))
+    except Exception as error:  # whatever dask makes of the address, or of what answers there
+        words = str(error) or f"no answer within {CONNECT_S} s"
+        rule = "--scheduler must be the address of a scheduler of dask, such as tcp://host:8786"
+        raise DataError(f"{rule}. Received: {args.scheduler}: {words}") from error
+    with cluster as address, distributed.Client(address, set_as_default=False, timeout=CONNECT_S) as client:
         yield client
+
+
+async def _identity(address):
+    """Ask a scheduler who it is: `distributed.Client` waits for ever where somebody listens and says nothing."""
+    import distributed
+
+    security = distributed.Security().get_connection_args("client")
+    async with distributed.rpc(address, timeout=CONNECT_S, connection_args=security) as scheduler:
+        found = await asyncio.wait_for(scheduler.identity(), CONNECT_S)
+    if found["type"] != "Scheduler":
+        raise ValueError(f"there is a {found['type']}")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ import numpy as np
 from data import DataError
 from network import device, layers
 
-ENGINES = ("auto", "keras", "openvino")
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}  # in the words of OpenVINO
 
 

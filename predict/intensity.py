@@ -1,19 +1,13 @@
 """Whether a stack has the gray values that a network was trained on: they are mapped, warned about, or refused.
 
-A network sees (value - mean) / standard deviation of its TRAINING sections, so the same pixels as 16 bit, as numbers
-from 0 to 1, or inverted, mean something else to it, or nothing. The rule, on the centres of the first, the middle and
-the last section:
+A network sees (value - mean) / standard deviation of its TRAINING sections. Of the centres of three sections:
 
 1. Values are read as they are, or so that white of their type becomes white of the training's type (255, 65535, or 1
-   where floating point goes no further), whichever fits the training's percentiles better. A mapping is said.
-2. If the percentiles 5, 25, 50, 75 and 95 are then on average more than `WARN_SD` standard deviations of the training
-   sections away from theirs, or their range is another by a factor of `WARN_RANGE`, that is a warning; beyond
-   `REFUSE_SD` or `REFUSE_RANGE` the stack is refused. One of a single gray value, or of
-   few pixels, is warned about only.
-3. If the percentiles, freed of mean and standard deviation, fit the mirrored ones of the training twice as well as the
-   training's own, the stack is probably inverted: a warning.
-
-With `--normalise own` the mean and standard deviation are those of these pixels; 1 and 2 are then of no concern.
+   where floating point goes no further), whichever fits the training's percentiles better.
+2. Percentiles that are then far from the training's (`WARN_SD`, in its standard deviations, `WARN_RANGE` a factor) are
+   a warning, those beyond `REFUSE_SD` or `REFUSE_RANGE` are refused, but for a single gray value or few pixels.
+3. If the percentiles, freed of mean and standard deviation, fit the mirrored ones of the training twice as well as its
+   own, the stack is probably inverted: a warning.
 """
 
 import numpy as np
@@ -30,10 +24,10 @@ SAMPLE_PX = 2048  # side of the centre that is looked at
 
 
 def sample(reader, side=SAMPLE_PX):
-    """Pixels of the centres of the first, the middle and the last section, a list of arrays (h, w)."""
+    """Pixels of the centres of the first, the middle and the last section, (S, h, w)."""
     count, *size = reader.shape
     centre = [slice(max(0, (n - side) // 2), min(n, (n + side) // 2)) for n in size]
-    return [reader.part(index, *centre) for index in sorted({0, count // 2, count - 1})]
+    return np.stack([reader.part(index, *centre) for index in sorted({0, count // 2, count - 1})])
 
 
 def normalisation_for(pixels, record, how, log):
@@ -41,12 +35,12 @@ def normalisation_for(pixels, record, how, log):
 
     Parameters
     ----------
-    pixels : list of ndarray
+    pixels : ndarray of shape (S, h, w)
         Of `sample`.
     record : dict
         Of the weights, with `normalisation` and, but for old ones, `intensity`.
     how : {"training", "own"}
-    log : callable
+        Of --normalise; with the mean and standard deviation of `pixels`, 1 and 2 are of no concern.
 
     Returns
     -------
@@ -58,8 +52,7 @@ def normalisation_for(pixels, record, how, log):
         Where the values cannot be those that the network knows.
     """
     trained, dtype, white, levels = _training(record)
-    found = np.percentile(np.concatenate([part.ravel() for part in pixels]).astype(np.float64), LEVELS)
-    own = Normalisation.fit([np.stack(pixels)])
+    found, own = np.percentile(pixels.astype(np.float64), LEVELS), Normalisation.fit(pixels)
     if levels is not None and _is_inverted(_freed(found, own), _freed(levels, trained)):
         log("warning: the stack looks inverted: what is dark in it was bright in the training sections.")
     if how == "own":
@@ -68,12 +61,11 @@ def normalisation_for(pixels, record, how, log):
         log(f"normalised by its own mean {own.mean:.4g} and standard deviation {own.std:.4g}")
         return own
     levels = trained.mean + trained.std * NORMAL if levels is None else levels
-    largest = max(part.max() for part in pixels)
-    factors = {1.0, white / (_white(pixels[0].dtype, largest) or white)}
+    factors = {1.0, white / (_white(pixels.dtype, pixels.max()) or white)}
     factor = min(factors, key=lambda factor: (_distance(found * factor, levels, trained), factor != 1.0))
     if factor != 1.0:
-        log(f"gray values: {pixels[0].dtype} is read as the {dtype} of the training sections, times {factor:.4g}")
-    _judge(found, factor, levels, trained, log, sum(part.size for part in pixels) >= FEW_PX)
+        log(f"gray values: {pixels.dtype} is read as the {dtype} of the training sections, times {factor:.4g}")
+    _judge(found, factor, levels, trained, log, pixels.size >= FEW_PX)
     return Normalisation(trained.mean / factor, trained.std / factor, trained.epsilon / factor)
 
 

@@ -1,6 +1,5 @@
 """Weights in and out, and the `predict` verb: a stack of any size to a TIFF, one section at a time."""
 
-import functools
 import json
 import math
 import os
@@ -16,7 +15,8 @@ from data import DataError, Normalisation
 from files import atomic
 from files.sections import memory_words, require_memory, size_words
 from network import device, unet
-from predict import engines, intensity, tiling
+from predict import blocks, engines, intensity, tiling
+from score import origin
 
 FORMAT = "dilated-unet weights 1"
 SUFFIX = ".weights.h5"
@@ -79,6 +79,10 @@ def _flag(value):
     return type(value) in (bool, int) and value in (0, 1)
 
 
+def _dropout(value):
+    return _number(0, 1)(value) and (value == 0 or 1 / 512 < value < 1)  # as `network.layers.Dropout` has it
+
+
 # What a record must hold of each architecture, and the rule of each value: without `dilate` another network were built.
 SETTINGS = {
     "unet2017": {
@@ -87,7 +91,7 @@ SETTINGS = {
         "dilate_rate": _whole(1, 2**10),
         "addition": _flag,
         "classes": _whole(2, 256),
-        "dropout": _number(0, 1),
+        "dropout": _dropout,
     },
     "unet2015": {
         "filters": _whole(1, 2**14),
@@ -95,19 +99,16 @@ SETTINGS = {
         "padding": lambda value: value in ("same", "valid"),
     },
 }
+EITHER = {"arch": SETTINGS.__contains__, "bn_momentum": _number(0, 0.9999)}
 OPTIONAL = {
-    "arch": lambda value: value in SETTINGS,
-    "batch_norm": _flag,
-    "bn_momentum": _number(0, 0.9999),
-    "centre_dilations": _list_of(_whole(1, 2**10), 32),
-    "classes": _whole(2, 256),
-    "dropout": _number(0, 1),
+    "unet2017": EITHER | {"centre_dilations": _list_of(_whole(1, 2**10), 32)},
+    "unet2015": EITHER | {"batch_norm": _flag, "classes": _whole(2, 256), "dropout": _dropout},
 }
 OTHERS = {
     "threshold": _number(0, 1),
     "background": lambda value: value is None or _number(0, 1)(value),
     "smallest_cell_px": _whole(0, 2**31),
-    "intensity": lambda value: intensity.is_record(value),
+    "intensity": intensity.is_record,
 }
 
 
@@ -120,16 +121,14 @@ def read_record(path):
         raise DataError(f"--weight_path: {file}, the record that belongs to the weights, does not exist.")
     record = atomic.read_json(file, "--weight_path")
     if record.get("format") != FORMAT:
-        raise DataError(
-            f"--weight_path: {file} must have the format '{FORMAT}'. Received: {record.get('format')!r:.60}"
-        )
+        found = f"Received: {record.get('format')!r:.60}"
+        raise DataError(f"--weight_path: {file} must have the format '{FORMAT}'. {found}")
     settings = record.get("network")
     arch = settings.get("arch", "unet2017") if isinstance(settings, dict) else None
     rules = SETTINGS.get(arch) if isinstance(arch, str) else None
     if rules is None:
         raise DataError(f"--weight_path: {file} describes no network of this suite. Received: {settings!r:.60}")
-    _check(file, "network", settings, rules, rules)
-    _check(file, "network", settings, rules | OPTIONAL, settings)
+    _check(file, "network", settings, rules | OPTIONAL[arch], rules | settings)
     _check(file, "record", record, OTHERS, OTHERS.keys() & record)
     widest = settings["filters"] * 2 ** settings["levels"] if arch == "unet2015" else max(settings["filters"])
     if 36 * widest**2 > (size := weights.stat().st_size):  # 3 x 3 float32 numbers for each pair of filters
@@ -150,9 +149,8 @@ def _check(file, what, values, rules, keys):
         if key not in values:
             raise DataError(f"--weight_path: {file} lacks {key} of the {what}.")
         if not rules[key](values[key]):
-            raise DataError(
-                f"--weight_path: {file} must hold a valid {key} of the {what}. Received: {values[key]!r:.60}"
-            )
+            found = f"Received: {values[key]!r:.60}"
+            raise DataError(f"--weight_path: {file} must hold a valid {key} of the {what}. {found}")
 
 
 def load_network(path, precision="float32"):
@@ -164,17 +162,13 @@ def load_network(path, precision="float32"):
         Where a file is missing or broken, or the weights belong to another architecture.
     """
     record, file = read_record(path), weight_file(path)
-    try:
-        network = unet.from_settings(record["network"], precision=precision)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"--weight_path: {record_file(path)} describes no network of this suite: {error}") from error
+    network = unet.from_settings(record["network"], precision=precision)
     try:
         network.load_weights(file)
     except Exception as error:  # h5py and Keras have a dozen kinds for a broken or foreign file
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"--weight_path: {file} is broken, or holds weights of another architecture: {first}"
-        ) from error
+        words = f"is broken, or holds weights of another architecture: {first}"
+        raise DataError(f"--weight_path: {file} {words}") from error
     for variable in network.weights:
         if not np.isfinite(keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32"))).all():
             raise DataError(f"--weight_path: {file} holds NaN or infinite numbers, in {variable.path}.")
@@ -185,16 +179,7 @@ def load_network(path, precision="float32"):
 
 
 def section_predictor(
-    network,
-    normalisation,
-    *,
-    engine="keras",
-    precision="float32",
-    tile=None,
-    overlap=None,
-    tta="none",
-    batch=1,
-    log=None,
+    network, normalisation, *, engine="keras", precision="float32", tile=None, overlap=None, tta="none", batch=1
 ):
     """A function from a raw section (H, W) of any size to its interior probability (H, W), float32.
 
@@ -211,12 +196,14 @@ def section_predictor(
         A name in `tiling.TRANSFORMS`.
     batch : int
         Tiles per call.
-    log : callable, optional
-        Told once per shape of section how it is tiled.
     """
-    forward = windows_predictor(network, normalisation, engine, precision)
-    choose = chooser(unet.field_of(network), tile, overlap, log)
-    return lambda section: tiling.predict_section(section, forward, choose(section.shape), tta=tta, batch=batch)
+    forward, field = windows_predictor(network, normalisation, engine, precision), unet.field_of(network)
+
+    def predict(section):
+        grid = tiling.choose(section.shape, field, max_tile=tile, halo=overlap)
+        return tiling.predict_section(section, forward, grid, tta=tta, batch=batch)
+
+    return predict
 
 
 def windows_predictor(network, normalisation, engine, precision):
@@ -235,28 +222,13 @@ def mean_of(predictors):
         total /= len(predictors)
         return total
 
-    return predictors[0] if len(predictors) == 1 else predict
+    return predict
 
 
 def segmentation_of(records):
     """The first record, with the mean of the thresholds that were chosen for the networks."""
     thresholds = [record["threshold"] for record in records if "threshold" in record]
     return records[0] | ({"threshold": sum(thresholds) / len(thresholds)} if thresholds else {})
-
-
-def chooser(field, tile, overlap, log=None):
-    """A function from the shape of a section to its `tiling.Grid`; `log` is told once per shape."""
-
-    @functools.cache
-    def choose(shape):
-        largest = tiling.MAX_TILE - (tiling.MAX_TILE - field.remainder) % field.multiple
-        sides = {"multiple": field.multiple, "remainder": field.remainder, "shrink": field.shrink}
-        grid = tiling.choose(shape, field.radius, max_tile=tile or largest, halo=overlap, **sides)
-        if log:
-            log(f"sections of {shape[0]} x {shape[1]} px: {grid.words}")
-        return grid
-
-    return choose
 
 
 def load_windows_predictor(weights, precision, engine, normalisation):
@@ -268,97 +240,96 @@ def load_windows_predictor(weights, precision, engine, normalisation):
 # -- the verb ---------------------------------------------------------------------------------------------------
 
 
+def say(words):
+    print(words, file=sys.stderr, flush=True)
+
+
 def run(args):
     """The `predict` verb; returns the exit code."""
-
-    def say(words):
-        print(words, file=sys.stderr, flush=True)
-
     in_blocks = check_output(args)
     engine = engines.choose(args.engine)
     precision = device.choose_precision(args.precision, engine)
     say(f"{device.describe(precision)}; engine: {engine}")
     records = [read_record(path) for path in args.weight_path]
     source = data.resolve(args.image_path, "test", log=say)
+    if in_blocks and isinstance(source, data.Stack):
+        raise DataError(f"--image_path must be a file or folder, which workers can read. Received: {args.image_path}")
     used = (file(path) for path in args.weight_path for file in (weight_file, record_file))
     atomic.refuse_inputs("--output", args.output, source, *used)
     with data.iter_sections(source) as sections:
-        norms = normalisations(sections, records, args.normalise, say)
+        norms = normalisations(sections, records, args.normalise)
         how = {"engine": args.engine, "precision": precision}
         if in_blocks:
-            run_blocks(args, source, sections, records[0], norms[0], how, say)
+            run_blocks(args, sections, records[0], norms[0], how)
         else:
-            run_sections(args, sections, records, norms, how, say)
+            run_sections(args, sections, records, norms, how)
     return 0
 
 
 def check_output(args):
-    """Whether the output is OME-Zarr; refuse flags that do not go with it."""
-    in_blocks = args.output.endswith(".zarr")
-    if not in_blocks and (args.resume or args.scheduler or args.workers is not None):
-        raise DataError(f"--resume, --scheduler and --workers go with an --output of .zarr. Received: {args.output}")
-    if in_blocks and len(args.weight_path) > 1:
-        raise DataError(f"--weight_path must be one for an --output of .zarr. Received: {len(args.weight_path)}")
+    """Whether the output is OME-Zarr; refuse flags that contradict that or each other."""
+    in_blocks, count = args.output.endswith(".zarr"), len(args.weight_path)
+    of_blocks = args.resume or args.scheduler or args.workers is not None
+    masks = args.threshold is not None or args.segment
+    contradictions = (
+        (of_blocks and not in_blocks, "--resume, --scheduler and --workers go with an --output of .zarr", args.output),
+        (masks and in_blocks, "--threshold and --segment go with a TIFF --output", args.output),
+        (count > 1 and in_blocks, "--weight_path must be one for an --output of .zarr", count),
+        (args.resume and args.force, "--resume goes on with a prediction, --force replaces it: choose one", "both"),
+        (args.scheduler and args.workers is not None, "--workers is of no use with --scheduler", args.workers),
+    )
+    for wrong, words, received in contradictions:
+        if wrong:
+            raise DataError(f"{words}. Received: {received}")
     return in_blocks
 
 
-def normalisations(sections, records, how, say):
+def normalisations(sections, records, how):
     """How each network sees the stack; what is to be said of its gray values is said once."""
     pixels, remarks = intensity.sample(sections), {}
-    norms = [
-        intensity.normalisation_for(pixels, record, how, lambda words: remarks.setdefault(words)) for record in records
-    ]
+    norms = [intensity.normalisation_for(pixels, record, how, remarks.setdefault) for record in records]
     for words in remarks:
         say(words)
     return norms
 
 
-def run_blocks(args, source, sections, record, norm, how, say):
+def run_blocks(args, sections, record, norm, how):
     """`predict` to OME-Zarr: the workers load the network, so this process does not."""
-    from predict import blocks
-    from score import origin
-
     (weights,) = args.weight_path
     settings = {"network": record["network"], "normalisation": norm.to_dict()}
     if math.prod(sections.shape) <= HASHED_PX:
-        settings["pixels_sha256"] = origin.sha256(sections)
-    blocks.run(
-        args,
-        source,
-        load=load_windows_predictor,
-        weights=weight_file(weights),
-        how=how | {"normalisation": json.dumps(norm.to_dict())},
-        settings=settings,
-        choose=chooser(unet.field_from_settings(record["network"]), args.tile, args.overlap),
-        log=say,
-    )
+        settings[blocks.PIXELS] = origin.sha256(sections)
+    how |= {"normalisation": json.dumps(norm.to_dict())}
+    about = {"weights": weight_file(weights), "how": how, "settings": settings, "log": say}
+    blocks.run(args, sections, unet.field_from_settings(record["network"]), load=load_windows_predictor, **about)
     say(f"{args.output}: 1 = interior")
 
 
-def run_sections(args, sections, records, norms, how, say):
+def run_sections(args, sections, records, norms, how):
     """`predict` to TIFF, section by section; of large ones only the prediction is in memory as a whole."""
-    from score import origin
-
     networks = [load_network(path, how["precision"])[0] for path in args.weight_path]
     names = ", ".join(f"{network.name} of {path}" for network, path in zip(networks, args.weight_path, strict=True))
     say(f"{args.image_path}: {len(sections)} sections of {size_words(sections.shape)} px; {names}")
+    for field in {unet.field_of(network) for network in networks}:
+        grid = tiling.choose(sections.shape[1:], field, max_tile=args.tile, halo=args.overlap)
+        say(f"sections of {size_words(sections.shape)} px: {grid.words}")
     large = math.prod(sections.shape[1:]) > LARGE_PX
     if large:
-        say_memory(args, sections, say)
-    how |= {"tile": args.tile, "overlap": args.overlap, "tta": args.tta, "batch": args.batch_size, "log": say}
+        say_memory(args, sections)
+    how |= {"tile": args.tile, "overlap": args.overlap, "tta": args.tta, "batch": args.batch_size}
     predict = mean_of([section_predictor(*one, **how) for one in zip(networks, norms, strict=True)])
     if large:
         predictions = (predict(Unread(sections, index)) for index in range(len(sections)))
-    else:
-        predictions = tiling.ahead(tiling.predict_stack(sections, predict))  # the next one, while one is written
+    else:  # the next section is read while one is predicted, and predicted while one is written
+        predictions = tiling.ahead(map(predict, tiling.ahead(sections)))
     weights = ",".join(quote(weight_file(path).name) for path in args.weight_path)
     made_of = {"pixels_sha256": origin.sha256(sections), "weights": weights, "normalise": args.normalise}
     about = {"count": len(sections), "shape": sections.shape[1:], "voxel_nm": sections.voxel_nm, "made_of": made_of}
-    write(args, reported(predictions, len(sections)), segmentation_of(records), **about)
+    write(args, tiling.counted(predictions, "section", len(sections)), segmentation_of(records), **about)
     say(f"{args.output}: {len(sections)} sections, {'one number per cell' if args.segment else '1 = interior'}")
 
 
-def say_memory(args, sections, say):
+def say_memory(args, sections):
     """Say what a large section takes, and refuse one that does not fit."""
     bytes_per_px = 4 * min(2, len(args.weight_path)) + 40 * args.segment
     bytes_per_px += sections.dtype.itemsize if args.tta != "none" else 0
@@ -377,13 +348,13 @@ class Unread:
         return self.sections.part(self.index, *part)
 
 
-def write(args, finished, record, *, count, shape, **about):
+def write(args, finished, record, **about):
     """Write probabilities, or with --threshold a 0/255 mask, or with --segment labels."""
-    about |= {"count": count, "shape": shape, "force": args.force}
+    about |= {"force": args.force}
     if args.segment:
         how = record if args.threshold is None else record | {"threshold": args.threshold}
         smallest = how.get("smallest_cell_px", SMALLEST_CELL_PX)
-        few = shape[0] * shape[1] // (smallest + 1) < 2**16  # no more cells than that fit into a section
+        few = math.prod(about["shape"]) // (smallest + 1) < 2**16  # no more cells than that fit into a section
         data.write_mask(args.output, segment_stack(finished, how), dtype="uint16" if few else "uint32", **about)
     elif args.threshold is not None:
         data.write_mask(args.output, (section > args.threshold for section in finished), **about)
@@ -399,11 +370,3 @@ def segment_stack(sections, record):
     options = {"min_size": record.get("smallest_cell_px", SMALLEST_CELL_PX), "background": background}
     for section in sections:
         yield segments.segment(section, record.get("threshold", 0.5), lines=background is None, **options)
-
-
-def reported(predictions, count):
-    """Pass predictions on, and count them on a terminal."""
-    for i, prediction in enumerate(predictions, 1):
-        if sys.stderr.isatty():
-            print(f"\rsection {i}/{count}", end="\n" if i == count else "", file=sys.stderr, flush=True)
-        yield prediction

@@ -1,57 +1,36 @@
-"""Overlap-tile prediction: cut, mirror, predict, stitch; rotations averaged; one section in memory at a time.
+"""Overlap-tile prediction: cut, mirror, predict, stitch; turned and mirrored versions averaged.
 
-The strategy of U-Net (Ronneberger, Fischer, Brox 2015, arXiv 1505.04597, figure 2): a section of any size is covered
-by tiles of one fixed shape, each read with a `halo` of context around the part of it that is kept, and what lies
-outside the section is mirrored. The network is a callable, (B, h, w) -> (B, h - 2 shrink, w - 2 shrink), and nothing
-here knows what is behind it. `predict_part` is the one loop: a whole section is one part, a block of OME-Zarr another.
+The strategy of U-Net (Ronneberger, Fischer, Brox 2015, arXiv 1505.04597, figure 2): tiles of one shape cover a section
+of any size, each read with a `halo` of context around the part of it that is kept; what lies outside the section is
+mirrored. Stitched tiles are the numbers of the whole section, mirrored by the same halo, on two conditions:
 
-Two conditions make the stitched prediction the same numbers as the prediction of the whole section, mirrored by the
-same halo:
-
-- *The halo covers the receptive radius.* A 'same' convolution sees zeros beyond its tile, and what the zeros touch
-  reaches inwards by the receptive radius; exactly that rim is thrown away. Unpadded networks (`shrink` > 0) throw it
-  away themselves.
-- *Tile origins differ by multiples of `multiple`*, 2 ** levels. A network with pooling commutes with those shifts only:
-  at any other offset the 2x2 pooling windows group other pixels, and the prediction changes everywhere, not only near
-  the seams.
-
-Where the halo is too small for the first, tiles are butted, not blended: a linear blend of the overlaps averages the
-better informed side of a seam with the rim of its neighbour, which has seen the least context. Measured with small
-networks trained on ISBI-2012 (512 x 512 section, tiles with a core of 128, root mean square difference from the whole
-prediction, butted | blended): standard, radius about 90, halo 16: 0.0124 | 0.0141; 32: 0.0031 | 0.0074; 64: 0.00004 |
-0.0040. Dilated, radius about 550, halo 32: 0.065 | 0.064; 96: 0.059 | 0.057. The blend halves the step at a seam, and
-moves the pixel accuracy by less than 0.0005 either way.
+- The halo covers the receptive radius: a 'same' convolution sees zeros beyond its tile, and what they touch reaches
+  that far inwards. Unpadded networks (`shrink` > 0) throw that rim away themselves.
+- Tile origins differ by multiples of `multiple`, 2 ** levels: at any other offset pooling groups other pixels.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 
-from files.stacks import DataError
+from files.atomic import DataError
 from network.mirror import reflect
 
-MAX_TILE = 1024
-"""Default largest side of a network input, in pixels."""
+MAX_TILE = 1024  # default largest side of a network's input, px
 
-Part = tuple[slice, slice]
-"""Rows and columns of a section."""
-
-TRANSFORMS: dict[str, tuple[tuple[int, bool], ...]] = {
+# Test-time transforms by name: (counter-clockwise quarter turns, then mirrored left-right or not). "8" is the dihedral
+# group of the square, "4" its rotations. The 2015 U-Net averages 7 rotated versions of the input and does not say
+# which; read here as the identity and all others but the transposition, for eight need no interpolation.
+TRANSFORMS = {
     "none": ((0, False),),
     "4": tuple((turns, False) for turns in range(4)),
     "7": tuple(product(range(4), (False, True)))[:7],
     "8": tuple(product(range(4), (False, True))),
 }
-"""Test-time transforms by name, each as (counter-clockwise quarter turns, then mirrored left-right or not).
-
-"8" is the dihedral group of the square, "4" its rotations. The 2015 U-Net averages 7 rotated versions of the input and
-does not say which. Eight versions need no interpolation, so "7" is read here as seven of those: the identity and all
-others but the transposition.
-"""
 
 
 # -- where the tiles lie ----------------------------------------------------------------------------------------
@@ -60,20 +39,9 @@ others but the transposition.
 class Grid(NamedTuple):
     """The tiles of a section: all of one shape, their kept parts disjoint; everything in pixels.
 
-    Attributes
-    ----------
-    shape : tuple of int
-        Rows and columns of the section.
-    tile : tuple of int
-        Height and width of the network's input, halo included.
-    halo : int
-        Context around the kept part of a tile, on each side; at least `shrink`.
-    multiple : int, default=8
-        2 ** levels of the network: tile origins differ by multiples of it.
-    shrink : int, default=0
-        Pixels that an unpadded network loses on each side.
-    radius : int, default=0
-        How far an output pixel can see.
+    `shape` of the section; `tile`, the shape of the network's input, halo included; `halo`, the context on each side of
+    what is kept, at least `shrink`, which an unpadded network loses there; `multiple`, by multiples of which tile
+    origins differ; `radius`, how far an output pixel can see.
     """
 
     shape: tuple[int, int]
@@ -84,8 +52,8 @@ class Grid(NamedTuple):
     radius: int = 0
 
     @property
-    def cuts(self) -> list[list[slice]]:
-        """Rows, and columns, that the tiles fill.
+    def cuts(self):
+        """Rows, and columns, that the tiles fill: two lists of slices.
 
         The input of a tile begins a halo before what it fills. The last tile of a row or column reaches into the
         mirrored surroundings, so that all inputs have one shape.
@@ -97,17 +65,17 @@ class Grid(NamedTuple):
         return [_cuts(length, side - 2 * self.halo, self.multiple) for length, side in sides]
 
     @property
-    def count(self) -> int:
+    def count(self):
         """Tiles of the whole section."""
         return math.prod(map(len, self.cuts))
 
     @property
-    def exact(self) -> bool:
+    def exact(self):
         """Whether stitched tiles equal the whole-section prediction up to rounding."""
         return self.count == 1 or self.shrink > 0 or self.halo >= self.radius
 
     @property
-    def words(self) -> str:
+    def words(self):
         """What the grid does, and whether stitched equals whole."""
         size = f"{self.tile[0]} x {self.tile[1]} px"
         if self.count == 1:
@@ -122,19 +90,19 @@ class Grid(NamedTuple):
             "least well at the seams; a larger halo costs time, a larger tile memory"
         )
 
-    def parts(self, tall: int, wide: int) -> list[list[slice]]:
+    def parts(self, tall, wide):
         """Rows, and columns, of parts that are so many tiles tall and wide; the last ones may be smaller."""
         return [
             [slice(cuts[i].start, cuts[min(i + most, len(cuts)) - 1].stop) for i in range(0, len(cuts), most)]
             for cuts, most in zip(self.cuts, (tall, wide), strict=True)
         ]
 
-    def turned(self, version: tuple[int, bool]) -> "Grid":
+    def turned(self, version):
         """The grid of a turned section."""
         return self._replace(shape=self.shape[::-1], tile=self.tile[::-1]) if version[0] % 2 else self
 
 
-def round_up(length: int, multiple: int, remainder: int = 0) -> int:
+def round_up(length, multiple, remainder=0):
     """Smallest integer >= `length` that leaves `remainder` modulo `multiple`.
 
     >>> round_up(513, 8), round_up(512, 8), round_up(389, 16, 4)
@@ -143,16 +111,7 @@ def round_up(length: int, multiple: int, remainder: int = 0) -> int:
     return length + (remainder - length) % multiple
 
 
-def choose(
-    shape: tuple[int, int],
-    radius: int,
-    *,
-    multiple: int = 8,
-    max_tile: int = MAX_TILE,
-    halo: int | None = None,
-    shrink: int = 0,
-    remainder: int = 0,
-) -> Grid:
+def choose(shape, field, *, max_tile=None, halo=None):
     """Choose the tile and the halo for sections of one shape.
 
     A section that fits into one input is predicted in one piece, mirrored up to the next valid size: there are no
@@ -163,63 +122,55 @@ def choose(
 
     Parameters
     ----------
-    shape, radius, multiple, shrink
-        As in `Grid`.
-    max_tile : int, default=1024
-        Largest side of the network's input, in pixels: memory.
+    shape : (H, W)
+    field : network.field.ReceptiveField
+    max_tile : int, optional
+        Largest side of the network's input, in pixels: memory. The largest valid one up to `MAX_TILE` if not given.
     halo : int, optional
         Overrides the choice of the halo, also for a section predicted in one piece.
-    remainder : int, default=0
-        Valid sides of an input are `remainder` modulo `multiple` (unpadded U-Net of 2015: 572 = 12 modulo 16).
+
+    Returns
+    -------
+    Grid
 
     Raises
     ------
     DataError
-        If an argument breaks a rule; the message names it.
+        If `max_tile` or `halo` breaks a rule; the message names the flag.
 
     Examples
     --------
-    >>> choose((513, 700), 92).tile
+    >>> from network.field import ReceptiveField
+    >>> choose((513, 700), ReceptiveField(185, 92, 8)).tile
     (520, 704)
-    >>> choose((4096, 4096), 92).words
-    '25 tiles of 1016 x 1016 px, halo 96 >= receptive radius 92: stitched equals whole exactly'
     """
-    if len(shape) != 2 or min(shape) < 1:
-        raise DataError(f"a section must have two axes of at least 1 pixel. Received: shape {tuple(shape)}")
-    if max_tile < 1 or max_tile % multiple != remainder:
-        rule = f"a multiple of {multiple}" + (f" plus {remainder}" if remainder else "")
-        raise DataError(f"--tile must be {rule}. Received: {max_tile}")
-    wanted = _choose_halo(shape, radius, multiple, max_tile, shrink) if halo is None else halo
-    _check_halo(wanted, max_tile, multiple, shrink)
-    tile = tuple(_fit(length, wanted, max_tile, multiple, remainder) for length in shape)
-    return Grid(tuple(shape), tile, wanted, multiple, shrink, radius)
-
-
-def _check_halo(halo: int, side: int, multiple: int, shrink: int) -> None:
-    """Refuse a halo that breaks the alignment, or leaves nothing of the tile."""
+    multiple, shrink, plus = field.multiple, field.shrink, field.remainder
+    most = max_tile or MAX_TILE - (MAX_TILE - plus) % multiple
+    if most % multiple != plus:
+        raise DataError(f"--tile must be a multiple of {multiple}{f' plus {plus}' if plus else ''}. Received: {most}")
+    if halo is None:
+        halo = _choose_halo(shape, field, most)
     if halo < shrink or (halo - shrink) % multiple:
         rule = f"{shrink} (the network's own loss) plus a" if shrink else "a non-negative"
         raise DataError(f"--overlap must be {rule} multiple of {multiple}. Received: {halo}")
-    if side - 2 * halo < multiple:
-        raise DataError(f"--overlap must leave at least {multiple} px of a tile of {side} uncovered. Received: {halo}")
+    if most - 2 * halo < multiple:
+        raise DataError(f"--overlap must leave at least {multiple} px of a tile of {most} uncovered. Received: {halo}")
+    tile = []
+    for length in shape:
+        count = len(_cuts(length, most - 2 * halo, multiple))
+        filled = length if count == 1 else multiple * -(-length // (multiple * count))
+        tile.append(round_up(filled + 2 * halo, multiple, plus))
+    return Grid(tuple(shape), tuple(tile), halo, multiple, shrink, field.radius)
 
 
-def _choose_halo(shape: tuple[int, int], radius: int, multiple: int, max_tile: int, shrink: int) -> int:
-    """Halo of `choose` when none is asked for."""
-    if shrink or max(shape) <= max_tile:
-        return shrink
-    covering = round_up(radius, multiple)
-    return covering if covering <= max_tile // 4 else max_tile // 8 // multiple * multiple
+def _choose_halo(shape, field, most):
+    if field.shrink or max(shape) <= most:
+        return field.shrink
+    covering = round_up(field.radius, field.multiple)
+    return covering if covering <= most // 4 else most // 8 // field.multiple * field.multiple
 
 
-def _fit(length: int, halo: int, max_tile: int, multiple: int, remainder: int) -> int:
-    """Smallest valid side of a tile that covers `length` pixels with no more tiles than `max_tile` needs."""
-    count = len(_cuts(length, max_tile - 2 * halo, multiple))
-    smallest = multiple * -(-length // (multiple * count)) if count > 1 else length
-    return round_up(smallest + 2 * halo, multiple, remainder)
-
-
-def _cuts(length: int, usable: int, multiple: int) -> list[slice]:
+def _cuts(length, usable, multiple):
     """Cut an axis into the parts its tiles fill, in steps of the pooling grid; the last may be wider."""
     step = usable // multiple * multiple
     count = 1 if length <= usable else 1 + -(-(length - usable) // step)
@@ -229,7 +180,7 @@ def _cuts(length: int, usable: int, multiple: int) -> list[slice]:
 # -- turned and mirrored ----------------------------------------------------------------------------------------
 
 
-def transform(section: np.ndarray, turns: int, mirrored: bool) -> np.ndarray:
+def transform(section, turns, mirrored):
     """Turn a section of shape (H, W) by quarters counter-clockwise, then mirror it left-right; a view.
 
     >>> transform(np.array([[1, 2, 3]]), 1, False).ravel()
@@ -239,7 +190,7 @@ def transform(section: np.ndarray, turns: int, mirrored: bool) -> np.ndarray:
     return turned[:, ::-1] if mirrored else turned
 
 
-def place(part: Part, shape: tuple[int, int], turns: int, mirrored: bool) -> Part:
+def place(part, shape, turns, mirrored):
     """Where a part of a section of `shape` lies after `transform`.
 
     >>> place((slice(0, 1), slice(0, 2)), (4, 5), 1, False)
@@ -251,11 +202,11 @@ def place(part: Part, shape: tuple[int, int], turns: int, mirrored: bool) -> Par
     return rows, _flipped(columns, width) if mirrored else columns
 
 
-def _flipped(part: slice, length: int) -> slice:
+def _flipped(part, length):
     return slice(length - part.stop, length - part.start)
 
 
-def _versions(grid: Grid, part: Part, tta: str) -> Iterator[tuple]:
+def _versions(grid, part, tta):
     """Each version of a section: its transform, its grid, where the part lies in it, and the tiles that touch that."""
     for version in TRANSFORMS[tta]:
         turned, placed = grid.turned(version), place(part, grid.shape, *version)
@@ -269,22 +220,10 @@ def _versions(grid: Grid, part: Part, tta: str) -> Iterator[tuple]:
 # -- prediction -------------------------------------------------------------------------------------------------
 
 
-def predict_section(
-    section: np.ndarray,
-    predict: Callable[[np.ndarray], np.ndarray],
-    grid: Grid,
-    *,
-    tta: str = "none",
-    batch: int = 1,
-) -> np.ndarray:
-    """Predict a section of any size, (H, W) of any dtype, from tiles of one shape; see `predict_part`.
+def predict_section(section, predict, grid, *, tta="none", batch=1):
+    """Predict a section of any size, (H, W) of any dtype: (H, W), float32; see `predict_part`.
 
     Of a section that is no array but gives one for `section[rows, columns]`, a row of tiles is read at a time.
-
-    Returns
-    -------
-    ndarray of shape (H, W)
-        float32.
     """
     total, (rows, columns) = np.zeros(grid.shape, np.float32), grid.cuts
     tall = len(rows) if isinstance(section, np.ndarray) or tta != "none" else 1
@@ -296,12 +235,12 @@ def predict_section(
     return total
 
 
-def even_batch(count: int, most: int) -> int:
+def even_batch(count, most):
     """Tiles per call, at most `most`, so that the last call needs the fewest repeats to be filled."""
     return -(-count // -(-count // most))
 
 
-def pixels_read(grid: Grid, part: Part, tta: str = "none") -> Part:
+def pixels_read(grid, part, tta="none"):
     """Rows and columns of a section that the tiles of a part read."""
     read = []
     for (turns, mirrored), turned, _, tiles in _versions(grid, part, tta):
@@ -314,17 +253,7 @@ def pixels_read(grid: Grid, part: Part, tta: str = "none") -> Part:
     return tuple(slice(min(s.start for s in along), max(s.stop for s in along)) for along in zip(*read, strict=True))
 
 
-def predict_part(
-    grid: Grid,
-    part: Part,
-    pixels: np.ndarray,
-    predict: Callable[[np.ndarray], np.ndarray],
-    total: np.ndarray,
-    *,
-    corner: tuple[int, int] = (0, 0),
-    tta: str = "none",
-    batch: int = 1,
-) -> None:
+def predict_part(grid, part, pixels, predict, total, *, corner=(0, 0), tta="none", batch=1):
     """Predict a part of a section: its tiles, and the mean over the turned and mirrored versions of the section.
 
     A version has tiles of its own, counted from the corner that is its first; turned back, each tile is added where
@@ -343,10 +272,8 @@ def predict_part(
         (h, w) is the tile: one compilation serves them all.
     total : ndarray of the shape of the part
         Zeros, float32, for the result.
-    corner : tuple of int
     tta : str
         A name in `TRANSFORMS`.
-    batch : int
 
     Raises
     ------
@@ -357,17 +284,20 @@ def predict_part(
     for version, turned, placed, tiles in _versions(grid, part, tta):
         source, into = transform(pixels, *version), transform(total, *version)
         origin = [along.start for along in place(held, grid.shape, *version)]
+        expected = (batch, *(side - 2 * grid.shrink for side in turned.tile))
         for start in range(0, len(tiles), batch):
             group = tiles[start : start + batch]
             windows = [_window(source, origin, turned, tile) for tile in group]
             windows += windows[-1:] * (batch - len(group))
-            outputs = _checked(predict(np.stack(windows)), (batch, *turned.tile), grid.shrink)
+            outputs = predict(np.stack(windows))
+            if np.shape(outputs) != expected:
+                raise ValueError(f"predict must return the shape {expected}. Received: {np.shape(outputs)}")
             for tile, output in zip(group, outputs, strict=False):  # but for the repeats
                 _add(into, placed, tile, output, grid.halo - grid.shrink)
     total /= np.float32(len(TRANSFORMS[tta]))
 
 
-def _window(source: np.ndarray, origin: list[int], grid: Grid, tile: Part) -> np.ndarray:
+def _window(source, origin, grid, tile):
     """Input of a tile, mirrored beyond the section; `source` begins at `origin`."""
     starts = (cut.start - grid.halo for cut in tile)
     indices = (
@@ -377,7 +307,7 @@ def _window(source: np.ndarray, origin: list[int], grid: Grid, tile: Part) -> np
     return source[np.ix_(*indices)]
 
 
-def _add(into: np.ndarray, part: Part, tile: Part, output: np.ndarray, rim: int) -> None:
+def _add(into, part, tile, output, rim):
     """Add to the part what a tile fills of it."""
     shared = [slice(max(p.start, t.start), min(p.stop, t.stop)) for p, t in zip(part, tile, strict=True)]
     kept = (slice(rim + s.start - t.start, rim + s.stop - t.start) for s, t in zip(shared, tile, strict=True))
@@ -385,31 +315,10 @@ def _add(into: np.ndarray, part: Part, tile: Part, output: np.ndarray, rim: int)
     into[tuple(filled)] += output[tuple(kept)]
 
 
-def _checked(outputs: np.ndarray, given: tuple[int, int, int], shrink: int) -> np.ndarray:
-    """Refuse a prediction of another shape than the geometry promises."""
-    expected = (given[0], given[1] - 2 * shrink, given[2] - 2 * shrink)
-    if np.shape(outputs) != expected:
-        words = f"predict must return shape {expected} for an input of shape {given}"
-        raise ValueError(f"{words}. Received: {np.shape(outputs)}")
-    return np.asarray(outputs)
+# -- a stack ----------------------------------------------------------------------------------------------------
 
 
-def predict_stack(
-    sections: Iterable[np.ndarray], predict_one: Callable[[np.ndarray], np.ndarray]
-) -> Iterator[np.ndarray]:
-    """Predict a stack section by section; the next section is read while the present one is predicted.
-
-    At most two sections are alive at any time, however many the stack has: the one at work and the one being read.
-    """
-    for section in ahead(sections):
-        prediction = predict_one(section)
-        # While the caller writes, only the prediction and the next section are held.
-        del section
-        yield prediction
-        del prediction
-
-
-def ahead(items: Iterable) -> Iterator:
+def ahead(items):
     """The items of an iterable, the next one being made in another thread while the caller is at work with one.
 
     `items` is never advanced further than one ahead. An error in it arrives after the items before it.
@@ -423,3 +332,11 @@ def ahead(items: Iterable) -> Iterator:
         while (ready := [coming.result()])[0] is not end:
             coming = pool.submit(next, reader, end)
             yield ready.pop()  # so that it is not held here
+
+
+def counted(items, word, count, done=0):
+    """Pass items on, and count them on a terminal; `done` of them were before."""
+    for i, item in enumerate(items, done + 1):
+        if sys.stderr.isatty():
+            print(f"\r{word} {i}/{count}", end="\n" if i == count else "", file=sys.stderr, flush=True)
+        yield item

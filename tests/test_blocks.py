@@ -4,8 +4,10 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from predict import blocks, tiling
 EXTRA = "the optional extra is not installed: pip install -r requirements-zarr.txt"
 zarr = pytest.importorskip("zarr", reason=EXTRA)
 
-PADDED = SimpleNamespace(multiple=4, shrink=0, remainder=0, radius=7)
+FIELD = SimpleNamespace(multiple=4, shrink=0, remainder=0, radius=7)
 NM = (40.0, 4.0, 8.0)
 
 
@@ -77,16 +79,18 @@ def load_dying_once(weights, precision):
     return predict
 
 
+def load_keras(weights, precision):
+    from predict import prediction
+
+    normalisation = prediction.read_record(weights)["normalisation"]
+    return prediction.load_windows_predictor(weights, precision, "keras", json.dumps(normalisation))
+
+
 # -- a folder with an image, weights and a prediction ------------------------------------------------------------
 
 
 def pixels(*shape, dtype=np.uint8, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape).astype(dtype)
-
-
-def chooser(field, tile, halo):
-    sides = {"multiple": field.multiple, "shrink": field.shrink, "remainder": field.remainder}
-    return lambda shape: tiling.choose(shape, field.radius, max_tile=tile, halo=halo, **sides)
 
 
 class Place:
@@ -101,25 +105,24 @@ class Place:
         tifffile.imwrite(self.folder / "image.tif", sections, photometric="minisblack")
         return self.folder / "image.tif"
 
-    def zarr(self, sections, version="0.5", names="zyx", scale=NM, unit="nanometer", chunks=None, **more):
-        """An OME-Zarr image of two levels; `scale` is that of the last axes, `more` goes into its metadata."""
+    def zarr(self, sections, version="0.5", names="zyx", scale=NM, **more):
         path = self.folder / "image.ome.zarr"
-        return ome_zarr(path, sections, version, names, scale, unit=unit, chunks=chunks, **more)
+        return ome_zarr(path, sections, version, names, scale, **more)
 
-    def predict(self, source, *, network=load, field=PADDED, tile=32, halo=None, precision="float32", **flags):
+    def predict(self, source, *, network=load, field=FIELD, precision="float32", **flags):
         """The `predict` verb, in this process but for `workers`; returns the array of the output."""
-        files = {"output": str(self.output), "image_path": str(source), "resume": False, "force": False}
-        machine = {"scheduler": None, "workers": 0, "batch_size": 1, "tta": "none"}
-        args = SimpleNamespace(**files | machine | {"threshold": None, "segment": False} | flags)
+        machine = {"output": str(self.output), "resume": False, "force": False, "scheduler": None, "workers": 0}
+        args = SimpleNamespace(**machine | {"batch_size": 1, "tta": "none", "tile": 32, "overlap": None} | flags)
         how = {"settings": {"normalisation": {"mean": 1.0}}, "how": {"precision": precision}, "log": self.said.append}
-        blocks.run(args, source, load=network, weights=self.weights, choose=chooser(field, tile, halo), **how)
+        with data.iter_sections(source) as sections:
+            blocks.run(args, sections, field, load=network, weights=self.weights, **how)
         return zarr.open_group(str(self.output), mode="r")["0"]
 
-    def expected(self, sections, *, network=load, field=PADDED, tile=32, halo=None, tta="none", batch_size=1):
+    def expected(self, sections, *, tile=32, overlap=None, tta="none", batch_size=1):
         """The prediction of one process, section by section, as `prediction.section_predictor` makes it."""
-        predict, grid = network(self.folder / "expected", "float32"), chooser(field, tile, halo)(sections.shape[1:])
-        how = {"tta": tta, "batch": batch_size}
-        return np.stack([tiling.predict_section(section, predict, grid, **how) for section in sections])
+        predict = load(self.folder / "expected", "float32")
+        grid = tiling.choose(sections.shape[1:], FIELD, max_tile=tile, halo=overlap)
+        return np.stack([tiling.predict_section(each, predict, grid, tta=tta, batch=batch_size) for each in sections])
 
     def windows(self):
         """How many windows the network has seen for the output, and in how many processes."""
@@ -145,7 +148,7 @@ def here(tmp_path):
 @pytest.mark.parametrize("halo", [0, 8])
 def test_blocks_equal_sections_bit_for_bit(here, shape, halo, tta, batch_size):
     """Whatever the size, and also where the halo is too small: then the places of the tiles show in the numbers."""
-    sections, options = pixels(2, *shape), {"halo": halo, "tta": tta, "batch_size": batch_size}
+    sections, options = pixels(2, *shape), {"overlap": halo, "tta": tta, "batch_size": batch_size}
     found, expected = here.predict(here.tiff(sections), **options)[:], here.expected(sections, **options)
     assert expected.std() > 0.02, "a constant would prove nothing"
     np.testing.assert_array_equal(found, expected)
@@ -154,7 +157,7 @@ def test_blocks_equal_sections_bit_for_bit(here, shape, halo, tta, batch_size):
 @pytest.mark.parametrize("chunks", [(1, 32, 32), (3, 24, 24), (64, 96, 80)])
 @pytest.mark.parametrize("tta", ["none", "8"])
 def test_sections_of_ome_zarr_are_predicted_whatever_their_chunks(here, chunks, tta):
-    sections, options = pixels(7, 96, 80), {"halo": 0, "tta": tta}
+    sections, options = pixels(7, 96, 80), {"overlap": 0, "tta": tta}
     found = here.predict(here.zarr(sections, chunks=chunks), **options)
     np.testing.assert_array_equal(found[:], here.expected(sections, **options))
 
@@ -169,7 +172,7 @@ def test_no_more_of_a_section_is_read_than_the_tiles_of_a_block(here, monkeypatc
 
     monkeypatch.setattr(blocks, "_sample_sha256", lambda reader: "")
     monkeypatch.setattr(omezarr.ZarrReader, "slab", slab)
-    here.predict(source, tta=tta, halo=4)
+    here.predict(source, tta=tta, overlap=4)
     assert {depth for depth, _ in read} == {4, 1}, "sections that share chunks are read together"
     assert max(width for _, width in read) <= widest
 
@@ -177,9 +180,9 @@ def test_no_more_of_a_section_is_read_than_the_tiles_of_a_block(here, monkeypatc
 def test_a_block_is_no_deeper_than_its_pixels_may_be_many(here, monkeypatch):
     monkeypatch.setattr(blocks, "SLAB_BYTES", 3 * 32 * 32)
     sections = pixels(7, 40, 40)
-    found = here.predict(here.zarr(sections, chunks=(7, 40, 40)), halo=4)
+    found = here.predict(here.zarr(sections, chunks=(7, 40, 40)), overlap=4)
     assert here.said[-1] == "12 blocks"  # 2 x 2 tiles, three sections deep
-    np.testing.assert_array_equal(found[:], here.expected(sections, halo=4))
+    np.testing.assert_array_equal(found[:], here.expected(sections, overlap=4))
 
 
 # -- OME-Zarr ----------------------------------------------------------------------------------------------------
@@ -275,7 +278,7 @@ here.predict(Path({str(source)!r}), network=test_blocks.load_mortal, **{options!
 @pytest.mark.parametrize(("tta", "versions", "after", "lost"), [("none", 1, 13, 0), ("8", 8, 200, 56)])
 def test_a_killed_prediction_is_resumed_and_no_chunk_is_predicted_twice(here, monkeypatch, tta, versions, after, lost):
     """Lost are the windows of the part that was at work: of the third section, after 9 tiles in 8 versions of two."""
-    sections, options = pixels(4, 60, 70), {"halo": 4, "tta": tta}
+    sections, options = pixels(4, 60, 70), {"overlap": 4, "tta": tta}
     source = here.zarr(sections, chunks=(4, 24, 24))
     kill(here, source, after, **options)
     finished = here.chunks()
@@ -302,7 +305,7 @@ def test_a_finished_prediction_is_resumed_without_a_window(here):
 def test_a_chunk_that_is_not_whole_is_predicted_again(here, version, damage):
     """A chunk that is missing, empty, cut off, or still under the name that zarr gives it until it is whole."""
     source = here.zarr(pixels(2, 60, 70), version)
-    options = {"tta": "8", "halo": 4}
+    options = {"tta": "8", "overlap": 4}
     whole = here.predict(source, **options)[:]
     once = here.windows()[0]
     chunk = Path(here.output, "0", *([] if version == "0.4" else ["c"]), "1", "1", "1")
@@ -369,17 +372,17 @@ def test_zarr_moves_a_chunk_to_its_place_when_it_is_whole(here, monkeypatch):
         ({"seed": 1}, "image_sha256"),
         ({"count": 3}, "image_shape"),
         ({"tile": 40}, "tile"),
-        ({"halo": 4}, "halo"),
+        ({"overlap": 4}, "halo"),
         ({"tta": "4"}, "tta"),
         ({"precision": "bfloat16"}, "precision"),
     ],
 )
 def test_resume_refuses_what_is_made_of_something_else_and_force_replaces_it(here, change, words):
-    here.predict(here.tiff(pixels(2, 60, 70)), halo=8)
+    here.predict(here.tiff(pixels(2, 60, 70)), overlap=8)
     before, made = here.chunks(), {"weights": b"0123", "seed": 0, "count": 2} | change
     here.weights.write_bytes(made.pop("weights"))
     sections = pixels(made.pop("count"), 60, 70, seed=made.pop("seed"))
-    source, options = here.tiff(sections), {"halo": 8} | made
+    source, options = here.tiff(sections), {"overlap": 8} | made
     with pytest.raises(data.DataError, match=r"exists already .--resume goes on with it, --force replaces it"):
         here.predict(source, **options)
     with pytest.raises(data.DataError, match=f"is made of another (.*, )?{words}(, .*)? .--force begins anew"):
@@ -400,31 +403,6 @@ def test_an_image_that_is_no_prediction_is_kept(here, flag):
     np.testing.assert_array_equal(np.stack(list(omezarr.open_zarr(here.output))), sections)
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ({"threshold": 0.5}, "--threshold and --segment go with a TIFF"),
-        ({"segment": True}, "--threshold and --segment go with a TIFF"),
-        ({"resume": True, "force": True}, "choose one"),
-        ({"scheduler": "tcp://127.0.0.1:1", "workers": 2}, "--workers is of no use with --scheduler"),
-        ({"scheduler": "nonsense::x", "workers": None}, "--scheduler must be an address such as tcp://host:8786"),
-        ({"scheduler": "tcp://host", "workers": None}, "--scheduler must be an address such as tcp://host:8786"),
-    ],
-)
-def test_flags_that_contradict_each_other_are_refused(here, flags, words):
-    with pytest.raises(data.DataError, match=words):
-        here.predict(here.tiff(pixels(1, 20, 24)), **flags)
-    assert not here.output.exists()
-
-
-def test_a_stack_in_memory_and_the_image_as_its_own_output_are_refused(here):
-    with pytest.raises(data.DataError, match="--image_path must be a file or folder"):
-        here.predict(data.synthetic(2, (16, 16))[0])
-    here.output = here.zarr(pixels(2, 20, 24))
-    with pytest.raises(data.DataError, match="--output must not be an input"):
-        here.predict(here.output, force=True)
-
-
 # -- workers -----------------------------------------------------------------------------------------------------
 
 
@@ -441,8 +419,8 @@ def distributed():
 @pytest.mark.usefixtures("distributed")
 def test_two_processes_one_of_which_dies_give_the_same_numbers(here):
     sections = pixels(4, 60, 70)
-    found = here.predict(here.zarr(sections), network=load_dying_once, workers=2, halo=4)
-    np.testing.assert_array_equal(found[:], here.expected(sections, halo=4))
+    found = here.predict(here.zarr(sections), network=load_dying_once, workers=2, overlap=4)
+    np.testing.assert_array_equal(found[:], here.expected(sections, overlap=4))
     assert Path(f"{here.weights}.died").exists()
     assert here.windows()[1] >= 2
     assert here.windows()[0] >= 4 * 9
@@ -469,25 +447,12 @@ def test_errors_of_workers_arrive_as_one_sentence(here, monkeypatch):
 def scheduler(tmp_path):
     """Address of a scheduler with one worker, which run in another folder and know the networks above but no suite."""
     pytest.importorskip("distributed", reason=EXTRA)
-    (tmp_path / "elsewhere").mkdir()
-    file, environment = (
-        tmp_path / "elsewhere" / "scheduler.json",
-        os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
-    )
-    both = ("--scheduler-file", str(file), "--no-dashboard")
-    commands = [
-        ("scheduler", "--port", "0", *both),
-        ("worker", "--nthreads", "2", "--local-directory", tmp_path, *both),
-    ]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dask", *map(str, command)],
-            cwd=file.parent,
-            env=environment,
-            stderr=subprocess.DEVNULL,
-        )
-        for command in commands
-    ]
+    file, environment = tmp_path / "elsewhere" / "scheduler.json", os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    file.parent.mkdir()
+    running = []
+    for words in ("scheduler --port 0", f"worker --nthreads 2 --local-directory {tmp_path}"):
+        command = [sys.executable, "-m", "dask", *words.split(), "--scheduler-file", file, "--no-dashboard"]
+        running.append(subprocess.Popen(command, cwd=file.parent, env=environment, stderr=subprocess.DEVNULL))
     while not file.exists() or not file.read_text().endswith("}"):
         assert running[0].poll() is None
         time.sleep(0.05)
@@ -500,8 +465,8 @@ def scheduler(tmp_path):
 @pytest.mark.slow
 def test_workers_of_a_scheduler_that_is_there_need_not_know_the_suite(here, scheduler):
     sections = pixels(3, 60, 70)
-    found = here.predict(here.zarr(sections), scheduler=scheduler, workers=None, halo=4)
-    np.testing.assert_array_equal(found[:], here.expected(sections, halo=4))
+    found = here.predict(here.zarr(sections), scheduler=scheduler, workers=None, overlap=4)
+    np.testing.assert_array_equal(found[:], here.expected(sections, overlap=4))
     assert here.windows()[1] == 1
     with pytest.raises(data.DataError, match=r"the prediction of section . is not finite"):
         here.predict(here.zarr(sections), network=load_not_a_number, scheduler=scheduler, workers=None, force=True)
@@ -510,29 +475,27 @@ def test_workers_of_a_scheduler_that_is_there_need_not_know_the_suite(here, sche
     assert here.windows() == (3 * 9 + 3 * 20, 1)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("distributed")
-def test_a_scheduler_that_cannot_be_reached_is_said_to_be(here, monkeypatch):
-    import dask
+def say_hello(server):
+    with server.accept()[0] as connection:
+        connection.sendall(b"SSH-2.0-OpenSSH")
+        connection.recv(1)
 
-    with (
-        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
-        pytest.raises(data.DataError, match=r"--scheduler: tcp://127.0.0.1:1 cannot be reached"),
-    ):
-        here.predict(here.tiff(pixels(1, 20, 24)), scheduler="tcp://127.0.0.1:1", workers=None)
+
+@pytest.mark.parametrize("found", ["nobody", "silence", "another program", "no address"])
+def test_a_scheduler_that_cannot_be_reached_is_said_to_be(here, monkeypatch, distributed, found):
+    monkeypatch.setattr(blocks, "CONNECT_S", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = "nonsense::x" if found == "no address" else f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        if found == "nobody":
+            server.close()
+        elif found == "another program":
+            threading.Thread(target=say_hello, args=(server,), daemon=True).start()
+        with pytest.raises(data.DataError, match=f"--scheduler must be .* tcp://host:8786. Received: {address}: "):
+            here.predict(here.tiff(pixels(1, 20, 24)), scheduler=address, workers=None)
     assert not here.output.exists()
 
 
 # -- the network of the suite ------------------------------------------------------------------------------------
-
-
-def load_keras(weights, precision):
-    """The network of weights, as the `predict` verb loads it."""
-    from predict import prediction
-
-    network, record = prediction.load_network(weights, precision)
-    normalisation = data.Normalisation.from_dict(record["normalisation"])
-    return lambda windows: np.asarray(network.predict_on_batch(normalisation(windows)[..., None]), np.float32)
 
 
 @pytest.mark.slow
@@ -541,15 +504,14 @@ def test_a_network_of_the_suite_gives_the_same_bits_as_section_by_section(here):
     from predict import prediction
 
     settings = {"filters": [4, 6], "dilate": False, "dilate_rate": 1, "addition": True, "dropout": 0.0, "classes": 2}
-    record = {"network": settings, "normalisation": {"mean": 120.0, "std": 45.0, "epsilon": 1e-10}}
+    normalisation = data.Normalisation(120.0, 45.0)
+    record = {"network": settings, "normalisation": normalisation.to_dict()}
     prediction.save_weights(unet.build(**settings, seed=0), here.weights, record)
     here.weights = prediction.weight_file(here.weights)
     network, _ = prediction.load_network(here.weights)
-    section, normalisation = pixels(70, 101), data.Normalisation.from_dict(record["normalisation"])
-    options = {"tile": 64, "overlap": 8, "tta": "8", "batch": 2}
-    predict = prediction.section_predictor(network, normalisation, **options)
-    field = SimpleNamespace(multiple=4, shrink=0, remainder=0, radius=unet.field_from_settings(settings).radius)
-    how = {"network": load_keras, "field": field, "tile": 64, "halo": 8, "tta": "8", "batch_size": 2}
-    found = here.predict(here.tiff(section[None]), **how)[0]
+    options = {"tile": 64, "overlap": 8, "tta": "8"}
+    section, field = pixels(70, 101), unet.field_from_settings(settings)
+    expected = prediction.section_predictor(network, normalisation, batch=2, **options)(section)
+    found = here.predict(here.tiff(section[None]), network=load_keras, field=field, batch_size=2, **options)[0]
     assert found.std() > 1e-3
-    np.testing.assert_array_equal(found, predict(section))
+    np.testing.assert_array_equal(found, expected)

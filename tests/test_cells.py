@@ -288,8 +288,8 @@ def test_evaluate_refuses_what_cannot_be_scored(frames, capsys, tmp_path, flags,
 def test_the_largest_input_of_an_unpadded_network_is_a_valid_size():
     settings = {"arch": "unet2015", "filters": 1, "levels": 4, "padding": "valid", "dropout": 0.0}
     field = unet.field_from_settings(settings)
-    largest = tiling.MAX_TILE - (tiling.MAX_TILE - field.remainder) % field.multiple
-    field.check_size("tile", largest)
-    assert largest == 1020
+    field.check_size("tile", 1020)
+    assert tiling.choose((836, 836), field).tile == (1020, 1020)
+    assert tiling.choose((837, 837), field).count == 4
     assert unet.from_settings(settings).count_params() == unet.build_2015(filters=1).count_params()
     assert isinstance(unet.from_settings(settings), keras.Model)

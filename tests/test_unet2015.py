@@ -137,8 +137,7 @@ def test_tiles_meet_exactly_and_equal_the_whole_image(padding, largest, count, h
 
     section, network = image(700, 600), unet.build_2015(filters=4, padding=padding)
     field = unet.field_from_settings({"arch": "unet2015", "padding": padding})
-    fit = {"multiple": field.multiple, "shrink": field.shrink, "remainder": field.remainder}
-    grid = tiling.choose(section.shape, field.radius, **fit, max_tile=largest)
+    grid = tiling.choose(section.shape, field, max_tile=largest)
     assert (grid.exact, grid.count, grid.halo) == (True, count, halo)
     tiled = tiling.predict_section(section, predictor, grid)
     whole = predictor(np.pad(section, [(halo, halo + n) for n in more], mode="reflect")[None])[0]
