@@ -216,12 +216,17 @@ def run(args, reader, field, *, load, weights, how, settings, log):
                 omezarr.remove_partials(job.output)  # nobody else writes here: it is locked
             else:
                 _begin(args, job, reader)
-            count = math.prod(map(len, block_parts(job)))
-            todo = [number for number in range(count) if not (args.resume and is_finished(job, number))]
-            log(f"{count} blocks" + (f", {count - len(todo)} of them finished before" if args.resume else ""))
-            finished = _streamed(client, job, todo) if client else (predict_block(job, number) for number in todo)
-            for _ in tiling.counted(finished, "block", count, count - len(todo)):
-                pass
+            _finish(args, job, client, log)
+
+
+def _finish(args, job, client, log):
+    """Predict the blocks that are not finished."""
+    count = math.prod(map(len, block_parts(job)))
+    todo = [number for number in range(count) if not (args.resume and is_finished(job, number))]
+    log(f"{count} blocks" + (f", {count - len(todo)} of them finished before" if args.resume else ""))
+    finished = _streamed(client, job, todo) if client else (predict_block(job, number) for number in todo)
+    for _ in tiling.counted(finished, "block", count, count - len(todo)):
+        pass
 
 
 def _block(args, grid, reader):
