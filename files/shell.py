@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as of other programs whose reader has left
 received = []  # what signals raised: a framework that is tracing may lose it, or make another error of it
@@ -52,6 +53,7 @@ def ends(main):
     _open_streams()
     os.environ["MPLBACKEND"] = "agg"  # pictures go to files, whatever a notebook around this has set
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    sys.unraisablehook = _again
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
         signal.signal(signal.SIGINT, _stop)
@@ -78,6 +80,14 @@ def ends(main):
 def _stop(number, _):
     received.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
     raise received[-1]
+
+
+def _again(lost):
+    """What a signal raised where Python drops errors, such as in a finalizer, is raised once more, elsewhere."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        return sys.__unraisablehook__(lost)
+    number = signal.SIGTERM if isinstance(lost.exc_value, Terminated) else signal.SIGINT
+    return threading.Timer(0.1, signal.raise_signal, [number]).start()
 
 
 def _open_streams():

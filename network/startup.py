@@ -38,8 +38,10 @@ def prepare(gpu, shared=False):
 
             if not (shared and keras.backend.backend() == "jax"):  # whose processes first find each other
                 device.accelerator()
-    except ImportError as error:
-        raise DataError(f"Keras or its backend is damaged or missing: {error}") from error
+    except DataError:
+        raise
+    except Exception as error:  # JAX says in many ways that it dislikes a variable of the environment
+        raise DataError(f"Keras or its backend cannot be loaded: {str(error) or type(error).__name__}") from error
     if gpu not in (None, "-1") and not shared and not device.accelerator():
         print(f"--gpu {gpu}: no such GPU is found here, so the CPU computes", file=sys.stderr, flush=True)
 

@@ -33,6 +33,14 @@ def test_a_backend_that_is_not_installed_is_named_with_the_command_that_installs
     refuses('pip install "jax[cpu]"', "predict")
 
 
+def test_a_backend_that_cannot_start_is_one_sentence(refuses, monkeypatch):
+    def fails():
+        raise AssertionError  # as JAX does with JAX_PLATFORMS=cuda and no GPU
+
+    monkeypatch.setattr("network.device.accelerator", fails)
+    refuses("Keras or its backend cannot be loaded: AssertionError", "predict")
+
+
 def test_a_device_is_chosen_before_keras_is_imported_and_one_that_is_not_there_is_said(monkeypatch, capsys):
     def chosen(*words):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
