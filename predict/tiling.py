@@ -59,7 +59,7 @@ class Grid(NamedTuple):
         mirrored surroundings, so that all inputs have one shape.
 
         >>> Grid((100, 16), (64, 48), 16).cuts[0]
-        [slice(0, 32, None), slice(32, 64, None), slice(64, 100, None)]
+        [slice(0, 32, None), slice(32, 64, None), slice(64, 96, None), slice(96, 100, None)]
         """
         sides = zip(self.shape, self.tile, strict=True)
         return [_cuts(length, side - 2 * self.halo, self.multiple) for length, side in sides]

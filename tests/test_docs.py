@@ -1,6 +1,8 @@
 """The documents: every link leads somewhere, every command is one that the program takes, every named test exists."""
 
 import contextlib
+import doctest
+import importlib
 import json
 import os
 import re
@@ -123,3 +125,15 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     own, shipped = map(float, re.findall(r"^V_rand +(\S+)", done.stdout, re.MULTILINE))
     assert 0.5 < own <= 1
     assert 0.9 < shipped <= 1
+
+
+LIBRARY = [path for path in ROOT.glob("*/*.py") if path.parent.name not in ("tests", "benchmarks")]
+WITH_EXAMPLES = [path for path in sorted([*ROOT.glob("*.py"), *LIBRARY]) if ">>> " in path.read_text()]
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_in_docstrings_are_right(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried
+    assert not failed
