@@ -60,8 +60,8 @@ class StackReader:
         self.shape = tuple(int(n) for n in shape)
         self.dtype = np.dtype(dtype).newbyteorder("=")
         self.source = str(source)
-        if min(self.shape) < 1 or self.shape[0] > MOST_SECTIONS:
-            raise DataError(f"{source} holds no stack of sections: its header says {' x '.join(map(str, self.shape))}.")
+        if len(self.shape) != 3 or min(self.shape) < 1 or self.shape[0] > MOST_SECTIONS:
+            raise DataError(f"{source} holds no stack of sections: its shape is {' x '.join(map(str, self.shape))}.")
         stem = Path(source).stem
         self.names = list(names) or ([stem] if len(self) == 1 else [f"{stem}[{i}]" for i in range(len(self))])
         self.voxel_nm = voxel_nm

@@ -37,12 +37,9 @@ def load(reader):
 
 
 def _open_memory(stack):
-    sections = stack.sections
-    if sections.ndim != 3 or sections.size == 0:
-        raise DataError(f"{stack.source or 'stack'}: must have shape (S, H, W). Received: {sections.shape}")
     about = {"source": stack.source, "voxel_nm": stack.voxel_nm, "description": stack.description}
     about |= {"names": stack.names, "made_of": stack.made_of}
-    return StackReader(lambda *part: sections[part], sections.shape, sections.dtype, **about)
+    return StackReader(lambda *part: stack.sections[part], stack.shape, stack.dtype, **about)
 
 
 def _open_file(path, what, ids):

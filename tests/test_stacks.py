@@ -373,7 +373,7 @@ def test_a_header_with_a_wrong_byte_gives_the_same_stack_or_a_refusal(tmp_path, 
 
 
 def test_stack_of_wrong_shape_is_refused():
-    with pytest.raises(DataError, match=r"must have shape \(S, H, W\). Received: \(5, 5\)"):
+    with pytest.raises(DataError, match="mine holds no stack of sections: its shape is 5 x 5"):
         read_stack(Stack(np.zeros((5, 5)), source="mine"))
 
 
@@ -490,13 +490,15 @@ def test_prediction_is_float32_imagej_zyx_with_voxel_size(tmp_path):
 @pytest.mark.parametrize("voxel_nm", [None, (None, 8.0, 4.0), (30.0, 8.0, 4.0)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32"])
 @pytest.mark.parametrize("count", [1, 4])
-def test_masks_and_voxel_sizes_come_back(tmp_path, count, dtype, voxel_nm):
+def test_masks_voxel_sizes_and_what_they_are_made_of_come_back(tmp_path, count, dtype, voxel_nm):
     labels = gray((count, 11, 13), "bool" if dtype == "uint8" else dtype)
-    where = {"count": count, "shape": (11, 13), "voxel_nm": voxel_nm, "dtype": dtype}
-    write_mask(tmp_path / "m.tif", iter(labels), **where)
+    made_of = {"image_sha256": "0" * 64, "weights": "a.weights.h5"}
+    about = {"count": count, "shape": (11, 13), "voxel_nm": voxel_nm, "made_of": made_of}
+    write_mask(tmp_path / "m.tif", iter(labels), dtype=dtype, **about)
     stack = read_stack(tmp_path / "m.tif")
     np.testing.assert_array_equal(stack.sections, labels * 255 if dtype == "uint8" else labels)
-    assert (stack.sections.dtype, stack.voxel_nm) == (np.dtype(dtype), voxel_nm)
+    assert (stack.dtype, stack.voxel_nm, stack.made_of) == (np.dtype(dtype), voxel_nm, made_of)
+    assert read_stack(stack).made_of == made_of
 
 
 def test_mask_of_0_1_and_of_0_255_are_written_alike(tmp_path):
@@ -582,15 +584,6 @@ def test_disk_that_fills_up_leaves_the_old_file_and_no_partial_one(tmp_path):
     assert "p.tif could not be written: " in json.loads(done.stdout)
     assert (tmp_path / "p.tif").read_text() == "old"
     assert os.listdir(tmp_path) == ["p.tif"]
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "uint32"])  # ImageJ's own format, and OME
-def test_what_a_prediction_is_made_of_comes_back(tmp_path, dtype):
-    made_of = {"image_sha256": "0" * 64, "weights": "a.weights.h5"}
-    write_mask(tmp_path / "m.tif", gray((2, 9, 9), "bool"), count=2, shape=(9, 9), dtype=dtype, made_of=made_of)
-    stack = read_stack(tmp_path / "m.tif")
-    assert stack.made_of == made_of
-    assert read_stack(stack).made_of == made_of
 
 
 def test_hash_is_of_the_pixels_in_c_order_little_endian():
