@@ -165,12 +165,10 @@ def run(args, reader, field, *, load, weights, how, settings, log):
         Of a file or folder, which workers read themselves.
     field : network.field.ReceptiveField
     load : callable
-        (weights, **how) -> predict, with predict: raw windows (B, h, w) -> interior probability (B, h - 2 shrink, w -
-        2 shrink), float32. A function of a module, which workers import.
-    weights : str or Path
-        The file that `load` reads.
-    how : dict of str
-        What else `load` takes, such as the precision.
+        A function of a module, which workers import: (weights, **how) -> predict, with predict: raw windows (B, h, w)
+        -> interior probability (B, h - 2 shrink, w - 2 shrink), float32.
+    weights, how : Path, dict of str
+        What `load` takes.
     settings : dict
         What else the numbers depend on, for JSON: the network and its normalisation.
     log : callable

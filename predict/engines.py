@@ -20,13 +20,7 @@ PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}  # in the words of OpenVINO
 
 
 def choose(asked):
-    """The engine that was asked for, or for "auto" the fastest one present: "keras" or "openvino".
-
-    Raises
-    ------
-    DataError
-        If OpenVINO is asked for and not installed.
-    """
+    """The engine that was asked for, or for "auto" the fastest one present; a DataError if OpenVINO is not there."""
     installed = importlib.util.find_spec("openvino") is not None
     if asked == "openvino" and not installed:
         raise DataError("--engine openvino needs OpenVINO: pip install -r requirements-openvino.txt")
@@ -36,7 +30,7 @@ def choose(asked):
 
 
 def forward(network, engine, precision):
-    """The network as a function of windows, (B, h, w) float32 -> interior probability (B, h - 2 shrink, w - 2 shrink).
+    """The network as a function of windows, (B, h, w) float32 -> interior (B, h - 2 shrink, w - 2 shrink), float32.
 
     Parameters
     ----------
@@ -46,11 +40,6 @@ def forward(network, engine, precision):
         "auto" is what `choose` says, but Keras for a network that OpenVINO is not told about, with a line on stderr.
     precision : {"float32", "bfloat16"}
         OpenVINO computes in it; Keras computes in the precision that the network was built with.
-
-    Returns
-    -------
-    callable
-        Any batch and any side that the network can pool, the result float32.
     """
     if choose(engine) == "openvino":
         try:

@@ -31,7 +31,7 @@ def sample(reader, side=SAMPLE_PX):
 
 
 def normalisation_for(pixels, record, how, log):
-    """The normalisation with which a network sees a stack; `log` is told what was found.
+    """The `Normalisation` with which a network sees a stack; `log` is told what was found.
 
     Parameters
     ----------
@@ -41,10 +41,6 @@ def normalisation_for(pixels, record, how, log):
         Of the weights, with `normalisation` and, but for old ones, `intensity`.
     how : {"training", "own"}
         Of --normalise; with the mean and standard deviation of `pixels`, 1 and 2 are of no concern.
-
-    Returns
-    -------
-    data.Normalisation
 
     Raises
     ------

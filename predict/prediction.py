@@ -154,13 +154,7 @@ def _check(file, what, values, rules, keys):
 
 
 def load_network(path, precision="float32"):
-    """Network and record of `--weight_path`; the network is built from the record and only numbers are loaded.
-
-    Raises
-    ------
-    DataError
-        Where a file is missing or broken, or the weights belong to another architecture.
-    """
+    """Network and record of `--weight_path`, or a DataError; built from the record, and only numbers are loaded."""
     record, file = read_record(path), weight_file(path)
     network = unet.from_settings(record["network"], precision=precision)
     try:
@@ -191,11 +185,9 @@ def section_predictor(
     engine, precision : str
         What computes, and for OpenVINO in which numbers; see `engines.forward`.
     tile, overlap : int, optional
-        Largest side of the network's input, and context on each side of a tile, in px.
-    tta : str
-        A name in `tiling.TRANSFORMS`.
-    batch : int
-        Tiles per call.
+        Largest side of the network's input, and context on each side of a tile, in px; see `tiling.choose`.
+    tta, batch : str, int
+        A name in `tiling.TRANSFORMS`, and tiles per call.
     """
     forward, field = windows_predictor(network, normalisation, engine, precision), unet.field_of(network)
 

@@ -112,7 +112,7 @@ def round_up(length, multiple, remainder=0):
 
 
 def choose(shape, field, *, max_tile=None, halo=None):
-    """Choose the tile and the halo for sections of one shape.
+    """Choose the `Grid` for sections of one shape.
 
     A section that fits into one input is predicted in one piece, mirrored up to the next valid size: there are no
     seams, and the network sees the borders as it saw those of its training windows. A larger one is tiled with a halo
@@ -129,27 +129,16 @@ def choose(shape, field, *, max_tile=None, halo=None):
     halo : int, optional
         Overrides the choice of the halo, also for a section predicted in one piece.
 
-    Returns
-    -------
-    Grid
-
     Raises
     ------
     DataError
         If `max_tile` or `halo` breaks a rule; the message names the flag.
-
-    Examples
-    --------
-    >>> from network.field import ReceptiveField
-    >>> choose((513, 700), ReceptiveField(185, 92, 8)).tile
-    (520, 704)
     """
     multiple, shrink, plus = field.multiple, field.shrink, field.remainder
     most = max_tile or MAX_TILE - (MAX_TILE - plus) % multiple
     if most % multiple != plus:
         raise DataError(f"--tile must be a multiple of {multiple}{f' plus {plus}' if plus else ''}. Received: {most}")
-    if halo is None:
-        halo = _choose_halo(shape, field, most)
+    halo = _choose_halo(shape, field, most) if halo is None else halo
     if halo < shrink or (halo - shrink) % multiple:
         rule = f"{shrink} (the network's own loss) plus a" if shrink else "a non-negative"
         raise DataError(f"--overlap must be {rule} multiple of {multiple}. Received: {halo}")
@@ -181,11 +170,7 @@ def _cuts(length, usable, multiple):
 
 
 def transform(section, turns, mirrored):
-    """Turn a section of shape (H, W) by quarters counter-clockwise, then mirror it left-right; a view.
-
-    >>> transform(np.array([[1, 2, 3]]), 1, False).ravel()
-    array([3, 2, 1])
-    """
+    """Turn a section of shape (H, W) by quarters counter-clockwise, then mirror it left-right; a view."""
     turned = np.rot90(section, turns)
     return turned[:, ::-1] if mirrored else turned
 
@@ -257,8 +242,7 @@ def predict_part(grid, part, pixels, predict, total, *, corner=(0, 0), tta="none
     """Predict a part of a section: its tiles, and the mean over the turned and mirrored versions of the section.
 
     A version has tiles of its own, counted from the corner that is its first; turned back, each tile is added where
-    it belongs. So the numbers of a part are those that the whole section has there. No copy of `pixels` is made but
-    of the tiles of one call, which `predict` gets in their dtype.
+    it belongs. So the numbers of a part are those that the whole section has there.
 
     Parameters
     ----------
@@ -268,8 +252,8 @@ def predict_part(grid, part, pixels, predict, total, *, corner=(0, 0), tta="none
     pixels : ndarray of shape (h, w)
         What the tiles read (`pixels_read`) or more, from the row and column `corner` of the section on.
     predict : callable
-        (B, h, w) -> (B, h - 2 shrink, w - 2 shrink). B is `batch` in all calls, a last one is filled with repeats, and
-        (h, w) is the tile: one compilation serves them all.
+        (B, h, w) in the dtype of `pixels` -> (B, h - 2 shrink, w - 2 shrink). B is `batch` in all calls, a last one is
+        filled with repeats, and (h, w) is the tile: one compilation serves them all.
     total : ndarray of the shape of the part
         Zeros, float32, for the result.
     tta : str

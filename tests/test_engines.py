@@ -4,18 +4,18 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from conftest import ROOT
+from scipy.ndimage import gaussian_filter
 
 import data
 from data import DataError
 from network import device, layers, unet
 from predict import engines, prediction
 
-ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(path.stem for path in (ROOT / "weights").glob("isbi2012_*.json"))
 AGREE = 0.9995  # of all pixels, thresholded at 0.5
 
@@ -35,8 +35,6 @@ NETWORKS = {
 
 def windows_of(*shape, seed=0):
     """Smooth blobs of mean 0 and standard deviation 1."""
-    from scipy.ndimage import gaussian_filter
-
     noise = gaussian_filter(np.random.default_rng(seed).normal(size=shape), (0, 2, 2))
     return (noise / noise.std()).astype(np.float32)
 
@@ -120,20 +118,20 @@ def test_openvino_takes_the_float32_weights_of_a_bfloat16_network():
     np.testing.assert_array_equal(found, expected)
 
 
-UNTOLD = {
-    "another layer": lambda: keras.layers.AveragePooling2D(2, name="odd"),
-    "another activation": lambda: keras.layers.Conv2D(1, 3, activation="gelu", name="odd"),
-    "a layer norm": lambda: keras.layers.LayerNormalization(name="odd"),
-    "another padding": lambda: keras.layers.MaxPooling2D(padding="same", name="odd"),
-    "a padding of a transposed convolution": lambda: keras.layers.Conv2DTranspose(1, 3, padding="same", name="odd"),
-}
-
-
 @openvino
-@pytest.mark.parametrize("name", UNTOLD)
-def test_what_openvino_is_not_told_about_is_refused_by_name_and_left_to_keras_by_auto(name, capsys):
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: keras.layers.AveragePooling2D(2, name="odd"),
+        lambda: keras.layers.Conv2D(1, 3, activation="gelu", name="odd"),
+        lambda: keras.layers.LayerNormalization(name="odd"),
+        lambda: keras.layers.MaxPooling2D(padding="same", name="odd"),
+        lambda: keras.layers.Conv2DTranspose(1, 3, padding="same", name="odd"),
+    ],
+)
+def test_what_openvino_is_not_told_about_is_refused_by_name_and_left_to_keras_by_auto(layer, capsys):
     inputs = keras.Input((None, None, 1))
-    network = keras.Model(inputs, UNTOLD[name]()(inputs))
+    network = keras.Model(inputs, layer()(inputs))
     with pytest.raises(DataError, match="--engine openvino cannot compute the layer odd, but --engine keras can"):
         engines.forward(network, "openvino", "float32")
     windows = windows_of(1, 16, 16)
@@ -158,14 +156,8 @@ def test_nothing_is_reported_to_anybody(tmp_path):
     code = "import sys; from predict import engines; engines._openvino().Core(); "
     code += "print([m for m in sys.modules if 'telemetry.' in m])"
     outside_ci = {k: v for k, v in os.environ.items() if k not in ("CI", "TF_BUILD", "JENKINS_URL")}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=outside_ci | {"HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    how = {"cwd": ROOT, "env": outside_ci | {"HOME": str(tmp_path)}, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **how, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr
     assert not (tmp_path / "intel").exists()
 
@@ -173,38 +165,26 @@ def test_nothing_is_reported_to_anybody(tmp_path):
 # -- which engine ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def present(monkeypatch):
-    """Say whether OpenVINO is installed, and which accelerator there is."""
-
-    def say(installed, accelerator=None):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
-        monkeypatch.setattr(device, "accelerator", lambda: accelerator)
-
-    return say
-
-
 @pytest.mark.parametrize(
-    ("installed", "accelerator", "chosen"),
-    [(True, None, "openvino"), (True, "NVIDIA H200", "keras"), (False, None, "keras"), (False, "NVIDIA H200", "keras")],
+    ("asked", "installed", "accelerator", "chosen"),
+    [
+        ("auto", True, None, "openvino"),
+        ("auto", True, "NVIDIA H200", "keras"),
+        ("auto", False, None, "keras"),
+        ("auto", False, "NVIDIA H200", "keras"),
+        ("openvino", True, "NVIDIA H200", "openvino"),
+        ("keras", True, None, "keras"),
+        ("openvino", False, None, None),
+    ],
 )
-def test_auto_is_openvino_where_it_is_installed_and_there_is_no_accelerator(present, installed, accelerator, chosen):
-    present(installed, accelerator)
-    assert engines.choose("auto") == chosen
-
-
-def test_an_engine_that_is_asked_for_is_taken(present):
-    present(True, "NVIDIA H200")
-    assert engines.choose("openvino") == "openvino"
-    present(True)
-    assert engines.choose("keras") == "keras"
-
-
-def test_openvino_is_refused_where_it_is_not_installed(present):
-    present(False)
-    with pytest.raises(DataError, match=r"^--engine openvino needs .*pip install -r requirements-openvino\.txt$"):
-        engines.choose("openvino")
-
-
-def test_the_requirements_that_are_named_exist():
-    assert "openvino" in (ROOT / "requirements-openvino.txt").read_text()
+def test_auto_is_openvino_where_it_is_installed_and_there_is_no_accelerator(
+    monkeypatch, asked, installed, accelerator, chosen
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(device, "accelerator", lambda: accelerator)
+    if chosen:
+        assert engines.choose(asked) == chosen
+    else:
+        with pytest.raises(DataError, match=r"^--engine openvino needs .*pip install -r requirements-openvino\.txt$"):
+            engines.choose(asked)
+        assert "openvino" in (ROOT / "requirements-openvino.txt").read_text()
