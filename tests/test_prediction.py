@@ -251,22 +251,6 @@ def test_the_training_normalisation_is_used_and_not_the_stacks_own(predict):
     assert np.abs(results[0] - results[1]).max() > 0.01
 
 
-def test_voxel_size_is_carried_over(predict):
-    metadata = {"axes": "ZYX", "unit": "um", "spacing": 0.05}
-    sections = np.stack([section_of(32, 40, seed) for seed in range(3)])
-    predict(sections, imagej=True, resolution=(250, 200), metadata=metadata)
-    assert data.iter_sections("out.tif").voxel_nm == pytest.approx((50, 5, 4))
-
-
-def test_a_folder_of_sections_is_read_in_natural_order(predict):
-    Path("sections").mkdir()
-    for i in (1, 2, 10):
-        tifffile.imwrite(f"sections/{i}.tif", section_of(32, 40, i))
-    predict(np.zeros((8, 8), np.uint8), "--image_path", "sections", "--output", "new/folder/out.tif")
-    for found, seed in zip(tifffile.imread("new/folder/out.tif"), (1, 2, 10), strict=True):
-        np.testing.assert_allclose(found, expected(section_of(32, 40, seed)), atol=1e-6)
-
-
 def test_one_section_is_read_predicted_and_written_at_a_time(call, weights, monkeypatch):
     alive, most, written = set(), [0], []
 
@@ -380,10 +364,12 @@ def test_an_existing_output_is_replaced_with_force_only_and_an_input_never(predi
     np.testing.assert_array_equal(tifffile.imread("stack.tif"), section)
 
 
-def test_a_prediction_says_of_which_pixels_and_weights_it_is_made(predict):
+def test_a_prediction_carries_the_voxel_size_over_and_says_of_which_pixels_and_weights_it_is_made(predict):
     sections = np.stack([section_of(32, 40, seed) for seed in range(2)])
-    predict(sections)
-    with data.iter_sections("out.tif") as found:
+    metadata = {"axes": "ZYX", "unit": "um", "spacing": 0.05}
+    predict(sections, "--output", "new/out.tif", imagej=True, resolution=(250, 200), metadata=metadata)
+    with data.iter_sections("new/out.tif") as found:
+        assert found.voxel_nm == pytest.approx((50, 5, 4))
         assert found.made_of["pixels_sha256"] == data.sha256_pixels(sections)
         assert found.made_of["weights"] == "net.weights.h5"
 
@@ -404,17 +390,13 @@ def test_every_spelling_of_a_weight_path_means_one_file(name):
     assert prediction.record_file(f"weights/{name}") == Path("weights/x.json")
 
 
-def test_weights_come_back_as_they_were(weights):
-    network, record = prediction.load_network(weights)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_weights_come_back_as_they_were_in_the_precision_of_the_prediction(weights, precision):
+    network, record = prediction.load_network(weights, precision)
     for mine, theirs in zip(network.weights, network_of().weights, strict=True):
         assert np.array_equal(mine, theirs)
-    assert record["network"] == SETTINGS
-    assert network.name == "standard_unet"
-
-
-def test_precision_is_that_of_the_prediction(weights):
-    network, _ = prediction.load_network(weights, "bfloat16")
-    assert network.get_layer("down1_conv1").compute_dtype == "bfloat16"
+    assert (record["network"], network.name) == (SETTINGS, "standard_unet")
+    assert network.get_layer("down1_conv1").compute_dtype == precision
 
 
 def record_with(**changes):
