@@ -93,7 +93,8 @@ def _is_tangled(tif, series, count):
         if getattr(page, "subifds", None):
             return False  # smaller copies, which are not looked at
         parts.update(zip(page.dataoffsets, page.databytecounts, strict=True))
-        heads.add((page.offset, 2))
+        own = len(page.keyframe.tags) if page.keyframe is page else 0
+        heads.add((page.offset, tif.tiff.tagnosize + own * tif.tiff.tagsize))
         words += 24 + sum(20 + tag.valuebytecount for tag in page.keyframe.tags)
     if series.dataoffset is not None:
         parts = {(series.dataoffset + i * size, size) for i in range(count)}
