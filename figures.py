@@ -468,8 +468,8 @@ def build_parser():
 def _animate(args):
     if args.every < 1:
         raise ValueError(f"--every must be at least 1. Received: {args.every}")
-    sections = _read_stack(args.image_path, "image", args.test)
-    masks = _read_stack(args.mask_path, "mask", args.test)
+    sections = _read_stack(args.image_path, "image", args)
+    masks = _read_stack(args.mask_path, "mask", args)
     if masks.shape != sections.shape:
         raise ValueError(f"--mask_path must be of the shape of --image_path, {sections.shape}. Received: {masks.shape}")
     if masks.min() < 0 or masks.max() > 255:
@@ -477,28 +477,36 @@ def _animate(args):
     return animation(sections[:: args.every], masks[:: args.every], args.output)
 
 
-def _read_stack(text, what, test):
+def _read_stack(text, what, args):
     """Sections of shape (S, H, W) of a stack, or of the challenge's file in a folder."""
     from files import fetching, stacks
 
-    role = {"image": "test", "mask": "test_mask"}[what] if test else what
+    role = {"image": "test", "mask": "test_mask"}[what] if args.test else what
     inside = Path(text) / fetching.ISBI_ROLES[role]
     path = inside if inside.is_file() else Path(text)
     if not path.exists():
         raise ValueError(f"--{what}_path: {path} does not exist; `dilatedUnet.py fetch isbi2012` prints its folder.")
+    _refuse_input(args, path)
     sections = stacks.load(stacks.open_stack(path, what)).sections
     return sections.view(np.uint8) if sections.dtype == bool else sections
 
 
 def _curves(args):
-    return curves(read_history(_file_of_run(args.run, "history.csv")), args.output)
+    return curves(read_history(_file_of_run(args, "history.csv")), args.output)
 
 
-def _file_of_run(text, name):
+def _refuse_input(args, path):
+    """The picture must not replace the file it is made from; it may lie beside it."""
+    if path.is_file():
+        atomic.refuse_inputs("--output", args.output, path)
+
+
+def _file_of_run(args, name):
     """The file of that name in a run folder, or the file that was typed."""
-    path = Path(text) / name if Path(text).is_dir() else Path(text)
+    path = Path(args.run) / name if Path(args.run).is_dir() else Path(args.run)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a run folder, or its {name}.")
+    _refuse_input(args, path)
     return path
 
 
@@ -515,12 +523,12 @@ def read_history(path):
 
 def _learning_rate(args):
     """The schedule of the settings, and on it what the history recorded."""
-    path = _file_of_run(args.run, "run.json")
+    path = _file_of_run(args, "run.json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         rates, settings = scheduled_rates(record), record["settings"]
         label = f"{settings['clr_mode']}, {settings['lr']:g} to {settings['max_lr']:g}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         rule = "must be a run record, with epochs and the settings of the learning rate"
         raise ValueError(f"{path} {rule}: {error!r}") from error
     history = path.with_name("history.csv")

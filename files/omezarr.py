@@ -95,7 +95,7 @@ def open_zarr(path, what="image"):
         group = zarr.open_group(str(path), mode="r")
         attributes = group.attrs.asdict()
         multiscale = attributes.get("ome", attributes)["multiscales"][0]
-        names = [axis["name"] for axis in multiscale["axes"]]
+        names = [str(axis["name"]) for axis in multiscale["axes"]]
         array = group[multiscale["datasets"][0]["path"]]
         sizes = dict(zip(names, map(int, array.shape), strict=True))
         dtype, chunk_px = np.dtype(array.dtype), math.prod(array.chunks)

@@ -7,7 +7,9 @@ A network sees (value - mean) / standard deviation of its TRAINING sections. Of 
 2. Percentiles that are then far from the training's (`WARN_SD`, in its standard deviations, `WARN_RANGE` a factor) are
    a warning, those beyond `REFUSE_SD` or `REFUSE_RANGE` are refused, but for a single gray value or few pixels.
 3. If the percentiles, freed of mean and standard deviation, fit the mirrored ones of the training twice as well as its
-   own, the stack is probably inverted: a warning.
+   own, or thin lines are bright that were dark there (`dark_lines`), the stack is probably inverted: a warning.
+   ISBI-2012 and the synthetic stack have 0.09 to 0.19, with other contrast, noise or pixel size 0.05 to 0.22; inverted
+   -0.09 and less.
 """
 
 import numpy as np
@@ -19,6 +21,7 @@ NORMAL = np.array([-1.645, -0.674, 0.0, 0.674, 1.645])  # the same of a normal d
 WARN_SD, REFUSE_SD = 1.0, 8.0
 WARN_RANGE, REFUSE_RANGE = 2.5, 8.0
 SKEWED = 0.06  # how far freed percentiles must be from the training's, in sd, to be called inverted; noise is 0.02
+LINES, LINES_PX = 0.05, 2**16  # of `dark_lines`: less of it, or in fewer pixels, says nothing
 FEW_PX = 2**10  # pixels say nothing for certain
 SAMPLE_PX = 2048  # side of the centre that is looked at
 
@@ -49,7 +52,9 @@ def normalisation_for(pixels, record, how, log):
     """
     trained, dtype, white, levels = _training(record)
     found, own = np.percentile(pixels.astype(np.float64), LEVELS), Normalisation.fit(pixels)
-    if levels is not None and _is_inverted(_freed(found, own), _freed(levels, trained)):
+    lines = (record.get("intensity") or {}).get("dark_lines", 0)
+    turned = abs(lines) > LINES and dark_lines(pixels) * np.sign(lines) < -LINES
+    if turned or (levels is not None and _is_inverted(_freed(found, own), _freed(levels, trained))):
         log("warning: the stack looks inverted: what is dark in it was bright in the training sections.")
     if how == "own":
         if not own.std:
@@ -68,10 +73,27 @@ def normalisation_for(pixels, record, how, log):
 def is_record(kept):
     """Whether what a record of weights says of the training's gray values can be what `train` writes."""
     try:
-        numbers = [float(number) for number in (kept["min"], kept["max"], *kept["percentiles"])]
-        return len(numbers) == 101 and bool(np.isfinite(numbers).all()) and np.dtype(kept["dtype"]).kind in "buif"
-    except (KeyError, OverflowError, TypeError, ValueError):
+        numbers = (kept.get("dark_lines", 0), kept["min"], kept["max"], *kept["percentiles"])
+        finite = all(type(number) in (int, float) and np.isfinite(float(number)) for number in numbers)
+        return len(numbers) == 102 and finite and np.dtype(kept["dtype"]).kind in "buif"
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return False
+
+
+def dark_lines(sections):
+    """Thin dark structures against thin bright ones, in (S, h, w): a logarithm that no contrast changes."""
+    from scipy import ndimage
+
+    if sections.size < LINES_PX:
+        return 0.0
+    ratios = []
+    top, left = (max(0, (side - 512) // 2) for side in sections.shape[1:])
+    for section in sections[:, top : top + 512, left : left + 512]:
+        gray = ndimage.gaussian_filter(section.astype(np.float64), 1)
+        dark, bright = ndimage.grey_closing(gray, (9, 9)) - gray, gray - ndimage.grey_opening(gray, (9, 9))
+        ratios.append(np.log((dark.mean() + 1e-9) / (bright.mean() + 1e-9)))
+    found = float(np.mean(ratios))
+    return round(found, 4) if np.isfinite(found) else 0.0
 
 
 def _training(record):

@@ -387,6 +387,9 @@ REFUSED = {
     "a list": ((*RATE, "list.json"), "list.json must be a run record"),
     "no updates": ((*RATE, "none.json"), "must be 1 to 10 million. Received: 0"),
     "too many": ((*RATE, "many.json"), "must be 1 to 10 million"),
+    "no cycle": ((*RATE, "still.json"), "still.json must be a run record"),
+    "nested": ((*RATE, "deep.json"), "deep.json must be a run record"),
+    "its input": ((*PAIR, "images.tif", "--output", "link.gif"), "--output must not be an input"),
 }
 
 
@@ -406,8 +409,11 @@ def bad_files(tmp_path, monkeypatch):
     texts |= {"weights.json": '{"format": "weights"}', "list.json": "[]", "run/run.json": "{}"}
     for name, epochs in (("none", 0), ("many", 10**9)):
         texts[f"{name}.json"] = json.dumps({"epochs": epochs, "settings": SETTINGS | {"clr_mode": "triangular"}})
+    still = SETTINGS | {"clr_mode": "triangular", "step_size": 0}
+    texts |= {"still.json": json.dumps({"epochs": 1, "settings": still}), "deep.json": "[" * 10**5}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "link.gif").symlink_to("images.tif")
     return tmp_path
 
 

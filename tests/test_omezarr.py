@@ -68,6 +68,7 @@ NO_IMAGES = {  # array, axes, other metadata
     "axes of version 0.3": (pixels(3, 8, 8), "zyx", {"axes": ["z", "y", "x"]}),
     "two axes of one name": (pixels(3, 8, 8), "zyx", {"axes": axes("y", "y", "x")}),
     "an axis too few": (pixels(3, 8, 8), "zyx", {"axes": axes("y", "x")}),
+    "a name that is no word": (pixels(3, 8, 8), "zyx", {"axes": axes(1, "y", None)}),
     "names that are no words": (pixels(3, 8, 8), "zyx", {"axes": axes(1, ["y"], None)}),
     "axes of another type": (pixels(3, 8, 8), "zyx", {"axes": 7}),
     "no levels": (pixels(3, 8, 8), "zyx", {"datasets": []}),

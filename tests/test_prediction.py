@@ -330,6 +330,17 @@ def test_gray_values_are_mapped_where_that_is_certain_and_warned_about_where_not
     assert said in "".join(words)
 
 
+def test_thin_lines_tell_what_the_percentiles_do_not(isbi):
+    record = prediction.read_record(ROOT / "weights" / "isbi2012_standard")
+    painted = data.synthetic(3, (300, 300))[0].sections
+    real = data.read_stack(isbi / "test-volume.tif").sections[::10]
+    for stack, contrast in ((real, 0.3), (painted, 1), (painted, 0.3)):
+        for inverted in (False, True):
+            given, words = stack * contrast + 90 * (1 - contrast), []
+            intensity.normalisation_for(255 - given if inverted else given, record, "own", words.append)
+            assert any("inverted" in said for said in words) == inverted
+
+
 def test_gray_values_beyond_all_sense_are_refused_but_with_the_stacks_own_normalisation():
     record, given, words = trained_on(looks()), looks(np.uint16, 1) * 16, []
     with pytest.raises(data.DataError, match=r"the network knows no such values \(--normalise own"):
@@ -347,6 +358,7 @@ def test_the_shipped_weights_know_the_gray_values_that_they_were_trained_on(isbi
         record = prediction.read_record(ROOT / "weights" / name)
         found, expected = record["intensity"]["percentiles"], trained_on(sections)["intensity"]["percentiles"]
         assert found == pytest.approx(expected, abs=1)
+        assert record["intensity"]["dark_lines"] == intensity.dark_lines(sections[[0, 15, -1]])
 
 
 # -- outputs -----------------------------------------------------------------------------------------------------

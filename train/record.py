@@ -20,6 +20,7 @@ from data import DataError
 from files import atomic
 from network import device
 from predict import prediction
+from predict.intensity import dark_lines
 from train.progress import say
 
 # What may differ between a run and its resumption; every other setting must be the same.
@@ -211,9 +212,10 @@ def hardware():
 
 
 def intensity(sections, pixels=2**22):
-    """The gray values that a network is trained on: type, range and percentiles 1..99 (of every nth row if many)."""
+    """The gray values that a network is trained on: type, range, lines, percentiles 1..99 (of every nth row)."""
     few = sections[:, :: max(1, math.ceil(sections.size / pixels))]
     ends = {"dtype": str(sections.dtype), "min": float(sections.min()), "max": float(sections.max())}
+    ends["dark_lines"] = dark_lines(sections[[0, len(sections) // 2, -1]])
     return ends | {"percentiles": np.percentile(few, range(1, 100)).round(4).tolist()}
 
 
