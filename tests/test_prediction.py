@@ -364,7 +364,7 @@ def test_the_shipped_weights_know_the_gray_values_that_they_were_trained_on(isbi
 # -- outputs -----------------------------------------------------------------------------------------------------
 
 
-def test_an_existing_output_is_replaced_with_force_only_and_an_input_never(predict):
+def test_an_existing_output_is_replaced_with_force_only(predict):
     section = section_of(32, 40)[None]
     Path("out.tif").write_bytes(b"precious")
     assert "out.tif exists already (--force replaces it)" in predict(section, code=2).err.splitlines()[-1]
