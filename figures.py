@@ -550,4 +550,6 @@ def scheduled_rates(record):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from files import shell
+
+    sys.exit(shell.ends(main))

@@ -72,7 +72,7 @@ def ends(main):
     if lost and not code:
         if lost.errno == errno.EPIPE:
             return BROKEN_PIPE
-        print(f"dilatedUnet.py: stdout could not be written: {lost.strerror}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: stdout could not be written: {lost.strerror}", file=sys.stderr)
         return 2
     return getattr(received[0], "code", 130) if received and code == 130 else code
 
