@@ -1,5 +1,6 @@
 """Weights in and out, and the `predict` verb: any size, any tile, the training's normalisation, flat memory."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -359,6 +360,37 @@ def test_the_shipped_weights_know_the_gray_values_that_they_were_trained_on(isbi
         found, expected = record["intensity"]["percentiles"], trained_on(sections)["intensity"]["percentiles"]
         assert found == pytest.approx(expected, abs=1)
         assert record["intensity"]["dark_lines"] == intensity.dark_lines(sections[[0, 15, -1]])
+
+
+ODD = (None, True, -1, 1.5, 1e308, 10**400, float("nan"), "x", "1", [], {}, [1], ["1"], [[]])
+
+
+def places(value, place=()):
+    """Every place of a record, of long lists the first two."""
+    yield place
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, item in inside:
+        yield from places(item, (*place, key))
+
+
+def test_a_record_with_any_value_exchanged_is_refused_in_one_sentence_or_used(tmp_path):
+    shipped = ROOT / "weights" / "isbi2012_standard"
+    shutil.copy(prediction.weight_file(shipped), tmp_path / "net.weights.h5")
+    kept = ("format", "network", "normalisation", "intensity", "threshold")
+    record = json.loads(prediction.record_file(shipped).read_text())
+    text, given, used = json.dumps({key: record[key] for key in kept}), looks(size=9), 0
+    for *way, last in list(places(json.loads(text)))[1:]:
+        for odd in ODD:
+            record = json.loads(text)
+            functools.reduce(lambda part, key: part[key], way, record)[last] = odd
+            (tmp_path / "net.json").write_text(json.dumps(record))
+            with contextlib.suppress(data.DataError):
+                found = prediction.read_record(tmp_path / "net")
+                unet.field_from_settings(found["network"])
+                prediction.segmentation_of([found, found])
+                intensity.normalisation_for(given, found, "own", lambda _: None)
+                used += 1
+    assert used
 
 
 # -- outputs -----------------------------------------------------------------------------------------------------
