@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import sys
 
 from files.atomic import DataError
@@ -60,7 +61,7 @@ def check_cluster():
         config = json.loads(os.environ.get("TF_CONFIG") or "{}")
         cluster, task = config.get("cluster", {}), config.get("task", {})
         hosts = [host for kind in cluster.values() for host in kind]
-        good = all(isinstance(host, str) for host in hosts) and int(task.get("index", 0)) >= 0
+        good = all(re.fullmatch(r"\S+:[0-9]{1,5}", host) for host in hosts) and int(task.get("index", 0)) >= 0
     except (ValueError, TypeError, AttributeError, RecursionError):
         good = False
     if not good:

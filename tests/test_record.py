@@ -1,7 +1,10 @@
 """The run folder: whose files stand there, what a run remembers, what must be the same when it goes on."""
 
+import contextlib
 import json
 import math
+import random
+import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -164,6 +167,53 @@ def test_weights_of_every_network_that_flags_can_describe_are_read(tmp_path, fla
     with open(tmp_path / "x.weights.h5", "wb") as file:
         file.truncate(2**32)  # as large as any
     assert prediction.read_record(tmp_path / "x")["network"] == json.loads(json.dumps(network))
+
+
+CASES = 200  # of each kind
+ODD = (None, True, 0, -1, 1.5, "", "x", [], {}, [None], {"": None}, 10**400, math.nan, math.inf, "9" * 500)
+
+
+def spoilt(record, rng):
+    """A copy in which something, anywhere, is gone, of another type or beyond all sense."""
+    record = inside = json.loads(json.dumps(record))
+    while True:
+        key = rng.choice([*inside] if isinstance(inside, dict) else range(len(inside)))
+        if not (isinstance(inside[key], dict | list) and inside[key] and rng.random() < 0.8):
+            break
+        inside = inside[key]
+    if rng.random() < 0.3:
+        del inside[key]
+    else:
+        inside[key] = rng.choice(ODD)
+    return record
+
+
+@pytest.mark.parametrize("kind", ["run record", "checkpoint", "record of weights"])
+def test_a_file_that_is_damaged_anywhere_is_refused_in_a_sentence_or_read(finished, tmp_path, monkeypatch, kind):
+    """Some cases, drawn once and for all; whatever is neither is a traceback for somebody."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    place = records.Place(tmp_path / "runs/x", tmp_path / "weights/x.weights.h5")
+    whole, rng, read = strict(place.record), random.Random(14), 0
+    path = prediction.record_file(place.weights) if kind == "record of weights" else place.record
+    good = arrays(place.checkpoint)[1] | {"seconds": 1.0, "names": []} if kind == "checkpoint" else strict(path)
+
+    def use(found):
+        if kind == "checkpoint":
+            np.savez(place.checkpoint, meta=np.array(json.dumps(found)))
+            return records.load_checkpoint(place.checkpoint, []).write_history(place.history)
+        path.write_text(json.dumps(found))
+        if kind == "record of weights":
+            kept = prediction.read_record(place.weights)
+            return kept["network"] == good["network"] or prediction.load_network(place.weights)
+        before = records.prepare(place, whole, resume=True, force=False, inputs=(), defaults={})
+        return records.nothing_left(before, 3), json.dumps(records.continued(whole, before, 2))
+
+    for _ in range(CASES):
+        with contextlib.suppress(DataError):
+            use(spoilt(good, rng))
+            read += 1
+    assert CASES / 10 < read < CASES - CASES / 10
 
 
 # -- whose files stand there -------------------------------------------------------------------------------------

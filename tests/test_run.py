@@ -155,7 +155,7 @@ def test_force_replaces_the_run_and_several_updates_per_call_give_the_same_one(a
 
 def test_two_trainings_in_one_folder_or_with_one_weight_file_are_refused(again, tmp_path):
     before = files(tmp_path)
-    for path in ("runs/x", "weights/x.weights.h5"):
+    for path in ("runs/x", "weights/x.weights.h5", "runs/x/last.weights.h5"):
         with atomic.locked(tmp_path / path):
             done = again("--force")
         assert (done.code, "in use by another run" in done.err.splitlines()[-1]) == (2, True)

@@ -15,6 +15,7 @@ LOOKS = "TF_CONFIG must look like"
         ("TF_CONFIG", "[1]", LOOKS),
         ("TF_CONFIG", '{"cluster": {"worker": 3}}', LOOKS),
         ("TF_CONFIG", '{"cluster": {"worker": [1]}}', LOOKS),
+        ("TF_CONFIG", '{"cluster": {"worker": ["a", "b:1"]}}', LOOKS),
         ("TF_CONFIG", '{"task": {"index": "first"}}', LOOKS),
         ("TF_CONFIG", "[" * 100_000, LOOKS),
         ("KERAS_DISTRIBUTION_NUM_PROCESSES", "two", "must be a whole number. Received: two"),

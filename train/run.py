@@ -299,7 +299,7 @@ def new_record(args, stacks, precision, network):
 def begin(args, place, record, defaults, locks):
     """Take the folder and the weights for this process, and make them ready; the record of the run that goes on."""
     network = (prediction.weight_file(args.init_from), prediction.record_file(args.init_from)) if args.init_from else ()
-    for path in (place.folder, place.weights):
+    for path in (place.folder, place.weights, place.last):
         locks.enter_context(atomic.locked(path))
     how = {"resume": args.resume, "force": args.force, "inputs": (args.image_path, args.mask_path, *network)}
     return records.prepare(place, record, **how, defaults=defaults)
