@@ -84,10 +84,11 @@ def _stop(number, _):
 
 def _again(lost):
     """What a signal raised where Python drops errors, such as in a finalizer, is raised once more, elsewhere."""
-    if not isinstance(lost.exc_value, KeyboardInterrupt):
-        return sys.__unraisablehook__(lost)
-    number = signal.SIGTERM if isinstance(lost.exc_value, Terminated) else signal.SIGINT
-    return threading.Timer(0.1, signal.raise_signal, [number]).start()
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        number = signal.SIGTERM if isinstance(lost.exc_value, Terminated) else signal.SIGINT
+        threading.Timer(0.1, signal.raise_signal, [number]).start()
+    elif not received:  # else a library stumbles on its way out, where it was half-way started
+        sys.__unraisablehook__(lost)
 
 
 def _open_streams():

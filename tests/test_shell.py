@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 LIST = "reproduce table --list"
-ENDS = "import os, signal, sys, time\nfrom files import shell\n{}\nsys.exit(shell.ends(main))"
+ENDS = "import atexit, os, signal, sys, time\nfrom files import shell\n{}\nsys.exit(shell.ends(main))"
 KILL = "os.kill(os.getpid(), signal.{})"
 
 
@@ -61,6 +61,7 @@ def test_a_terminal_without_the_letters_gets_escapes(encoding):
         (f"def main():\n try: {KILL.format('SIGTERM')}\n except KeyboardInterrupt: return 130", 143),
         (f"def main():\n signal.signal(signal.SIGINT, signal.default_int_handler)\n {KILL.format('SIGINT')}", 130),
         (f"class Main:\n def __del__(self): {KILL.format('SIGTERM')}\ndef main(): Main(); time.sleep(60)", 143),
+        (f"def main(): atexit.register(lambda: 1 / 0); {KILL.format('SIGTERM')}", 143),
         ("def main(): sys.exit(2)", 2),
         ("def main(): return 0", 0),
         ("def main():\n import matplotlib\n return matplotlib.get_backend() != 'agg'", 0),
