@@ -317,8 +317,9 @@ def restore(args, place, spread, trainee, copy):
             records.load_checkpoint(place.checkpoint, copy.state())
     if len(journal.rows) > args.epochs:
         raise DataError(f"--epochs must be at least the {len(journal.rows)} done. Received: {args.epochs}")
-    if journal.validated and not place.weights.exists():
-        raise DataError(f"{place.weights}, the best weights so far, is gone: --force starts anew.")
+    for path in (place.weights, prediction.record_file(place.weights)) if journal.validated else ():
+        if not path.exists():
+            raise DataError(f"{path}, of the best weights so far, is gone: --force starts anew.")
     say(f"resumed after epoch {len(journal.rows)}, update {len(journal.rows) * args.steps_per_epoch}")
     return journal
 
