@@ -5,6 +5,7 @@ network (undilated, not summed) in place of two, up-sampling is nearest-neighbou
 convolution is followed by batch norm, an epoch is 50 updates of 3 windows, and "augmented" is `--augment all`.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -157,6 +158,7 @@ STUDY = {
 STUDY_QUICK = {"filters": "16,32,64,128", "window": 192, "steps_per_epoch": 10}
 SECTIONS, SECTIONS_X = (1, 2, 5, 10, 24), "labelled training sections"
 RECEPTIVE = {"off": "dilation-off", "encoder": "dilation-encoder", "centre": "dilation-centre"}
+TUNED = {f"{how}, {n} section{'s' * (n > 1)}": f"{how}-{n}" for n in (1, 2, 5) for how in ("scratch", "finetune")}
 FACTORS = {
     factor.name: factor
     for factor in (
@@ -166,6 +168,7 @@ FACTORS = {
         Factor("optimizer", "Optimizer", {"SGD": "sgd", "Adam": "base", "Adamax": "adamax"}, "Adamax"),
         Factor("sections", "Labelled sections", {str(n): f"sections-{n}" for n in SECTIONS}, x=SECTIONS_X),
         Factor("receptive", "Receptive field", RECEPTIVE, x="receptive field, px"),
+        Factor("finetune", "Fine-tuning, on the synthetic stack", TUNED),
     )
 }
 POSTER = ("depth", "augmentation", "lr", "optimizer")
@@ -178,7 +181,9 @@ def study_rows(quick: bool, factor: str | None = None) -> Table:
     names = dict.fromkeys(row for f in factors for row in f.levels.values())
     rows = tuple(Row(name, flags(changes[name]), minutes=2 if quick else 4) for name in names)
     pairs = {f"the {x}'s dilation": (f"dilation-{x}", "dilation-off") for x in ("encoder", "centre")}
-    comparisons = comparisons_of(pairs, HELD_OUT) if factor == "receptive" else ()
+    if factor == "finetune":
+        pairs = {f"fine-tuning, {n} labelled": (f"finetune-{n}", f"scratch-{n}") for n in (1, 2, 5)}
+    comparisons = comparisons_of(pairs, HELD_OUT) if factor in ("receptive", "finetune") else ()
     title = f"The training study: {FACTORS[factor].title.lower()}" if factor else "The training study"
     return Table("study", title, rows, quick, comparisons, factors)
 
@@ -201,7 +206,16 @@ def study_changes(quick):
         "dilation-encoder": strong | {"dilate_rate": 2},
         "dilation-centre": strong | {"dilate": 1},
     }
-    return rows | {f"sections-{n}": curve | {"train_sections": spread_over(n, 24)} for n in SECTIONS}
+    rows |= {f"sections-{n}": curve | {"train_sections": spread_over(n, 24)} for n in SECTIONS}
+    # As many updates from nothing as from the shipped network, which has never seen this stack.
+    same = {"image_path": "synthetic", "epochs": 2 if quick else 5, "protocol": "holdout"}
+    starts = {
+        "scratch": {"recipe": "quick", "bn_momentum": 0.9},
+        "finetune": {"recipe": "finetune", "init_from": "weights/isbi2012_standard"},
+    }
+    for how, n in itertools.product(starts, (1, 2, 5)):
+        rows[f"{how}-{n}"] = starts[how] | same | {"train_sections": spread_over(n, 24)}
+    return rows
 
 
 def spread_over(count: int, available: int) -> str:
