@@ -86,9 +86,17 @@ def _again(lost):
     """What a signal raised where Python drops errors, such as in a finalizer, is raised once more, elsewhere."""
     if isinstance(lost.exc_value, KeyboardInterrupt):
         number = signal.SIGTERM if isinstance(lost.exc_value, Terminated) else signal.SIGINT
-        threading.Timer(0.1, signal.raise_signal, [number]).start()
+        threading.Timer(0.1, _send, [number]).start()
     elif not received:  # else a library stumbles on its way out, where it was half-way started
         sys.__unraisablehook__(lost)
+
+
+def _send(number):
+    """Send a signal to the main thread, which may be asleep and would not notice one sent to another."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, number)
+    else:
+        signal.raise_signal(number)
 
 
 def _open_streams():

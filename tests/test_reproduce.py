@@ -294,7 +294,7 @@ def test_a_damaged_file_of_records_is_refused_in_one_sentence_before_any_run(rep
 
 def test_records_that_cannot_be_written_are_refused_before_any_run(reproduced):
     Path("results").write_text("")
-    refused(reproduced, "results could not be written", *ONE, "--collect")
+    refused(reproduced, "--records must be a folder", *ONE, "--collect")
 
 
 # -- runs

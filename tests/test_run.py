@@ -600,7 +600,7 @@ GRAY = np.random.default_rng(0).integers(0, 256, (10, 64, 80), dtype=np.uint8)
         ("scale must be two numbers, smallest and largest", {"flags": "--augment all --scale 2 1"}),
         ("could not be written", {"flags": "--run_dir images.tif/run"}),
         ("could not be written", {"flags": "--weight_path /proc/nowhere/x.weights"}),
-        ("images.tif could not be written", {"flags": "--augment_preview images.tif/p.png"}),
+        ("must not be an input", {"flags": "--augment_preview images.tif/p.png"}),
         ("there are none beside", {"flags": "--image_path images.tif", "unlabelled": True}),
     ],
 )  # fmt: skip
