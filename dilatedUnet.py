@@ -64,7 +64,7 @@ RECIPES = {
 COSTS = {
     "published": "the study of 2017, which validated on its training sections. Estimated: 4 to 9 hours on 2 CPU cores, "
     "3 minutes on an H200-class GPU",
-    "quick": "for your own sections. At most 15 minutes on 2 CPU cores",
+    "quick": "for your own sections. 11 to 16 minutes on 2 CPU cores",
     "finetune": "for a few sections: goes on from the shipped network. Estimated: 6 minutes on 2 CPU cores",
     "strong": "for your own sections, 16 times as many updates on larger windows. Estimated: half a day on 2 CPU "
     "cores, 6 minutes on an H200-class GPU",
