@@ -179,7 +179,8 @@ def study_rows(quick: bool, factor: str | None = None) -> Table:
     factors = tuple(FACTORS[name] for name in ([factor] if factor else POSTER))
     changes = study_changes(quick)
     names = dict.fromkeys(row for f in factors for row in f.levels.values())
-    rows = tuple(Row(name, flags(changes[name]), minutes=2 if quick else 4) for name in names)
+    minutes = (6 if factor == "finetune" else 2) if quick else 4
+    rows = tuple(Row(name, flags(changes[name]), minutes) for name in names)
     pairs = {f"the {x}'s dilation": (f"dilation-{x}", "dilation-off") for x in ("encoder", "centre")}
     if factor == "finetune":
         pairs = {f"fine-tuning, {n} labelled": (f"finetune-{n}", f"scratch-{n}") for n in (1, 2, 5)}
