@@ -1,8 +1,11 @@
 """Where a training starts from: weights of another run, and the time that it may take."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
-from conftest import HOLDOUT, assert_same_run, same_weights, strict
+from conftest import HOLDOUT, assert_same_run, files, same_weights, strict
 
 from network import unet
 from predict import prediction
@@ -43,13 +46,28 @@ def test_a_fine_tuned_run_has_its_own_normalisation_and_names_where_it_started(t
     assert done.code == 0, done.err
     run, there = strict("run/run.json"), prediction.read_record(weights)
     assert run["normalisation"] != there["normalisation"]
-    assert run["init_from"] == strict("run/best.json")["init_from"] == initial.origin(weights)
+    assert run["init_from"] == strict("run/best.json")["init_from"] == initial._origin(weights)
     network, record = prediction.load_network("run/best")
     assert record["network"]["bn_momentum"] == 0
     theirs = prediction.load_network(weights)[0]
     for layer in network.layers:
         if hasattr(layer, "kernel"):
             np.testing.assert_allclose(layer.kernel, theirs.get_layer(layer.name).kernel, atol=1e-6)
+
+
+def test_a_start_is_needed_once_and_a_refused_one_costs_nothing(train, finished):
+    for suffix in (".weights.h5", ".json"):
+        shutil.copy(finished / f"weights/x{suffix}", f"start{suffix}")
+    flags = f"{HOLDOUT} --inner_sections 0 --run_dir run --init_from start --epochs"
+    assert train(f"{flags} 1").code == 0
+    start, before = strict("run/run.json")["init_from"], files("run")
+    assert start["sha256"]
+    done = train(f"{flags} 1 --force --filters 2,4")
+    assert (done.code, files("run")) == (2, before)
+    for path in Path.cwd().glob("start*"):
+        path.unlink()
+    assert train(f"{flags} 2 --resume").code == 0
+    assert strict("run/run.json")["init_from"] == start
 
 
 def test_a_run_laid_out_for_minutes_is_resumed_as_it_was_laid_out(train, monkeypatch, tmp_path):

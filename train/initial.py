@@ -21,11 +21,17 @@ def start_from(network, path):
     named. The gray values are normalised by the new training sections' own mean and deviation, not by those of the
     other network: it saw gray values of mean 0 and deviation 1, and sees them again.
 
+    Returns
+    -------
+    dict
+        Which weights those are, for the record.
+
     Raises
     ------
     DataError
         If the weights belong to a network of another kind; the message says with which flags it was built.
     """
+    start = _origin(path)
     source, record = prediction.load_network(path)
     ours, theirs = ({layer.name: layer for layer in net.layers if layer.weights} for net in (network, source))
     shapes = {name: [w.shape for w in theirs[name].weights] if name in theirs else None for name in ours}
@@ -37,6 +43,7 @@ def start_from(network, path):
         for ours_is, theirs_is in zip(ours[name].weights, theirs[name].weights, strict=True):
             ours_is.assign(keras.ops.convert_to_numpy(theirs_is))
     say(f"starts from {prediction.weight_file(path)}" + f", but for {', '.join(other)}" * bool(other))
+    return start
 
 
 def _dilations(layers):
@@ -65,8 +72,7 @@ def laid_out(updates, steps_per_epoch):
     return max(1, updates // steps), steps
 
 
-def origin(path):
-    """Which weights those are, for the record; DataError where there are none."""
+def _origin(path):
     try:
         prediction.read_record(path)
     except DataError as error:

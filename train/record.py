@@ -167,7 +167,7 @@ def continued(record, before, epoch):
     now = record["sittings"][-1] | {"from_epoch": epoch}
     if found := differences(earlier[-1], now):
         say(f"--resume: not as in the sitting before: {'; '.join(found)}")
-    first = {key: before[key] for key in PROVENANCE[1:] if key in before}
+    first = {"init_from": before.get("init_from")} | {key: before[key] for key in PROVENANCE[1:] if key in before}
     return before | record | first | {"sittings": [*earlier, now]}
 
 

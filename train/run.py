@@ -62,14 +62,14 @@ def train(args, place, spread, defaults):
     if args.augment_preview:
         return preview(args, stacks)
     say(stacks.describe())
-    if args.minutes:
-        lay_out(args, place, stacks, precision)
+    lay_out(args, place, stacks, precision)
     course = course_of(args)
     trainee = make_trainee(args, course, stacks.normalisation, precision, spread)
+    start = initial.start_from(trainee.network, args.init_from) if args.init_from and not resumes(args, place) else None
     if args.lr_find:
         return find_learning_rate(args, trainee, feed_of(args, stacks), place)
     say(f"schedule: {course.describe(args.window)}")
-    record = new_record(args, stacks, precision, trainee.network)
+    record = new_record(args, stacks, precision, trainee.network) | {"init_from": start}
     extra = extra_callbacks(args, place) if spread.chief else []
     with contextlib.ExitStack() as locks:
         before = together(spread, lambda: spread.chief and begin(args, place, record, defaults, locks))
@@ -277,7 +277,6 @@ def new_record(args, stacks, precision, network):
         "precision": precision,
         "seed": args.seed,
         "split": {key: list(getattr(split, key)) for key in SPLIT} | {"protocol": split.protocol},
-        "init_from": initial.origin(args.init_from) if args.init_from else None,
         "normalisation": stacks.normalisation.to_dict(),
         "intensity": records.intensity(stacks.images.sections[list(split.train)]),
         "data": {
@@ -305,11 +304,14 @@ def begin(args, place, record, defaults, locks):
     return records.prepare(place, record, **how, defaults=defaults)
 
 
+def resumes(args, place):
+    """Whether there is a checkpoint to go on from."""
+    return args.resume and place.checkpoint.exists()
+
+
 def restore(args, place, spread, trainee, copy):
     """What the run remembers: of the checkpoint, if it goes on from one."""
-    if not (args.resume and place.checkpoint.exists()):
-        if args.init_from:
-            initial.start_from(trainee.network, args.init_from)
+    if not resumes(args, place):
         return records.Journal()
     journal = records.load_checkpoint(place.checkpoint, trainee.state())
     if copy is not None:
@@ -326,8 +328,9 @@ def restore(args, place, spread, trainee, copy):
 
 def lay_out(args, place, stacks, precision):
     """--minutes: the epochs and their updates, of the run that is resumed or else from the time of an update."""
-    before = records.read_record(place.record) if args.resume and place.checkpoint.exists() else None
-    if before:
+    if not args.minutes:
+        return
+    if resumes(args, place) and (before := records.read_record(place.record)):
         args.epochs, args.steps_per_epoch = before["epochs"], before["settings"]["steps_per_epoch"]
         return
     trainee = make_trainee(args, course_of(args), stacks.normalisation, precision)
