@@ -89,6 +89,11 @@ def call_here(capsys, *words, main=None):
     return Called(code, *capsys.readouterr())
 
 
+def cases(names, *rows):
+    """A test for every row of a table with these columns."""
+    return pytest.mark.parametrize(names, rows)
+
+
 def history(folder):
     """The rows of a run's history.csv; a column is left out of the rows where it is empty."""
     with open(folder / "history.csv", newline="") as file:

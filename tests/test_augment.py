@@ -104,8 +104,6 @@ def source_map(one, window):
 
 
 # --- exact pixels
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 def test_a_crop_alone_is_the_sections_pixels_bit_for_bit(dtype):
     images = stack(dtype=dtype) * dtype(3) / 3 if dtype == np.float32 else stack(dtype=dtype)
@@ -166,8 +164,6 @@ def test_uint8_uint16_and_float32_give_the_same_bits(made):
 
 
 # --- one map
-
-
 @GEOMETRY
 @RUNS
 def test_image_and_mask_stay_registered_in_every_pixel(made, run):
@@ -243,8 +239,6 @@ def test_the_margin_is_nothing_without_resampling_and_the_corners_for_any_angle(
 
 
 # --- each transform does what it says
-
-
 def test_rotation_is_anticlockwise_as_quarter_turns_are_three_by_30_degrees_making_one():
     image, crop = transformed(stack(), Recipe(max_rotation_deg=180), rotation_deg=90)
     np.testing.assert_allclose(image, np.rot90(crop), atol=0.02)
@@ -317,8 +311,6 @@ def test_context_beyond_the_border_is_mirrored_however_far(shape, margin):
 
 
 # --- gray values
-
-
 def gray_warp(z, contrast=1.0, brightness=0.0, gamma=1.0):
     made = Recipe(brightness=0.5, contrast=0.5, gamma=1.0)
     gray = np.float32([[contrast, brightness, gamma, 0]])
@@ -391,8 +383,6 @@ def test_noise_has_the_strength_that_was_drawn():
 
 
 # --- keys
-
-
 def test_an_element_does_not_depend_on_the_batch_it_travels_in():
     made = RECIPES["all"]
     together = warp(batch(stack(), stack(), made, indices=[2, 5, 7]), made)
@@ -460,8 +450,6 @@ def test_origins_reach_every_place_of_the_section():
 
 
 # --- the compiled warp, the preview, and what is refused
-
-
 def test_compiled_and_eager_warp_agree():
     made = RECIPES["all"]
     arrays = batch(stack(), stack(), made)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, ome_zarr
+from conftest import ROOT, cases, ome_zarr
 
 import data
 from files import atomic, omezarr
@@ -29,8 +29,6 @@ NM = (40.0, 4.0, 8.0)
 
 
 # -- networks in numpy, which workers import from here -----------------------------------------------------------
-
-
 def load(weights, precision):
     """A maximum over 4 x 4 px, and those above it and on its right; zeros beyond the input.
 
@@ -87,8 +85,6 @@ def load_keras(weights, precision):
 
 
 # -- a folder with an image, weights and a prediction ------------------------------------------------------------
-
-
 def pixels(*shape, dtype=np.uint8, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape).astype(dtype)
 
@@ -148,8 +144,6 @@ def here(tmp_path):
 
 
 # -- the same numbers --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("tta", "batch_size"), [("none", 1), ("none", 3), ("4", 1), ("7", 3), ("8", 1)])
 @pytest.mark.parametrize("shape", [(96, 80), (101, 43), (7, 210), (17, 19)])
 @pytest.mark.parametrize("halo", [0, 8])
@@ -189,8 +183,6 @@ def test_a_block_is_no_deeper_than_its_pixels_may_be_many(here, monkeypatch):
 
 
 # -- OME-Zarr ----------------------------------------------------------------------------------------------------
-
-
 def attributes_of(path, version):
     """Metadata of an image, from the place where its version has it."""
     attributes = zarr.open_group(str(path), mode="r").attrs.asdict()
@@ -223,13 +215,11 @@ def test_the_prediction_has_the_axes_and_the_anisotropic_voxels_of_the_image(her
         np.testing.assert_array_equal(np.stack(list(reader)), here.expected(sections))
 
 
-@pytest.mark.parametrize(
-    ("voxel_nm", "scale", "units"),
-    [
-        (NM, [40.0, 4.0, 8.0], ["nanometer"] * 3),
-        ((None, 4.0, 4.0), [1.0, 4.0, 4.0], [None, "nanometer", "nanometer"]),
-        (None, [1.0] * 3, [None] * 3),
-    ],
+@cases(
+    "voxel_nm, scale, units",
+    (NM, [40.0, 4.0, 8.0], ["nanometer"] * 3),
+    ((None, 4.0, 4.0), [1.0, 4.0, 4.0], [None, "nanometer", "nanometer"]),
+    (None, [1.0] * 3, [None] * 3),
 )
 def test_the_prediction_of_a_tiff_carries_its_voxel_size_over(here, voxel_nm, scale, units):
     source = here.folder / "image.tif"
@@ -261,8 +251,6 @@ def test_without_the_extra_the_error_says_what_to_install(here, monkeypatch):
 
 
 # -- kills and resumption ----------------------------------------------------------------------------------------
-
-
 def kill(here, source, after, **options):
     """Predict in a process of its own, which dies after so many windows."""
     code = f"""
@@ -301,14 +289,12 @@ def test_a_finished_prediction_is_resumed_without_a_window(here):
     assert here.said[0].startswith("sections of 40 x 50 px: 12 tiles of 32 x 32 px")
 
 
-@pytest.mark.parametrize(
+@cases(
     "damage",
-    [
-        lambda chunk: chunk.unlink(),
-        lambda chunk: chunk.write_bytes(b""),
-        lambda chunk: chunk.write_bytes(chunk.read_bytes()[:50]),
-        lambda chunk: chunk.rename(chunk.with_suffix(".0123456789abcdef.partial")),  # zarr's name until it is whole
-    ],
+    lambda chunk: chunk.unlink(),
+    lambda chunk: chunk.write_bytes(b""),
+    lambda chunk: chunk.write_bytes(chunk.read_bytes()[:50]),
+    lambda chunk: chunk.rename(chunk.with_suffix(".0123456789abcdef.partial")),  # zarr's name until it is whole
 )
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_a_chunk_that_is_not_whole_is_predicted_again(here, version, damage):
@@ -364,17 +350,15 @@ def test_zarr_moves_a_chunk_to_its_place_when_it_is_whole(here, monkeypatch):
     assert moved[chunk].endswith(".partial")
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"weights": b"9876"}, "weights_sha256"),
-        ({"seed": 1}, "image_sha256"),
-        ({"count": 3}, "image_shape"),
-        ({"tile": 40}, "tile"),
-        ({"overlap": 4}, "halo"),
-        ({"tta": "4"}, "tta"),
-        ({"precision": "bfloat16"}, "precision"),
-    ],
+@cases(
+    "change, words",
+    ({"weights": b"9876"}, "weights_sha256"),
+    ({"seed": 1}, "image_sha256"),
+    ({"count": 3}, "image_shape"),
+    ({"tile": 40}, "tile"),
+    ({"overlap": 4}, "halo"),
+    ({"tta": "4"}, "tta"),
+    ({"precision": "bfloat16"}, "precision"),
 )
 def test_resume_refuses_what_is_made_of_something_else_and_force_replaces_it(here, change, words):
     here.predict(here.tiff(pixels(2, 60, 70)), overlap=8)
@@ -401,8 +385,6 @@ def test_an_image_that_is_no_prediction_is_kept(here, flag):
 
 
 # -- workers -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def distributed():
     """The module; what it leaves in the environment goes afterwards."""
@@ -491,8 +473,6 @@ def test_a_scheduler_that_cannot_be_reached_is_said_to_be(here, monkeypatch, dis
 
 
 # -- the network of the suite ------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_a_network_of_the_suite_gives_the_same_bits_as_section_by_section(here):
     from network import unet

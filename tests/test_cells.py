@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tifffile
-from conftest import call_here, call_quietly, history
+from conftest import call_here, call_quietly, cases, history
 from keras import ops
 
 import augment
@@ -19,7 +19,6 @@ from score import evaluation, scores, segments
 from train import run as training
 from train.feed import pixel_weights
 
-JAX = pytest.mark.jax
 TINY = "--filters 2 --depth 2 --window 60 --precision float32 --steps_per_epoch 2 --epochs 2 --lr 1e-3"
 
 
@@ -64,9 +63,6 @@ def parsed(words):
     return dilatedUnet.parse(words.split())
 
 
-# -- the recipe of the paper, by default
-
-
 def test_the_architecture_brings_the_papers_recipe_unless_a_flag_says_otherwise():
     args = parsed("--arch unet2015")
     assert (args.filters, args.depth, args.padding, args.dropout) == ((64,), 4, "valid", 0.5)
@@ -80,9 +76,10 @@ def test_the_architecture_brings_the_papers_recipe_unless_a_flag_says_otherwise(
     assert (old.optimizer, old.momentum, old.batch_size, old.clr_mode) == ("rmsprop", 0, 3, "triangular")
 
 
-@pytest.mark.parametrize(
-    ("window", "words"),
-    [(62, "must be a multiple of 4 and at least 44. Received: 62; nearest: "), (108, "must fit into the sections")],
+@cases(
+    "window, words",
+    (62, "must be a multiple of 4 and at least 44. Received: 62; nearest: "),
+    (108, "must fit into the sections"),
 )
 def test_a_window_that_does_not_fit_is_refused(frames, window, words):
     with pytest.raises(data.DataError, match=words):
@@ -94,9 +91,6 @@ def test_the_window_may_be_larger_than_the_section_by_what_the_network_loses(fra
     args = dilatedUnet.parse(command(frames, "--window 104"))
     (batch,) = next(training.feed_of(args, training.load(args)).training(0))
     assert batch["image"].shape[1] >= 104
-
-
-# -- what the network is given
 
 
 def test_an_unpadded_network_sees_context_around_the_crop_mirrored_at_the_border():
@@ -144,7 +138,6 @@ def test_weights_know_nothing_of_held_out_sections(frames):
     assert not after[list(stacks.split.held_out)].any()
 
 
-@JAX
 def test_the_step_minimises_the_weighted_cross_entropy_of_the_cropped_mask(frames):
     """The compiled model's loss is that of its own logits, computed by hand in numpy."""
     args, stacks = prepared(frames, "--augment none")
@@ -161,7 +154,7 @@ def test_the_step_minimises_the_weighted_cross_entropy_of_the_cropped_mask(frame
     assert float(found["loss"]) == pytest.approx(float(-(weights * chosen).mean()), rel=1e-4)
 
 
-@JAX
+@pytest.mark.jax
 def test_membranes_are_weighted_through_their_components_for_the_network_of_2017_too(small, capsys, tmp_path):
     files = ("--image_path", small / "images.tif", "--mask_path", small / "labels.tif")
     flags = "--filters 2,3 --window 32 --loss weighted --w0 3 --precision float32 --epochs 1 --steps_per_epoch 2"
@@ -171,9 +164,6 @@ def test_membranes_are_weighted_through_their_components_for_the_network_of_2017
     record = json.loads((tmp_path / "r/run.json").read_text())
     assert record["held_out"]["v_rand"] > 0
     assert "arch" not in record["network"]
-
-
-# -- the run
 
 
 @pytest.mark.slow
@@ -219,9 +209,6 @@ def test_tiles_of_the_saved_network_equal_the_whole_section(done, frames):
     np.testing.assert_allclose(whole, tiled, atol=1e-5)
 
 
-# -- labels
-
-
 def test_frames_without_a_mask_are_left_out(frames, tmp_path):
     (tmp_path / "SEG").mkdir()
     for i in (1, 4):
@@ -246,9 +233,6 @@ def test_instance_labels_are_whole_numbers(tmp_path, value, words):
 def test_instances_are_not_taken_for_membranes_by_mistake(frames):
     with pytest.raises(data.DataError, match="which --instances takes"):
         data.load_pair(frames / "01", frames / "01_ST/SEG")
-
-
-# -- from probabilities to cells
 
 
 def test_the_best_settings_are_those_of_the_highest_mean_iou_on_these_sections():

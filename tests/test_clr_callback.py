@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from conftest import cases
 
 import clr_callback as clr
 from clr_callback import CyclicLR
@@ -42,15 +43,13 @@ def test_the_callback_and_the_schedule_are_kerass():
         clr.CyclicRL  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, {0: 1, 2: 2, 4: 3, 6: 2, 8: 1, 12: 3, 20: 3}),
-        ({"mode": "triangular2"}, {4: 3, 12: 2, 20: 1.5}),
-        ({"mode": "exp_range", "gamma": 0.9}, {12: 1 + 2 * 0.9**12}),
-        ({"scale_fn": lambda x: 1 / 5 ** (x - 1)}, {12: 1 + 2 / 5}),
-        ({"scale_fn": lambda x: 1 / (1 + x), "scale_mode": "iterations"}, {4: 1 + 2 / 5}),
-    ],
+@cases(
+    "options, expected",
+    ({}, {0: 1, 2: 2, 4: 3, 6: 2, 8: 1, 12: 3, 20: 3}),
+    ({"mode": "triangular2"}, {4: 3, 12: 2, 20: 1.5}),
+    ({"mode": "exp_range", "gamma": 0.9}, {12: 1 + 2 * 0.9**12}),
+    ({"scale_fn": lambda x: 1 / 5 ** (x - 1)}, {12: 1 + 2 / 5}),
+    ({"scale_fn": lambda x: 1 / (1 + x), "scale_mode": "iterations"}, {4: 1 + 2 / 5}),
 )
 def test_the_rate_rises_for_a_half_cycle_and_falls_for_one_its_height_scaled(options, expected):
     callback = CyclicLR(1.0, 3.0, 4, **options)
@@ -116,19 +115,17 @@ def test_a_foreign_schedule_and_several_updates_per_execution_without_the_own_on
         fit(model(keras.optimizers.SGD(decay)), CyclicLR())
 
 
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        ({"base_lr": 0.0}, "base_lr must be above 0. Received: 0.0"),
-        ({"base_lr": 0.2, "max_lr": 0.1}, "max_lr must be at least base_lr"),
-        ({"step_size": 0}, "step_size must be a whole number"),
-        ({"step_size": 2.5}, "step_size must be a whole number"),
-        ({"mode": "square"}, "mode must be one of triangular, triangular2, exp_range"),
-        ({"gamma": 0.0}, "gamma must be above 0"),
-        ({"gamma": 1.1}, "gamma must be above 0 and at most 1"),
-        ({"scale_fn": 3}, "scale_fn must be a function"),
-        ({"scale_mode": "epoch"}, "scale_mode must be cycle or iterations"),
-    ],
+@cases(
+    "wrong, words",
+    ({"base_lr": 0.0}, "base_lr must be above 0. Received: 0.0"),
+    ({"base_lr": 0.2, "max_lr": 0.1}, "max_lr must be at least base_lr"),
+    ({"step_size": 0}, "step_size must be a whole number"),
+    ({"step_size": 2.5}, "step_size must be a whole number"),
+    ({"mode": "square"}, "mode must be one of triangular, triangular2, exp_range"),
+    ({"gamma": 0.0}, "gamma must be above 0"),
+    ({"gamma": 1.1}, "gamma must be above 0 and at most 1"),
+    ({"scale_fn": 3}, "scale_fn must be a function"),
+    ({"scale_mode": "epoch"}, "scale_mode must be cycle or iterations"),
 )
 def test_wrong_arguments_are_refused_at_construction(wrong, words):
     with pytest.raises(ValueError, match=words):

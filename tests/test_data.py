@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from conftest import cases
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,8 +33,6 @@ def two_valued(membrane, interior, dtype="uint8"):
 
 
 # --- Finding ------------------------------------------------------------------------------------------------
-
-
 def test_import_is_light_and_without_keras():
     heavy = {"keras", "tensorflow", "jax", "torch", "scipy", "tifffile", "matplotlib", "pooch", "PIL", "requests"}
     code = f"import sys, data; print(*sorted({heavy} & set(sys.modules)))"
@@ -83,19 +82,17 @@ SPARSE[2] = 0
 SPARSE[[0, 3, 4], 0] = 0
 
 
-@pytest.mark.parametrize(
-    ("values", "invert", "interior", "warnings"),
-    [
-        (np.where(INTERIOR, 255, 0), False, "83.3%", []),
-        (np.where(INTERIOR, 0, 255), False, "16.7%", ["minority: inverted labels? Try with --invert_mask"]),
-        (np.where(INTERIOR, 0, 255), True, "83.3%", []),
-        (np.where(INTERIOR, 255, 0), True, "16.7%", ["minority: inverted labels? Try without --invert_mask"]),
-        (np.full((2, 3, 3), 0), False, "0.0%", ["all background"]),
-        (np.full((2, 3, 3), 255), False, "100.0%", ["all interior"]),
-        (np.full((2, 3, 3), 0), True, "100.0%", ["all interior"]),
-        (np.full((2, 3, 3), 1), True, "0.0%", ["all background"]),
-        (SPARSE, False, "65.0%", ["sections without interior: 2", "sections without membrane: 1"]),
-    ],
+@cases(
+    "values, invert, interior, warnings",
+    (np.where(INTERIOR, 255, 0), False, "83.3%", []),
+    (np.where(INTERIOR, 0, 255), False, "16.7%", ["minority: inverted labels? Try with --invert_mask"]),
+    (np.where(INTERIOR, 0, 255), True, "83.3%", []),
+    (np.where(INTERIOR, 255, 0), True, "16.7%", ["minority: inverted labels? Try without --invert_mask"]),
+    (np.full((2, 3, 3), 0), False, "0.0%", ["all background"]),
+    (np.full((2, 3, 3), 255), False, "100.0%", ["all interior"]),
+    (np.full((2, 3, 3), 0), True, "100.0%", ["all interior"]),
+    (np.full((2, 3, 3), 1), True, "0.0%", ["all background"]),
+    (SPARSE, False, "65.0%", ["sections without interior: 2", "sections without membrane: 1"]),
 )
 def test_the_share_of_interior_is_said_and_what_looks_wrong_is_warned_about(values, invert, interior, warnings):
     labels, messages = read_labels(mask_stack(values), invert=invert)
@@ -105,15 +102,13 @@ def test_the_share_of_interior_is_said_and_what_looks_wrong_is_warned_about(valu
     assert all(words in line for words, line in zip(warnings, messages[1:], strict=True))
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        (np.kron([[0, 128], [255, 128]], np.ones((20, 20), int)), "up to section 0: 0, 128, 255; it"),
-        (np.kron(np.arange(36).reshape(6, 6), np.ones((9, 9), int)), "looks like an instance mask"),
-        (np.random.default_rng(0).integers(0, 256, (40, 40)), r"0, 1, 2, 3, 4, 5, 6, 7, ...; it looks like an image"),
-        (np.random.default_rng(0).random((40, 40)), "or a probability map"),
-        (np.r_[np.zeros(40), np.arange(1, 9), np.full(52, 255)].reshape(10, 10), "blurred by resampling or JPEG"),
-    ],
+@cases(
+    "values, words",
+    (np.kron([[0, 128], [255, 128]], np.ones((20, 20), int)), "up to section 0: 0, 128, 255; it"),
+    (np.kron(np.arange(36).reshape(6, 6), np.ones((9, 9), int)), "looks like an instance mask"),
+    (np.random.default_rng(0).integers(0, 256, (40, 40)), r"0, 1, 2, 3, 4, 5, 6, 7, ...; it looks like an image"),
+    (np.random.default_rng(0).random((40, 40)), "or a probability map"),
+    (np.r_[np.zeros(40), np.arange(1, 9), np.full(52, 255)].reshape(10, 10), "blurred by resampling or JPEG"),
 )
 def test_more_than_two_values_are_refused_with_the_values_and_a_guess(values, words):
     with pytest.raises(DataError, match=words):
@@ -121,8 +116,6 @@ def test_more_than_two_values_are_refused_with_the_values_and_a_guess(values, wo
 
 
 # --- Pairs --------------------------------------------------------------------------------------------------
-
-
 def folder_of(folder, names):
     """Section i is black at pixel i."""
     folder.mkdir()
@@ -133,17 +126,15 @@ def folder_of(folder, names):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("images", "masks", "words"),
-    [
-        (["a", "b", "c"], ["a", "b", "c"], "a with a"),
-        (["t007", "t008", "t010"], ["man_seg007", "man_seg008", "man_seg010"], "t007 with man_seg007"),
-        (["7", "8", "10"], ["7_label", "8_label", "10_label"], "7 with 7_label"),
-        (["s7", "s8", "s10"], ["m0007", "m0008", "m0010"], "s7 with m0007"),
-        (["10_x", "11_x"], ["10", "11"], "10_x with 10"),
-        (["cell", "cell-2"], ["cell_mask", "cell-2_mask"], "cell with cell_mask"),  # in another natural order
-        (["2-first", "10-first"], ["02-first", "010-first"], "2-first with 02-first"),
-    ],
+@cases(
+    "images, masks, words",
+    (["a", "b", "c"], ["a", "b", "c"], "a with a"),
+    (["t007", "t008", "t010"], ["man_seg007", "man_seg008", "man_seg010"], "t007 with man_seg007"),
+    (["7", "8", "10"], ["7_label", "8_label", "10_label"], "7 with 7_label"),
+    (["s7", "s8", "s10"], ["m0007", "m0008", "m0010"], "s7 with m0007"),
+    (["10_x", "11_x"], ["10", "11"], "10_x with 10"),
+    (["cell", "cell-2"], ["cell_mask", "cell-2_mask"], "cell with cell_mask"),  # in another natural order
+    (["2-first", "10-first"], ["02-first", "010-first"], "2-first with 02-first"),
 )
 def test_folders_are_paired_by_name_and_it_is_said(tmp_path, images, masks, words):
     image, mask, messages = load_pair(folder_of(tmp_path / "i", images), folder_of(tmp_path / "m", masks))
@@ -152,14 +143,12 @@ def test_folders_are_paired_by_name_and_it_is_said(tmp_path, images, masks, word
     assert f"pairs: by name, {words}, and so on" in messages
 
 
-@pytest.mark.parametrize(
-    ("images", "masks", "first"),
-    [
-        (["t1", "t2", "t3"], ["t1", "t2", "t4"], "t3"),
-        (["t1", "t2"], ["one", "two"], "t1"),
-        (["t1", "t2"], ["1", "01"], "t2"),
-        (["1", "01"], ["t1", "t2"], "01"),
-    ],
+@cases(
+    "images, masks, first",
+    (["t1", "t2", "t3"], ["t1", "t2", "t4"], "t3"),
+    (["t1", "t2"], ["one", "two"], "t1"),
+    (["t1", "t2"], ["1", "01"], "t2"),
+    (["1", "01"], ["t1", "t2"], "01"),
 )
 def test_names_that_do_not_pair_are_refused_with_the_first_that_differs(tmp_path, images, masks, first):
     with pytest.raises(DataError, match=rf"--mask_path: the names in .*m \(.*\) must be those in .* for {first}$"):
@@ -186,16 +175,14 @@ def test_invert_mask_reaches_the_pair():
     np.testing.assert_array_equal(load_pair(images, two_valued(255, 0), invert_mask=True)[1].sections, INTERIOR)
 
 
-@pytest.mark.parametrize(
-    ("window", "shape", "words"),
-    [
-        (500, (1, 64, 64), "multiple of 8. Received: 500"),
-        (0, (1, 64, 64), "positive"),
-        (-8, (1, 64, 64), "positive"),
-        (72, (1, 64, 64), "at most 64"),
-        (48, (1, 64, 41), "64 x 41 px, so at most 40"),
-        (8, (1, 7, 41), "too small"),
-    ],
+@cases(
+    "window, shape, words",
+    (500, (1, 64, 64), "multiple of 8. Received: 500"),
+    (0, (1, 64, 64), "positive"),
+    (-8, (1, 64, 64), "positive"),
+    (72, (1, 64, 64), "at most 64"),
+    (48, (1, 64, 41), "64 x 41 px, so at most 40"),
+    (8, (1, 7, 41), "too small"),
 )
 def test_window_must_fit_network_and_sections(window, shape, words):
     data.check_window(image_stack(), 64, 16)
@@ -204,12 +191,7 @@ def test_window_must_fit_network_and_sections(window, shape, words):
 
 
 # --- Normalisation ------------------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.lists(st.floats(-1e6, 1e6), min_size=4, max_size=4), min_size=1, max_size=5),
-    st.floats(-1e5, 1e5),
-)
+@given(st.lists(st.lists(st.floats(-1e6, 1e6), min_size=4, max_size=4), min_size=1, max_size=5), st.floats(-1e5, 1e5))
 def test_constants_are_those_of_all_pixels_at_once(rows, offset):
     sections = np.array(rows).reshape(-1, 2, 2) + offset
     norm = Normalisation.fit(sections)
@@ -241,18 +223,16 @@ def test_a_flat_stack_becomes_zeros_and_large_offsets_are_not_rounded_away():
     np.testing.assert_allclose(Normalisation.fit(high)(high), [[[-1, 1]]], atol=1e-6)
 
 
-@pytest.mark.parametrize(
+@cases(
     "wrong",
-    [
-        {},
-        None,
-        {"mean": 1, "std": 2},
-        {"mean": "x", "std": 1, "epsilon": 1},
-        {"mean": float("nan"), "std": 1, "epsilon": 1},
-        {"mean": 0, "std": 0, "epsilon": 0},
-        {"mean": 0, "std": -1, "epsilon": 1e-10},
-        {"mean": 0, "std": 1, "epsilon": float("inf")},
-    ],
+    {},
+    None,
+    {"mean": 1, "std": 2},
+    {"mean": "x", "std": 1, "epsilon": 1},
+    {"mean": float("nan"), "std": 1, "epsilon": 1},
+    {"mean": 0, "std": 0, "epsilon": 0},
+    {"mean": 0, "std": -1, "epsilon": 1e-10},
+    {"mean": 0, "std": 1, "epsilon": float("inf")},
 )
 def test_wrong_constants_are_refused(wrong):
     with pytest.raises(DataError, match="normalisation must"):
@@ -260,8 +240,6 @@ def test_wrong_constants_are_refused(wrong):
 
 
 # --- Splits -------------------------------------------------------------------------------------------------
-
-
 def contiguous(sections):
     return list(sections) == list(range(sections[0], sections[0] + len(sections)))
 
@@ -314,14 +292,12 @@ def test_inner_lies_before_the_held_out_block_or_after_it_where_there_is_no_room
     assert split_sections(10, "holdout", val_sections=held_out, inner=2, gap=gap).inner == inner
 
 
-@pytest.mark.parametrize(
-    ("labelled", "inner", "train", "chosen"),
-    [
-        (range(5), 2, (0, 1, 2), (3, 4)),
-        ((2, 7, 12, 17, 22), 1, (2, 7, 12, 17), (22,)),
-        ((2, 7, 12, 17, 23), 2, (2, 7), (12, 17)),  # 23 lies in the gap
-        (range(24), 0, tuple(range(23)), ()),
-    ],
+@cases(
+    "labelled, inner, train, chosen",
+    (range(5), 2, (0, 1, 2), (3, 4)),
+    ((2, 7, 12, 17, 22), 1, (2, 7, 12, 17), (22,)),
+    ((2, 7, 12, 17, 23), 2, (2, 7), (12, 17)),  # 23 lies in the gap
+    (range(24), 0, tuple(range(23)), ()),
 )
 def test_train_sections_bound_what_trains_and_what_chooses_the_weights(labelled, inner, train, chosen):
     split = split_sections(30, "holdout", gap=1, inner=inner, train_sections=labelled)
@@ -330,20 +306,18 @@ def test_train_sections_bound_what_trains_and_what_chooses_the_weights(labelled,
     assert split_sections(30, "published", train_sections=(3, 1)).train == (1, 3)
 
 
-@pytest.mark.parametrize(
-    ("count", "protocol", "options", "words"),
-    [
-        (1, "holdout", {}, "--protocol all"),
-        (5, "holdout", {"gap": 4}, "too few sections to hold out 1, leave out 4"),
-        (6, "holdout", {"inner": 5}, "too few"),
-        (30, "holdout", {"train_sections": (23,), "gap": 1}, "too few"),
-        (30, "holdout", {"train_sections": (0, 1, 2), "inner": 3}, "Received: --train_sections 0-2 of 30"),
-        (30, "holdout", {"val_sections": (29, 30)}, r"--val_sections must lie in 0-29. Received: 29-30"),
-        (30, "holdout", {"train_sections": (20, 24, 25)}, "must not be held out as well. Received: 24-25"),
-        (30, "holdout", {"train_sections": (30,)}, "--train_sections must lie in 0-29"),
-        (30, "kfold", {"fold": 5}, "--fold must be from 0 to 4. Received: 5"),
-        (4, "kfold", {}, "--folds must be from 2 to the number of sections, 4. Received: 5"),
-    ],
+@cases(
+    "count, protocol, options, words",
+    (1, "holdout", {}, "--protocol all"),
+    (5, "holdout", {"gap": 4}, "too few sections to hold out 1, leave out 4"),
+    (6, "holdout", {"inner": 5}, "too few"),
+    (30, "holdout", {"train_sections": (23,), "gap": 1}, "too few"),
+    (30, "holdout", {"train_sections": (0, 1, 2), "inner": 3}, "Received: --train_sections 0-2 of 30"),
+    (30, "holdout", {"val_sections": (29, 30)}, r"--val_sections must lie in 0-29. Received: 29-30"),
+    (30, "holdout", {"train_sections": (20, 24, 25)}, "must not be held out as well. Received: 24-25"),
+    (30, "holdout", {"train_sections": (30,)}, "--train_sections must lie in 0-29"),
+    (30, "kfold", {"fold": 5}, "--fold must be from 0 to 4. Received: 5"),
+    (4, "kfold", {}, "--folds must be from 2 to the number of sections, 4. Received: 5"),
 )
 def test_splits_that_cannot_be_are_refused(count, protocol, options, words):
     with pytest.raises(DataError, match=words):
@@ -377,8 +351,6 @@ def test_montage_lays_sections_row_by_row_in_the_order_drawn():
 
 
 # --- What the files are -------------------------------------------------------------------------------------
-
-
 def saying(lines, *words, problems=0):
     text = "\n".join(lines)
     assert sum(line.startswith("problem: ") for line in lines) == problems, text
@@ -434,8 +406,6 @@ def test_check_and_the_constants_look_at_a_large_section_in_strips(monkeypatch):
 
 
 # --- The real files -----------------------------------------------------------------------------------------
-
-
 def test_real_labels_are_78_percent_interior(isbi):
     images, masks, messages = load_pair(isbi, isbi)
     assert images.voxel_nm == masks.voxel_nm == (50.0, 4.0, 4.0)

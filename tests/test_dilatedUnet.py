@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import tifffile
+from conftest import cases
 
 import dilatedUnet
 from dilatedUnet import parse
@@ -27,8 +28,6 @@ def flags_of(verb):
 
 
 # -- verbs, flags, defaults
-
-
 @pytest.mark.parametrize(("words", "dilate", "rate"), [(STANDARD, 0, 1), (DILATED, 1, 2)])
 def test_the_published_commands_parse_word_for_word(words, dilate, rate):
     args = parse(words.split())
@@ -104,7 +103,7 @@ REFUSED = {  # what is said of which flags
     "argument --epochs: must have a value. Received: --": ["--epochs=--"],
     "--batch_size windows must hold at most 1073741824 px": ["--batch_size 1024 --window 4096"],
     "argument --filters: must be 1 to 8 whole numbers of at most 4096, such as 44,88,176. Received: ": [
-        *("--filters 1000000000", "--filters 4,x", "--filters 4,0"),
+        *("--filters 1000000000", "--filters 4,x", "--filters 4,0")
     ],
     "argument --gpu: must be the number of a GPU": ["--gpu first"],
     "argument --weight_path: must be a file, not a folder. Received: ": ["--weight_path .", "--weight_path runs/.."],
@@ -157,17 +156,15 @@ def test_bad_usage_is_refused_in_one_sentence_that_names_the_flag(refuses, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
+@cases(
     "flags",
-    [
-        "--protocol kfold --fold 0 --folds 3 --gap 1 --inner_sections 0",
-        "--protocol holdout --val_sections 3 --inner_sections 0 --patience 0",
-        "--val_windows 3",
-        "--clr_mode none --lr 0.1",
-        "--clr_mode exp_range --clr_gamma 0.9 --step_size 7",
-        "--optimizer rmsprop --momentum 0.5",
-        "--steps_per_epoch 10 --steps_per_execution 5",
-    ],
+    "--protocol kfold --fold 0 --folds 3 --gap 1 --inner_sections 0",
+    "--protocol holdout --val_sections 3 --inner_sections 0 --patience 0",
+    "--val_windows 3",
+    "--clr_mode none --lr 0.1",
+    "--clr_mode exp_range --clr_gamma 0.9 --step_size 7",
+    "--optimizer rmsprop --momentum 0.5",
+    "--steps_per_epoch 10 --steps_per_execution 5",
 )
 def test_flags_that_go_together_are_taken(flags):
     words = flags.split()
@@ -177,8 +174,6 @@ def test_flags_that_go_together_are_taken(flags):
 
 
 # -- recipes
-
-
 def differing(a, b):
     """The settings in which two command lines differ."""
     a, b = (vars(parse(words.split())) for words in (a, b))
@@ -199,20 +194,18 @@ def test_the_published_recipe_is_what_the_published_commands_say():
     assert not differing("--lr 0.00001 --max_lr 0.01 --epochs 500", "--recipe published")
 
 
-@pytest.mark.parametrize(
-    ("flags", "changed"),
-    [
-        ("--epochs 7", {"epochs"}),
-        ("--protocol kfold --fold 1", {"protocol", "fold"}),
-        ("--protocol all", {"protocol", "inner_sections"}),
-        ("--protocol published", {"protocol", "inner_sections", "val_windows"}),
-        ("--patience 5", {"patience", "inner_sections"}),
-        ("--optimizer sgd", {"optimizer"}),
-        ("--clr_mode none", {"clr_mode", "max_lr"}),
-        ("--clr_mode triangular --step_size 5", {"clr_mode", "step_size"}),
-        ("--arch unet2015", {"arch", "filters", "window", "loss"}),
-        ("--ema 0", {"ema"}),
-    ],
+@cases(
+    "flags, changed",
+    ("--epochs 7", {"epochs"}),
+    ("--protocol kfold --fold 1", {"protocol", "fold"}),
+    ("--protocol all", {"protocol", "inner_sections"}),
+    ("--protocol published", {"protocol", "inner_sections", "val_windows"}),
+    ("--patience 5", {"patience", "inner_sections"}),
+    ("--optimizer sgd", {"optimizer"}),
+    ("--clr_mode none", {"clr_mode", "max_lr"}),
+    ("--clr_mode triangular --step_size 5", {"clr_mode", "step_size"}),
+    ("--arch unet2015", {"arch", "filters", "window", "loss"}),
+    ("--ema 0", {"ema"}),
 )
 def test_a_flag_by_hand_wins_over_the_recipe(flags, changed):
     assert differing("--recipe quick", f"{flags} --recipe quick") == changed
@@ -220,9 +213,11 @@ def test_a_flag_by_hand_wins_over_the_recipe(flags, changed):
         assert str(vars(parse(["--recipe", "quick", *flags.split()]))[name[2:]]) in (value, value + ".0")
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [("--image_path my.tif", True), ("--image_path my.tif --recipe quick", False), ("--image_path isbi2012", False)],
+@cases(
+    "words, said",
+    ("--image_path my.tif", True),
+    ("--image_path my.tif --recipe quick", False),
+    ("--image_path isbi2012", False),
 )
 def test_who_brings_sections_without_a_recipe_is_told_which_is_for_them(call, monkeypatch, words, said):
     monkeypatch.setattr(dilatedUnet, "look_for", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -242,18 +237,14 @@ def test_predict_takes_the_shipped_network_and_says_so_unless_another_is_named(c
 
 
 # -- exit codes
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "words"),
-    [
-        (OSError(28, "No space left on device"), 2, "No space left on device"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (Terminated(), 143, "SIGTERM"),
-        (MemoryError("Unable to allocate 6 GiB"), 2, "out of memory"),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), 2, "out of memory"),
-        (RecursionError("maximum recursion depth exceeded"), 2, "nested too deep"),
-    ],
+@cases(
+    "error, code, words",
+    (OSError(28, "No space left on device"), 2, "No space left on device"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (Terminated(), 143, "SIGTERM"),
+    (MemoryError("Unable to allocate 6 GiB"), 2, "out of memory"),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), 2, "out of memory"),
+    (RecursionError("maximum recursion depth exceeded"), 2, "nested too deep"),
 )
 def test_what_goes_wrong_becomes_an_exit_code_and_one_sentence(call, monkeypatch, error, code, words):
     monkeypatch.setattr(dilatedUnet, "run_check", Mock(side_effect=error))
@@ -278,22 +269,14 @@ def test_a_refusal_is_exit_code_2_for_the_shell_too(suite, tmp_path):
 
 
 # -- check, fetch
-
-
-@pytest.mark.parametrize(
-    ("flags", "said", "not_said"),
-    [
-        ("SMALL/images.tif --mask_path SMALL/labels.tif", "uint8, 255 = interior, holdout: train on 0-7", "problem"),
-        (
-            "SMALL/images.tif --mask_path SMALL/labels.tif --invert_mask",
-            "10 sections of 64 x 80 px, 64 x 64 px",
-            "problem",
-        ),
-        ("SMALL/images.tif --mask_path SMALL/labels.tif --invert_mask", "255 = membrane", "255 = interior"),
-        ("SMALL/images.tif", "10 sections of 64 x 80 px", "mask"),
-        ("sections", "3 sections of 64 x 80 px", "mask"),
-        ("challenge", "255 = interior", "problem"),
-    ],
+@cases(
+    "flags, said, not_said",
+    ("SMALL/images.tif --mask_path SMALL/labels.tif", "uint8, 255 = interior, holdout: train on 0-7", "problem"),
+    ("SMALL/images.tif --mask_path SMALL/labels.tif --invert_mask", "10 sections of 64 x 80 px, 64 x 64 px", "problem"),
+    ("SMALL/images.tif --mask_path SMALL/labels.tif --invert_mask", "255 = membrane", "255 = interior"),
+    ("SMALL/images.tif", "10 sections of 64 x 80 px", "mask"),
+    ("sections", "3 sections of 64 x 80 px", "mask"),
+    ("challenge", "255 = interior", "problem"),
 )
 def test_check_says_what_the_files_are_and_of_images_alone_nothing_of_masks(
     call, small, tmp_path, flags, said, not_said
@@ -310,15 +293,13 @@ def test_check_says_what_the_files_are_and_of_images_alone_nothing_of_masks(
     assert not_said not in done.out
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("", "--window must fit into the sections"),
-        ("--window 512", "--window must fit into the sections"),
-        ("--recipe strong", "at most 64. Received: 512"),
-        ("--window 60", "--window must be a positive multiple of 8"),
-        ("--mask_path IMAGES", "must hold two label values"),
-    ],
+@cases(
+    "flags, words",
+    ("", "--window must fit into the sections"),
+    ("--window 512", "--window must fit into the sections"),
+    ("--recipe strong", "at most 64. Received: 512"),
+    ("--window 60", "--window must be a positive multiple of 8"),
+    ("--mask_path IMAGES", "must hold two label values"),
 )
 def test_check_ends_with_2_where_training_would_fail(call, small, flags, words):
     flags = flags.replace("IMAGES", str(small / "images.tif")).split()

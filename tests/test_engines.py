@@ -8,7 +8,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, cases
 from scipy.ndimage import gaussian_filter
 
 import data
@@ -67,9 +67,6 @@ def agreement(found, expected):
     return np.mean((found > 0.5) == (expected > 0.5))
 
 
-# -- OpenVINO beside Keras ---------------------------------------------------------------------------------------
-
-
 @openvino
 @pytest.mark.parametrize("name", [pytest.param("dilated", marks=pytest.mark.jax), "standard", "2015", "2015 padded"])
 def test_openvino_agrees_with_keras_for_every_size_of_input(name):
@@ -119,15 +116,13 @@ def test_openvino_takes_the_float32_weights_of_a_bfloat16_network():
 
 
 @openvino
-@pytest.mark.parametrize(
+@cases(
     "layer",
-    [
-        lambda: keras.layers.AveragePooling2D(2, name="odd"),
-        lambda: keras.layers.Conv2D(1, 3, activation="gelu", name="odd"),
-        lambda: keras.layers.LayerNormalization(name="odd"),
-        lambda: keras.layers.MaxPooling2D(padding="same", name="odd"),
-        lambda: keras.layers.Conv2DTranspose(1, 3, padding="same", name="odd"),
-    ],
+    lambda: keras.layers.AveragePooling2D(2, name="odd"),
+    lambda: keras.layers.Conv2D(1, 3, activation="gelu", name="odd"),
+    lambda: keras.layers.LayerNormalization(name="odd"),
+    lambda: keras.layers.MaxPooling2D(padding="same", name="odd"),
+    lambda: keras.layers.Conv2DTranspose(1, 3, padding="same", name="odd"),
 )
 def test_what_openvino_is_not_told_about_is_refused_by_name_and_left_to_keras_by_auto(layer, capsys):
     inputs = keras.Input((None, None, 1))
@@ -162,20 +157,15 @@ def test_nothing_is_reported_to_anybody(tmp_path):
     assert not (tmp_path / "intel").exists()
 
 
-# -- which engine ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("asked", "installed", "accelerator", "chosen"),
-    [
-        ("auto", True, None, "openvino"),
-        ("auto", True, "NVIDIA H200", "keras"),
-        ("auto", False, None, "keras"),
-        ("auto", False, "NVIDIA H200", "keras"),
-        ("openvino", True, "NVIDIA H200", "openvino"),
-        ("keras", True, None, "keras"),
-        ("openvino", False, None, None),
-    ],
+@cases(
+    "asked, installed, accelerator, chosen",
+    ("auto", True, None, "openvino"),
+    ("auto", True, "NVIDIA H200", "keras"),
+    ("auto", False, None, "keras"),
+    ("auto", False, "NVIDIA H200", "keras"),
+    ("openvino", True, "NVIDIA H200", "openvino"),
+    ("keras", True, None, "keras"),
+    ("openvino", False, None, None),
 )
 def test_auto_is_openvino_where_it_is_installed_and_there_is_no_accelerator(
     monkeypatch, asked, installed, accelerator, chosen

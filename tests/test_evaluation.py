@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import tifffile
+from conftest import cases
 
 import data
 from files.atomic import DataError
@@ -46,8 +47,6 @@ def sections(stack):
 
 
 # --- scores
-
-
 def test_json_holds_the_scores_asked_for_with_their_curves(files, labelled):
     found = numbers(files())
     assert set(found) & set(evaluation.SCORES) == set(evaluation.DEFAULT_SCORES)
@@ -96,8 +95,6 @@ def test_a_section_without_interior_has_no_value_and_the_others_still_count(labe
 
 
 # --- what is read
-
-
 @pytest.mark.parametrize(("chosen", "alone"), [("1,3-4", False), ("3-4", True)])
 def test_sections_are_taken_of_both_or_are_what_the_prediction_holds(chosen, alone, files, labelled, capsys):
     which = list(data.parse_sections(chosen))
@@ -117,9 +114,7 @@ def test_scaled_integers_score_like_their_probabilities(files, labelled, capsys,
     assert f"divided by {full}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("dtype", "one"), [(np.uint8, 1), (np.uint8, 255), (np.uint16, 65535), (np.uint16, 1), (bool, 1)]
-)
+@cases("dtype, one", (np.uint8, 1), (np.uint8, 255), (np.uint16, 65535), (np.uint16, 1), (bool, 1))
 def test_masks_are_masks_whatever_their_one_is_and_flat_curves_are_warned_of(labelled, dtype, one):
     mask = ((labelled[0] > 0.5) * np.array(one)).astype(dtype)
     mask[2] = 0
@@ -131,9 +126,8 @@ def test_masks_are_masks_whatever_their_one_is_and_flat_curves_are_warned_of(lab
     assert "every threshold" in warning
 
 
-@pytest.mark.parametrize(
-    ("values", "dtype"),
-    [([0, 1.5], "f4"), ([-0.1, 1], "f8"), ([0, 1, 2, 7], "u2"), ([0, 1, 2], "i4"), ([-1, 0, 1], "i2")],
+@cases(
+    "values, dtype", ([0, 1.5], "f4"), ([-0.1, 1], "f8"), ([0, 1, 2, 7], "u2"), ([0, 1, 2], "i4"), ([-1, 0, 1], "i2")
 )
 def test_values_out_of_range_are_refused_in_one_sentence(values, dtype):
     with pytest.raises(DataError, match=r"^--prediction .*Received: .*\.\..* in memory$"):
@@ -214,8 +208,6 @@ def test_numbers_of_cells_are_what_is_stored_whatever_is_shown(files, labelled):
 
 
 # --- which images were predicted
-
-
 def origin_of(images, labels, given=None):
     """What is said of a prediction of these images: warnings, or a refusal."""
     made_of = {"pixels_sha256": data.sha256_pixels(images)}
@@ -263,16 +255,14 @@ def test_the_painted_test_images_and_those_of_the_labels_are_told_apart(tmp_path
             origin_of(images[other], labels)
 
 
-@pytest.mark.parametrize(
-    ("prediction", "flags", "words"),
-    [
-        ("train-volume.tif", "", "holds the pixels of train-volume.tif"),
-        ("test-volume.tif", "--sections 1-3", "holds the pixels of test-volume.tif"),
-        ("some.tif", "--sections 1-3 --image_path train-volume.tif", "holds the pixels of train-volume.tif"),
-        ("some.tif", "--sections 1-3", "holds the pixels of train-volume.tif"),
-        ("turned.tif", "--image_path turned.tif", "holds the pixels of turned.tif"),
-        ("turned.tif", "", "look like gray values of an image"),
-    ],
+@cases(
+    "prediction, flags, words",
+    ("train-volume.tif", "", "holds the pixels of train-volume.tif"),
+    ("test-volume.tif", "--sections 1-3", "holds the pixels of test-volume.tif"),
+    ("some.tif", "--sections 1-3 --image_path train-volume.tif", "holds the pixels of train-volume.tif"),
+    ("some.tif", "--sections 1-3", "holds the pixels of train-volume.tif"),
+    ("turned.tif", "--image_path turned.tif", "holds the pixels of turned.tif"),
+    ("turned.tif", "", "look like gray values of an image"),
 )
 def test_a_raw_image_given_as_a_prediction_is_warned_of(challenge, capsys, prediction, flags, words):
     for name, stack in (("some", challenge[0][1:4]), ("turned", challenge[0][::-1])):
@@ -283,8 +273,6 @@ def test_a_raw_image_given_as_a_prediction_is_warned_of(challenge, capsys, predi
 
 
 # --- output
-
-
 def test_the_table_shows_value_threshold_and_published_results(files, capsys, labelled):
     evaluate([*files(), "--sections", "2-5", "--scores", "v_rand,warping_error"])
     lines = capsys.readouterr().out.splitlines()

@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 import tifffile
+from conftest import cases
 
 from data import DataError, fetch, read_stack, resolve, sha256_pixels
 from files import atomic, fetching
@@ -196,9 +197,7 @@ def test_no_network_is_told_within_seconds(web):
     assert time.perf_counter() - start < 10
 
 
-@pytest.mark.parametrize(
-    ("named", "words"), [("file", "cannot be written"), ("~no-such-user/x", "nobody here is ~no-such-user")]
-)
+@cases("named, words", ("file", "cannot be written"), ("~no-such-user/x", "nobody here is ~no-such-user"))
 def test_unwritable_cache_is_a_sentence(web, monkeypatch, tmp_path, named, words):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DILATED_UNET_DATA", str(tmp_path / named) if named == "file" else named)
@@ -216,9 +215,6 @@ def test_what_a_killed_download_left_goes(web):
 def test_unknown_names_are_refused(name):
     with pytest.raises(DataError, match="the data sets are isbi2012, dic-hela, phc-u373"):
         fetch(name)
-
-
-# --- Cell Tracking Challenge --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -262,9 +258,6 @@ def test_what_was_there_before_is_not_overwritten(cells):
     fetch("dic-hela", log=cells.said.append)
     assert [path.name for path in (cells.cache / "01").iterdir()] == ["mine.tif"]
     assert (cells.cache / "01_ST" / "SEG" / "man_seg000.tif").exists()
-
-
-# --- The real files -----------------------------------------------------------------------------------------
 
 
 def test_local_copy_has_the_published_pixels(isbi, monkeypatch):

@@ -5,6 +5,7 @@ from functools import partial
 import keras
 import numpy as np
 import pytest
+from conftest import cases
 from keras import layers
 
 from network import field, unet
@@ -86,25 +87,17 @@ def test_the_published_receptive_fields():
     assert field.field_of(unet.build()) == unet.field_from_settings({})
 
 
-@pytest.mark.parametrize(
-    ("network", "words"),
-    [
-        (
-            lambda: chain(layers.GroupNormalization(1, name="groups")),
-            "layer groups .GroupNormalization. cannot be told",
-        ),
-        (lambda: chain(layers.Softmax(1, name="rows")), "reach of the layer rows"),
-        (lambda: chain(layers.Conv2D(1, (3, 1), name="tall")), "tall must treat rows and columns alike"),
-        (lambda: chain(layers.MaxPooling2D()), "output must be its input"),
-        (lambda: chain(layers.Cropping2D(((1, 0), (1, 0)))), "output must be its input"),
-    ],
+@cases(
+    "network, words",
+    (lambda: chain(layers.GroupNormalization(1, name="groups")), "layer groups .GroupNormalization. cannot be told"),
+    (lambda: chain(layers.Softmax(1, name="rows")), "reach of the layer rows"),
+    (lambda: chain(layers.Conv2D(1, (3, 1), name="tall")), "tall must treat rows and columns alike"),
+    (lambda: chain(layers.MaxPooling2D()), "output must be its input"),
+    (lambda: chain(layers.Cropping2D(((1, 0), (1, 0)))), "output must be its input"),
 )
 def test_a_network_whose_reach_cannot_be_told_is_refused_by_the_layers_name(network, words):
     with pytest.raises(ValueError, match=words):
         field.field_of(network())
-
-
-# -- sizes
 
 
 def output_side(side, levels, lost):
@@ -129,15 +122,13 @@ def test_valid_sizes_are_those_whose_poolings_all_see_even_sides(levels, padding
     assert all(side % found.multiple == found.remainder for side in sides)
 
 
-@pytest.mark.parametrize(
-    ("padded", "size", "rule", "offered"),
-    [
-        (False, 570, "16 plus 12 and at least 188", "556, 572, 588"),
-        (False, 580, "16 plus 12 and at least 188", "572, 588, 604"),
-        (False, 190, "16 plus 12 and at least 188", "188, 204, 220"),
-        (False, 10, "16 plus 12 and at least 188", "188, 204, 220"),
-        (True, 520, "16 and at least 16", "512, 528, 544"),
-    ],
+@cases(
+    "padded, size, rule, offered",
+    (False, 570, "16 plus 12 and at least 188", "556, 572, 588"),
+    (False, 580, "16 plus 12 and at least 188", "572, 588, 604"),
+    (False, 190, "16 plus 12 and at least 188", "188, 204, 220"),
+    (False, 10, "16 plus 12 and at least 188", "188, 204, 220"),
+    (True, 520, "16 and at least 16", "512, 528, 544"),
 )
 def test_a_size_that_does_not_fit_is_refused_with_the_nearest_that_do(padded, size, rule, offered):
     found = unet.field_from_settings(PADDED[padded])

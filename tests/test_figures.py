@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, call_here
+from conftest import ROOT, call_here, cases
 from PIL import Image
 
 import figures
@@ -95,8 +95,6 @@ def test_a_picture_is_small_not_blank_on_white_and_replaces_the_old_file_with_th
 
 
 # -- curves -----------------------------------------------------------------------------------------------------
-
-
 def test_curves_hold_the_history_against_epochs_from_one_and_ring_the_kept_weights(draw):
     loss, dice, rate = draw("curves", HISTORY).axes
     for axes, name in ((loss, "loss"), (dice, "dice")):
@@ -109,14 +107,12 @@ def test_curves_hold_the_history_against_epochs_from_one_and_ring_the_kept_weigh
     assert all(len(set(kind)) == len(figures.STYLES) for kind in zip(*figures.STYLES, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("history", "rows", "first"),
-    [
-        ({"loss": [1.0]}, ["loss"], ["training"]),
-        ({"dice": [0.5], "learning_rate": [0.1]}, ["Dice", "learning rate"], ["training"]),
-        ({"loss": [2.0, 1.0], "val_loss": [None, None], "dice": [0.5, 0.6]}, ["loss", "Dice"], ["training"]),
-        ({"loss": [1.0, None], "val_loss": ["", "0.5"], "s": [1, 1]}, ["loss"], ["training", "validation", "best"]),
-    ],
+@cases(
+    "history, rows, first",
+    ({"loss": [1.0]}, ["loss"], ["training"]),
+    ({"dice": [0.5], "learning_rate": [0.1]}, ["Dice", "learning rate"], ["training"]),
+    ({"loss": [2.0, 1.0], "val_loss": [None, None], "dice": [0.5, 0.6]}, ["loss", "Dice"], ["training"]),
+    ({"loss": [1.0, None], "val_loss": ["", "0.5"], "s": [1, 1]}, ["loss"], ["training", "validation", "best"]),
 )
 def test_curves_show_what_there_is(history, rows, first, draw):
     figure = draw("curves", history)
@@ -194,8 +190,6 @@ def test_score_curves_name_and_ring_the_best_threshold(higher, value, threshold,
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------
-
-
 def test_a_preview_outlines_the_mask_in_its_window_and_nothing_where_the_mask_is_constant(tmp_path):
     masks = np.stack([disc(), np.ones_like(disc())])
     picture = pixels(figures.preview(np.full((2, 64, 64), 100.0), masks, tmp_path / "preview.png"))
@@ -262,8 +256,6 @@ def test_an_animation_runs_through_the_stack_sections_left_masks_right(tmp_path)
 
 
 # -- house ------------------------------------------------------------------------------------------------------
-
-
 def test_figures_import_nothing_heavy_and_leave_matplotlib_s_global_state_alone(tmp_path):
     heavy = ["keras", "tensorflow", "jax", "torch", "scipy", "matplotlib", "PIL"]
     probe = (

@@ -12,7 +12,6 @@ from predict import prediction
 from train import initial
 
 
-@pytest.mark.jax
 def test_a_network_starts_as_the_other_one_ended_but_for_a_head_of_other_classes(finished, capsys):
     weights = finished / "weights/x"
     theirs, record = prediction.load_network(weights)

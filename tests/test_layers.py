@@ -9,14 +9,14 @@ from network import device, layers, unet
 
 
 @pytest.mark.jax
-@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
-def test_dropout_drops_its_rate_keeps_the_expectation_and_differs_from_update_to_update(rate):
-    layer, x = layers.Dropout(rate, seed=1), ops.ones((4, 64, 64, 8))
-    y, other = (np.asarray(layer(x, training=True)) for _ in range(2))
-    assert abs((y == 0).mean() - rate) < 0.005
-    assert abs(y.mean() - 1) < 0.01
-    assert abs(((y == 0) == (other == 0)).mean() - (rate**2 + (1 - rate) ** 2)) < 0.01
-    assert (np.asarray(layer(x)) == 1).all()
+def test_dropout_drops_its_rate_keeps_the_expectation_and_differs_from_update_to_update():
+    for rate in (0.1, 0.5):
+        layer, x = layers.Dropout(rate, seed=1), ops.ones((4, 64, 64, 8))
+        y, other = (np.asarray(layer(x, training=True)) for _ in range(2))
+        assert abs((y == 0).mean() - rate) < 0.005
+        assert abs(y.mean() - 1) < 0.01
+        assert abs(((y == 0) == (other == 0)).mean() - (rate**2 + (1 - rate) ** 2)) < 0.01
+        assert (np.asarray(layer(x)) == 1).all()
 
 
 @pytest.mark.jax
@@ -31,14 +31,11 @@ def test_batch_norm_equals_kerass_own_in_training_and_inference():
     np.testing.assert_allclose(ours(x), stock(x), atol=2e-5)
 
 
-@pytest.mark.jax
-@pytest.mark.parametrize("fused", [True, False], ids=["on a processor", "elsewhere"])
+@pytest.mark.parametrize("found", [None, pytest.param("a GPU", marks=pytest.mark.jax)])
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("ratio", [10, 100])
-def test_the_variance_is_right_where_the_mean_is_many_standard_deviations(ratio, precision, fused, monkeypatch):
-    if not fused:
-        monkeypatch.setattr(device, "accelerator", lambda: "a GPU")
-    x = np.random.default_rng(0).normal(ratio, 1, size=(2, 64, 96, 6))
+def test_the_variance_is_right_where_the_mean_is_many_standard_deviations(precision, found, monkeypatch):
+    monkeypatch.setattr(device, "accelerator", lambda: found)
+    x = np.random.default_rng(0).normal(100, 1, size=(2, 64, 96, 6))
     x = ops.cast(x, precision.removeprefix("mixed_"))
     exact = ops.convert_to_numpy(ops.cast(x, "float32")).astype(np.float64)
     layer = layers.BatchNormDropout(momentum=0.0, dtype=precision)

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT
+from conftest import ROOT, cases
 
 import data
 import dilatedUnet
@@ -84,8 +84,6 @@ def expected(section, **options):
 
 
 # -- sizes and tiles ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", [(513, 700), (100, 90), (8, 8), (1, 3)])
 def test_a_section_of_any_size_is_predicted(predict, shape):
     section = section_of(*shape)
@@ -140,20 +138,15 @@ def test_tile_overlap_and_batch_are_flags(predict, monkeypatch, tmp_path):
     np.testing.assert_allclose(tifffile.imread("out.tif"), expected(section, tile=112, overlap=36), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (
-            "--output x.tif --resume",
-            "--scheduler and --workers go with an --output of .zarr. Received: x.tif",
-        ),
-        ("--output x.zarr --threshold 0.5", "--threshold and --segment go with a TIFF"),
-        ("--output x.zarr --segment", "--threshold and --segment go with a TIFF"),
-        ("--output x.zarr --resume --force", "choose one"),
-        ("--output x.zarr --scheduler tcp://127.0.0.1:1 --workers 2", "--workers is of no use with --scheduler"),
-        ("--output x.zarr --weight_path a b", "--weight_path must be one for an --output of .zarr. Received: 2"),
-        ("--output x.zarr --image_path synthetic", "--image_path must be a file or folder, which workers can read"),
-    ],
+@cases(
+    "flags, words",
+    ("--output x.tif --resume", "--scheduler and --workers go with an --output of .zarr. Received: x.tif"),
+    ("--output x.zarr --threshold 0.5", "--threshold and --segment go with a TIFF"),
+    ("--output x.zarr --segment", "--threshold and --segment go with a TIFF"),
+    ("--output x.zarr --resume --force", "choose one"),
+    ("--output x.zarr --scheduler tcp://127.0.0.1:1 --workers 2", "--workers is of no use with --scheduler"),
+    ("--output x.zarr --weight_path a b", "--weight_path must be one for an --output of .zarr. Received: 2"),
+    ("--output x.zarr --image_path synthetic", "--image_path must be a file or folder, which workers can read"),
 )
 def test_flags_that_contradict_each_other_are_refused(refuses, weights, tmp_path, flags, words):
     refuses(words, "predict", "--image_path", ROOT / "weights", "--weight_path", weights, *flags.split())
@@ -161,8 +154,6 @@ def test_flags_that_contradict_each_other_are_refused(refuses, weights, tmp_path
 
 
 # -- averaging, masks, labels ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("words", "name"), [(("--tta",), "8"), (("--tta", "4"), "4"), (("--tta", "7"), "7")])
 def test_tta_is_the_mean_over_turned_and_mirrored_versions(predict, words, name):
     section, every = section_of(60, 44), []
@@ -215,13 +206,11 @@ def test_segment_writes_a_label_per_cell(predict):
     assert np.array_equal(found, segments.segment(expected(section), 0.6, min_size=prediction.SMALLEST_CELL_PX))
 
 
-@pytest.mark.parametrize(
-    ("words", "record", "side", "threshold", "kind"),
-    [
-        ("", {"threshold": 0.8}, 8, 0.8, "uint16"),
-        ("--threshold 0.3", {"threshold": 0.8}, 800, 0.3, "uint16"),
-        ("", {}, 1024, 0.5, "uint32"),
-    ],
+@cases(
+    "words, record, side, threshold, kind",
+    ("", {"threshold": 0.8}, 8, 0.8, "uint16"),
+    ("--threshold 0.3", {"threshold": 0.8}, 800, 0.3, "uint16"),
+    ("", {}, 1024, 0.5, "uint32"),
 )
 def test_segment_takes_the_threshold_of_the_record_and_has_room_for_all_cells_that_fit(
     monkeypatch, tmp_path, words, record, side, threshold, kind
@@ -238,8 +227,6 @@ def test_segment_takes_the_threshold_of_the_record_and_has_room_for_all_cells_th
 
 
 # -- what goes in ------------------------------------------------------------------------------------------------
-
-
 def test_the_training_normalisation_is_used_and_not_the_stacks_own(predict):
     section = section_of(64, 72) // 2
     results = []
@@ -293,8 +280,6 @@ def test_a_section_that_cannot_fit_into_memory_is_refused_before_it_is_predicted
 
 
 # -- gray values -------------------------------------------------------------------------------------------------
-
-
 def looks(dtype=np.uint8, seed=0, size=300):
     """Skewed gray values, as of membranes; the same pixels whatever the type."""
     return (255 * np.random.default_rng(seed).beta(3, 2, (2, size, size))).astype(np.uint8).astype(dtype)
@@ -307,20 +292,18 @@ def trained_on(sections):
     return {"normalisation": normalisation, "intensity": kept | {"percentiles": percentiles}}
 
 
-@pytest.mark.parametrize(
-    ("trained", "given", "said", "mapped"),
-    [
-        (looks(), looks(seed=1), "", looks(seed=1)),
-        (looks(), looks(np.uint16, 1), "", looks(seed=1)),
-        (looks(), looks(np.uint16, 1) * 257, "uint16 is read as the uint8", looks(seed=1)),
-        (looks(), (looks(seed=1) / 255).astype(np.float32), "times 255", looks(seed=1)),
-        (looks(), looks(np.float32, 1), "", looks(seed=1)),
-        (looks(np.uint16) * 257, looks(seed=1), "times 257", looks(np.uint16, 1) * 257),
-        ((looks() / 255).astype(np.float32), looks(seed=1), "times 0.003922", looks(seed=1) / 255),
-        (looks(), 255 - looks(seed=1), "warning: the stack looks inverted", 255 - looks(seed=1)),
-        (looks(), looks(seed=1) // 4, "warning: most gray values", looks(seed=1) // 4),
-        (looks(), looks() * 0 + np.uint8(9), "warning: most gray values", looks() * 0 + np.uint8(9)),
-    ],
+@cases(
+    "trained, given, said, mapped",
+    (looks(), looks(seed=1), "", looks(seed=1)),
+    (looks(), looks(np.uint16, 1), "", looks(seed=1)),
+    (looks(), looks(np.uint16, 1) * 257, "uint16 is read as the uint8", looks(seed=1)),
+    (looks(), (looks(seed=1) / 255).astype(np.float32), "times 255", looks(seed=1)),
+    (looks(), looks(np.float32, 1), "", looks(seed=1)),
+    (looks(np.uint16) * 257, looks(seed=1), "times 257", looks(np.uint16, 1) * 257),
+    ((looks() / 255).astype(np.float32), looks(seed=1), "times 0.003922", looks(seed=1) / 255),
+    (looks(), 255 - looks(seed=1), "warning: the stack looks inverted", 255 - looks(seed=1)),
+    (looks(), looks(seed=1) // 4, "warning: most gray values", looks(seed=1) // 4),
+    (looks(), looks() * 0 + np.uint8(9), "warning: most gray values", looks() * 0 + np.uint8(9)),
 )
 def test_gray_values_are_mapped_where_that_is_certain_and_warned_about_where_not(trained, given, said, mapped):
     record, words = trained_on(trained), []
@@ -394,8 +377,6 @@ def test_a_record_with_any_value_exchanged_is_refused_in_one_sentence_or_used(tm
 
 
 # -- outputs -----------------------------------------------------------------------------------------------------
-
-
 def test_an_existing_output_is_replaced_with_force_only(predict):
     section = section_of(32, 40)[None]
     Path("out.tif").write_bytes(b"precious")
@@ -426,8 +407,6 @@ def test_a_section_that_cannot_be_read_leaves_no_output(predict, tmp_path):
 
 
 # -- weights and their record ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["x", "x.weights", "x.weights.h5", "x.h5"])
 def test_every_spelling_of_a_weight_path_means_one_file(name):
     assert prediction.weight_file(f"weights/{name}") == Path("weights/x.weights.h5")
@@ -463,43 +442,41 @@ def bias_of(number):
 BROKEN = "is broken, or holds weights of another architecture"
 
 
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda record, weights: weights.unlink(), "net.weights.h5 does not exist"),
-        (lambda record, weights: record.unlink(), "net.json, the record that belongs to the weights"),
-        (lambda record, weights: record.write_text("{"), "net.json is no JSON file"),
-        (lambda record, weights: record.write_text("[1]"), "net.json must hold a JSON object"),
-        (lambda record, weights: record.write_text("[" * 10**6), "net.json is no JSON file"),
-        (lambda record, weights: record.write_bytes(b"\xff\xfe"), "net.json is no JSON file"),
-        (record_with(format="other 7"), "must have the format 'dilated-unet weights 1'. Received: 'other 7'"),
-        (network_with(filters=[8, 13]), BROKEN),
-        (network_with(filters=[8, 12, 12]), BROKEN),
-        (network_with(filters=[10**4]), BROKEN),
-        (network_with(filters=[10**9]), "must hold a valid filters of the network"),
-        (network_with(filters=8), "must hold a valid filters of the network"),
-        (network_with(dilate_rate=10**6), "must hold a valid dilate_rate of the network"),
-        (network_with(dropout="much"), "must hold a valid dropout of the network"),
-        (network_with(dropout=0.001), "must hold a valid dropout of the network"),
-        (network_with(dilate=None), "lacks dilate of the network"),
-        (network_with(batch_norm=True), "describes no network of this suite. Received: batch_norm"),
-        (network_with(arch="unet2026"), "describes no network of this suite"),
-        (network_with(arch="unet2015", filters=8), "lacks levels of the network"),
-        (record_with(network=[1]), "describes no network of this suite"),
-        (record_with(threshold="0.5"), "must hold a valid threshold of the record"),
-        (record_with(background=[0.1]), "must hold a valid background of the record"),
-        (record_with(smallest_cell_px=-1), "must hold a valid smallest_cell_px of the record"),
-        (record_with(intensity={"dtype": "uint8"}), "must hold a valid intensity of the record"),
-        (record_with(normalisation={"mean": 10**400, "std": 1, "epsilon": 0}), "normalisation must hold mean"),
-        (record_with(normalisation=None), "normalisation must hold mean, std and epsilon"),
-        (record_with(normalisation={"mean": 1}), "normalisation must hold mean, std and epsilon"),
-        (record_with(normalisation={"mean": 1, "std": -2, "epsilon": 0}), "normalisation must hold mean"),
-        (bias_of(np.nan), "net.weights.h5 holds NaN or infinite numbers, in head_conv/bias"),
-        (bias_of(np.inf), "net.weights.h5 holds NaN or infinite numbers, in head_conv/bias"),
-        (lambda record, weights: weights.write_bytes(b""), "is broken"),
-        (lambda record, weights: weights.write_bytes(b"no HDF5"), "is broken"),
-        (lambda record, weights: weights.write_bytes(weights.read_bytes()[:9000]), "is broken"),
-    ],
+@cases(
+    "spoil, words",
+    (lambda record, weights: weights.unlink(), "net.weights.h5 does not exist"),
+    (lambda record, weights: record.unlink(), "net.json, the record that belongs to the weights"),
+    (lambda record, weights: record.write_text("{"), "net.json is no JSON file"),
+    (lambda record, weights: record.write_text("[1]"), "net.json must hold a JSON object"),
+    (lambda record, weights: record.write_text("[" * 10**6), "net.json is no JSON file"),
+    (lambda record, weights: record.write_bytes(b"\xff\xfe"), "net.json is no JSON file"),
+    (record_with(format="other 7"), "must have the format 'dilated-unet weights 1'. Received: 'other 7'"),
+    (network_with(filters=[8, 13]), BROKEN),
+    (network_with(filters=[8, 12, 12]), BROKEN),
+    (network_with(filters=[10**4]), BROKEN),
+    (network_with(filters=[10**9]), "must hold a valid filters of the network"),
+    (network_with(filters=8), "must hold a valid filters of the network"),
+    (network_with(dilate_rate=10**6), "must hold a valid dilate_rate of the network"),
+    (network_with(dropout="much"), "must hold a valid dropout of the network"),
+    (network_with(dropout=0.001), "must hold a valid dropout of the network"),
+    (network_with(dilate=None), "lacks dilate of the network"),
+    (network_with(batch_norm=True), "describes no network of this suite. Received: batch_norm"),
+    (network_with(arch="unet2026"), "describes no network of this suite"),
+    (network_with(arch="unet2015", filters=8), "lacks levels of the network"),
+    (record_with(network=[1]), "describes no network of this suite"),
+    (record_with(threshold="0.5"), "must hold a valid threshold of the record"),
+    (record_with(background=[0.1]), "must hold a valid background of the record"),
+    (record_with(smallest_cell_px=-1), "must hold a valid smallest_cell_px of the record"),
+    (record_with(intensity={"dtype": "uint8"}), "must hold a valid intensity of the record"),
+    (record_with(normalisation={"mean": 10**400, "std": 1, "epsilon": 0}), "normalisation must hold mean"),
+    (record_with(normalisation=None), "normalisation must hold mean, std and epsilon"),
+    (record_with(normalisation={"mean": 1}), "normalisation must hold mean, std and epsilon"),
+    (record_with(normalisation={"mean": 1, "std": -2, "epsilon": 0}), "normalisation must hold mean"),
+    (bias_of(np.nan), "net.weights.h5 holds NaN or infinite numbers, in head_conv/bias"),
+    (bias_of(np.inf), "net.weights.h5 holds NaN or infinite numbers, in head_conv/bias"),
+    (lambda record, weights: weights.write_bytes(b""), "is broken"),
+    (lambda record, weights: weights.write_bytes(b"no HDF5"), "is broken"),
+    (lambda record, weights: weights.write_bytes(weights.read_bytes()[:9000]), "is broken"),
 )
 def test_weights_that_cannot_be_used_are_refused_in_one_sentence(refuses, copied, spoil, words):
     spoil(copied / "net.json", copied / "net.weights.h5")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import arrays, files, strict
+from conftest import arrays, cases, files, strict
 from test_trainee import trainee
 
 import dilatedUnet
@@ -27,17 +27,12 @@ def place_of(*words):
     return training.place_of(dilatedUnet.parse([str(word) for word in words]))
 
 
-# -- what a run remembers ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("found", "patience", "best", "stops"),
-    [
-        ([0.5, 0.4, 0.41, 0.3], 2, [True, True, False, True], None),
-        ([0.5, 0.5, 0.5], 2, [True, False, False], 2),
-        ([0.5, 0.4999, 0.4998, 0.4997], 3, [True, True, True, True], 3),  # better, but by less than 0.001
-        ([0.5, 0.6, 0.7, 0.8], 0, [True, False, False, False], None),
-    ],
+@cases(
+    "found, patience, best, stops",
+    ([0.5, 0.4, 0.41, 0.3], 2, [True, True, False, True], None),
+    ([0.5, 0.5, 0.5], 2, [True, False, False], 2),
+    ([0.5, 0.4999, 0.4998, 0.4997], 3, [True, True, True, True], 3),  # better, but by less than 0.001
+    ([0.5, 0.6, 0.7, 0.8], 0, [True, False, False, False], None),
 )
 def test_the_best_is_any_better_and_patience_wants_a_thousandth(found, patience, best, stops):
     journal = records.Journal()
@@ -61,12 +56,10 @@ def test_what_a_run_remembers_is_in_its_checkpoint_and_it_goes_on_waiting_where_
     assert records.load_checkpoint(tmp_path / "c.npz", []).best == math.inf
 
 
-@pytest.mark.parametrize(
+@cases(
     "spoilt",
-    [
-        *({"rows": rows} for rows in (None, {}, [3], [{"epoch": 1}], [ROW | {"loss": "0.5"}], [ROW | {"more": 1.0}])),
-        *({"best": "inf"}, {"waited": 1.5}, {"stopped": 1}, {"seconds": [1]}, {"names": 5}, "deep"),
-    ],
+    *({"rows": rows} for rows in (None, {}, [3], [{"epoch": 1}], [ROW | {"loss": "0.5"}], [ROW | {"more": 1.0}])),
+    *({"best": "inf"}, {"waited": 1.5}, {"stopped": 1}, {"seconds": [1]}, {"names": 5}, "deep"),
 )
 def test_a_checkpoint_of_wrong_types_is_refused(tmp_path, spoilt):
     meta = {"names": [], **asdict(records.Journal(rows=[ROW]))}
@@ -90,15 +83,10 @@ def test_a_checkpoint_holds_everything_and_that_of_another_network_or_optimizer_
             records.load_checkpoint(path, trainee(words).state())
 
 
-# -- the run record ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
+@cases(
     "spoilt",
-    [
-        *("not what it was", "[1, 2]", '{"a":' * 100_000 + "1" + "}" * 100_000, {"settings": []}, {"epochs": "3"}),
-        *({"finished": 1}, {"final": None}, {"stopped_early": "no"}, {"sittings": 5}),
-    ],
+    *("not what it was", "[1, 2]", '{"a":' * 100_000 + "1" + "}" * 100_000, {"settings": []}, {"epochs": "3"}),
+    *({"finished": 1}, {"final": None}, {"stopped_early": "no"}, {"sittings": 5}),
 )
 def test_a_run_record_of_another_kind_is_refused(finished, tmp_path, spoilt):
     record = strict(finished / "runs/x/run.json")
@@ -152,13 +140,11 @@ def test_intensities_are_type_range_and_percentiles():
     assert len(records.intensity(np.ones((2, 64, 64), np.float32), pixels=100)["percentiles"]) == 99
 
 
-@pytest.mark.parametrize(
+@cases(
     "flags",
-    [
-        "--filters 4096 --dilate_rate 64 --dropout 0.95 --classes 256 --bn_momentum 0.9999",
-        "--filters 1,1,1,1,1,1,1,1 --window 256 --dilate 0 --addition 0 --dropout 0 --bn_momentum 0",
-        "--arch unet2015 --filters 1 --depth 8 --padding same --batch_norm --bn_momentum 0.5 --classes 256",
-    ],
+    "--filters 4096 --dilate_rate 64 --dropout 0.95 --classes 256 --bn_momentum 0.9999",
+    "--filters 1,1,1,1,1,1,1,1 --window 256 --dilate 0 --addition 0 --dropout 0 --bn_momentum 0",
+    "--arch unet2015 --filters 1 --depth 8 --padding same --batch_norm --bn_momentum 0.5 --classes 256",
 )
 def test_weights_of_every_network_that_flags_can_describe_are_read(tmp_path, flags):
     kept = {"format": prediction.FORMAT, "normalisation": {"mean": 0.5, "std": 0.1, "epsilon": 1e-7}}
@@ -216,9 +202,6 @@ def test_a_file_that_is_damaged_anywhere_is_refused_in_a_sentence_or_read(finish
     assert CASES / 10 < read < CASES - CASES / 10
 
 
-# -- whose files stand there -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["r/history.csv", "r/checkpoint.npz", "r/last.weights.h5", "r/last.json",
                                   "r/curves.png", "r/held_out.png", "w/x.weights.h5", "w/x.json"])  # fmt: skip
 @pytest.mark.parametrize("resume", [False, True])
@@ -235,13 +218,11 @@ def test_somebodys_file_is_replaced_with_force_only(tmp_path, name, resume):
     assert not files(tmp_path), "an old file beside a new run would be taken for the run's"
 
 
-@pytest.mark.parametrize(
-    ("weights", "words"),
-    [
-        *((path, "--weight_path must not be .*the run's own") for path in ("r/run", "r/last", "link/run")),
-        ("images", "--weight_path must not be .*an input"),
-        ("folder", "folder.weights.h5 is a folder"),
-    ],
+@cases(
+    "weights, words",
+    *((path, "--weight_path must not be .*the run's own") for path in ("r/run", "r/last", "link/run")),
+    ("images", "--weight_path must not be .*an input"),
+    ("folder", "folder.weights.h5 is a folder"),
 )
 def test_no_file_is_written_twice_and_none_is_an_input_even_with_force(tmp_path, weights, words):
     for name in ("r", "folder.weights.h5"):

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, call_here, with_ctrl_c
+from conftest import ROOT, call_here, cases, with_ctrl_c
 
 import dilatedUnet
 from files.atomic import locked
@@ -113,8 +113,6 @@ def cells(out, row, metric):
 
 
 # -- rows
-
-
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_row_is_a_command_line_of_the_suite_and_says_what_it_costs(quick):
     for table in tables(quick):
@@ -236,27 +234,23 @@ def test_the_rows_of_2015_have_the_papers_values_beside_them():
 
 
 # -- bad usage
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["table", "lr"], "lr is a factor of study"),
-        (["table", "--only", "unet", "nothing"], r"--only must name rows of table: unet, .*Received: nothing"),
-        *((["table", "--seeds", value], f"--seeds: .*at most 100. Received: {value}") for value in (0, 20000000)),
-        *((["table", "--folds", value], f"--folds: .*at least 2 .*Received: {value}") for value in (1, 1000000000)),
-        *((["table", "--budget", value], f"--budget: .*above 0 .*Received: {value}") for value in ("0", "nan", "inf")),
-        (["best", "--protocol", "published"], "--protocol must be one that best has. Received: published"),
-        (["table", "--list", "--render"], "--render trains nothing"),
-        (["table", "--missing", "--render"], "--render trains nothing"),
-        *((["all", *words], "all is for --render") for words in ([], ["--render", "--collect"])),
-        (["table", "--output", "README.md"], "README.md exists and is not a table written by reproduce"),
-        (["table", "--records", "README.md"], "--records must be a folder. Received: README.md"),
-        (["table", "--records", ".", "--force", "--output", "x/../table.json"], "--output must not be an input"),
-        (["table", "--output", "README.md/x.md", "--force"], "README.md could not be written"),
-        (["table", "--output", "."], "exists and is not a table written by reproduce"),
-        (["study", "lr", "--figures", "images"], "images/study-lr.png exists already"),
-    ],
+@cases(
+    "words, sentence",
+    (["table", "lr"], "lr is a factor of study"),
+    (["table", "--only", "unet", "nothing"], r"--only must name rows of table: unet, .*Received: nothing"),
+    *((["table", "--seeds", value], f"--seeds: .*at most 100. Received: {value}") for value in (0, 20000000)),
+    *((["table", "--folds", value], f"--folds: .*at least 2 .*Received: {value}") for value in (1, 1000000000)),
+    *((["table", "--budget", value], f"--budget: .*above 0 .*Received: {value}") for value in ("0", "nan", "inf")),
+    (["best", "--protocol", "published"], "--protocol must be one that best has. Received: published"),
+    (["table", "--list", "--render"], "--render trains nothing"),
+    (["table", "--missing", "--render"], "--render trains nothing"),
+    *((["all", *words], "all is for --render") for words in ([], ["--render", "--collect"])),
+    (["table", "--output", "README.md"], "README.md exists and is not a table written by reproduce"),
+    (["table", "--records", "README.md"], "--records must be a folder. Received: README.md"),
+    (["table", "--records", ".", "--force", "--output", "x/../table.json"], "--output must not be an input"),
+    (["table", "--output", "README.md/x.md", "--force"], "README.md could not be written"),
+    (["table", "--output", "."], "exists and is not a table written by reproduce"),
+    (["study", "lr", "--figures", "images"], "images/study-lr.png exists already"),
 )
 def test_bad_usage_is_one_sentence_and_exit_code_2_and_starts_nothing(reproduced, words, sentence):
     theirs = [Path("README.md"), Path("images/study-lr.png"), Path("table.json")]
@@ -298,8 +292,6 @@ def test_records_that_cannot_be_written_are_refused_before_any_run(reproduced):
 
 
 # -- runs
-
-
 def test_the_commands_are_listed_with_their_cost_and_nothing_is_run(reproduced):
     code, out, _, calls = reproduced(*ONE, "--list")
     assert (code, calls) == (0, [])
@@ -367,9 +359,7 @@ def test_where_and_on_what_a_run_was_made_or_a_flag_that_is_younger_does_not_mak
     assert "other settings (--max_lr was 0.0005, is 0.01)" in reproduced(*ONE)[2]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"settings": 3, "epochs": 1}', '{"settings": {', '{"settings": ' * 100_000]
-)
+@cases("text", "", "[]", "{}", '{"settings": 3, "epochs": 1}', '{"settings": {', '{"settings": ' * 100_000)
 def test_a_broken_record_counts_as_missing_and_stops_nothing(reproduced, text):
     folder = Path("runs/reproduce/table/unet-holdout-f0-s0")
     folder.mkdir(parents=True)
@@ -491,8 +481,6 @@ def test_a_run_is_the_suite_in_a_process_of_its_own_with_jax_s_compilations_kept
 
 
 # -- comparison with what was published
-
-
 def rising(step=0.001, **first):
     """Values that rise from seed to seed."""
     return lambda args: {key: value + step * args.seed for key, value in first.items()}
@@ -506,9 +494,11 @@ def all_near():
     return {name: near(values) for name, (_, values) in rows.ROWS_2017.items() if values}
 
 
-@pytest.mark.parametrize(
-    ("row", "value", "verdict"),
-    [("unet-a", 0.0864, "within"), ("unet-a", 0.2, "MISSED, above by 0.115"), ("unet", 0.01, "MISSED, below by 0.095")],
+@cases(
+    "row, value, verdict",
+    ("unet-a", 0.0864, "within"),
+    ("unet-a", 0.2, "MISSED, above by 0.115"),
+    ("unet", 0.01, "MISSED, below by 0.095"),
 )
 def test_a_row_that_misses_its_tolerance_on_either_side_is_named_with_exit_code_1(reproduced, row, value, verdict):
     values = all_near()
@@ -581,17 +571,18 @@ def test_a_finished_run_without_the_number_is_not_reproduced(reproduced):
 
 
 # -- verdicts
-
-
 def dilation(effect):
     """V_rand of the dilated rows differs by `effect`, plus a little that differs from seed to seed."""
     base, other = rising(0.01, v_rand=0.95), rising(0.0102, v_rand=0.9498 + effect)
     return Suite(all_near(), {"unet": base, "unet-a": base, "dilated": other, "dilated-a": other})
 
 
-@pytest.mark.parametrize(
-    ("effect", "seeds", "verdict"),
-    [(0.0, 3, "confirmed"), (0.003, 3, "confirmed"), (-0.02, 3, "refuted"), (-0.02, 2, "too few runs")],
+@cases(
+    "effect, seeds, verdict",
+    (0.0, 3, "confirmed"),
+    (0.003, 3, "confirmed"),
+    (-0.02, 3, "refuted"),
+    (-0.02, 2, "too few runs"),
 )
 def test_the_2017_conclusion_is_judged_by_paired_differences_not_by_the_spread(reproduced, effect, seeds, verdict):
     out = reproduced("table", "--seeds", seeds, suite=dilation(effect))[1]
@@ -610,13 +601,11 @@ def test_the_study_says_of_each_conclusion_whether_it_was_confirmed(reproduced):
         assert re.findall(r"^\| (?:with depth|depth 4 ends).*\| (.*) \|$", out, re.M) == [verdict] * 3
 
 
-@pytest.mark.parametrize(
-    ("seeds", "score", "words"),
-    [
-        (3, rising(v_rand=0.97), "Choose Adamax: .* is ahead of SGD"),
-        (1, rising(v_rand=0.97), "Choose by cost: Adamax .* rests on too few runs"),
-        (3, rising(0.01, v_rand=0.951), "Choose by cost: Adamax .* is within noise"),
-    ],
+@cases(
+    "seeds, score, words",
+    (3, rising(v_rand=0.97), "Choose Adamax: .* is ahead of SGD"),
+    (1, rising(v_rand=0.97), "Choose by cost: Adamax .* rests on too few runs"),
+    (3, rising(0.01, v_rand=0.951), "Choose by cost: Adamax .* is within noise"),
 )
 def test_the_study_says_what_to_choose_and_how_sure_that_is(reproduced, seeds, score, words):
     out = reproduced("study", "optimizer", "--seeds", seeds, suite=Suite(scores={"adamax": score}))[1]
@@ -639,8 +628,6 @@ def test_the_learning_curve_says_what_more_sections_bring(reproduced):
 
 
 # -- records and rendering
-
-
 def test_rendering_trains_nothing_and_names_what_is_missing(reproduced):
     code, out, _, calls = reproduced("table", "--render")
     assert (code, calls) == (1, [])
@@ -746,8 +733,6 @@ def test_tables_have_as_many_cells_as_their_heads_and_quick_ones_say_so(reproduc
 
 
 # -- figures
-
-
 @pytest.fixture
 def drawn(monkeypatch):
     """What `figures.factor` is given, by the name of the picture."""
@@ -792,8 +777,6 @@ def test_the_figures_are_real_pictures_and_replaced_by_force_only(reproduced):
 
 
 # -- the seam to training
-
-
 def test_the_keys_that_are_read_are_the_keys_that_training_writes():
     source = "".join(path.read_text() for path in sorted((ROOT / "train").glob("*.py")))
     keys = "settings epochs finished final training_seconds held_out training_sections degenerate command commit"

@@ -19,7 +19,7 @@ import keras
 import numpy as np
 import pytest
 import tifffile
-from conftest import FINISHED, HOLDOUT, ROOT, TINY, arrays, assert_same_run, files, history, same_weights, strict
+from conftest import FINISHED, HOLDOUT, ROOT, TINY, arrays, assert_same_run, cases, files, history, same_weights, strict
 
 import clr_callback
 import data
@@ -33,7 +33,6 @@ from train import finish, recorder
 from train import record as records
 from train import run as training
 
-JAX = pytest.mark.jax
 TENSORFLOW = keras.backend.backend() == "tensorflow"
 
 
@@ -42,8 +41,6 @@ class Killed(BaseException):
 
 
 # -- a finished run ----------------------------------------------------------------------------------------------
-
-
 def test_a_run_writes_its_record_history_curves_checkpoint_and_weights(finished):
     run = {path.name for path in (finished / "runs/x").iterdir()}
     pictures = {"curves.png", "learning_rate.png", "held_out.png"}
@@ -129,8 +126,6 @@ def test_a_run_says_first_what_it_runs_on_and_at_the_start_where_the_weights_wil
 
 
 # -- beside an earlier run ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("gone", ["", "runs", "weights", "weights runs/x/checkpoint.npz"])
 def test_a_run_and_its_weights_are_never_overwritten_without_force(again, tmp_path, gone):
     for path in map(tmp_path.joinpath, gone.split()):
@@ -162,17 +157,15 @@ def test_two_trainings_in_one_folder_or_with_one_weight_file_are_refused(again, 
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--lr 2e-4", "same settings: --lr was 0.0001. Received: 0.0002"),
-        ("--seed 8", "--seed was 7. Received: 8"),
-        ("--filters 2,4", "--filters was [2, 3]. Received: [2, 4]"),
-        ("--precision bfloat16", "--precision was float32. Received: bfloat16"),
-        ("--tta 8", "--tta was none. Received: 8"),
-        ("--weight_path y --run_dir runs/x", "--weight_path was weights/x.weights.h5. Received: y.weights.h5"),
-        ("--image_path other.tif", "--resume needs the same data"),
-    ],
+@cases(
+    "flags, words",
+    ("--lr 2e-4", "same settings: --lr was 0.0001. Received: 0.0002"),
+    ("--seed 8", "--seed was 7. Received: 8"),
+    ("--filters 2,4", "--filters was [2, 3]. Received: [2, 4]"),
+    ("--precision bfloat16", "--precision was float32. Received: bfloat16"),
+    ("--tta 8", "--tta was none. Received: 8"),
+    ("--weight_path y --run_dir runs/x", "--weight_path was weights/x.weights.h5. Received: y.weights.h5"),
+    ("--image_path other.tif", "--resume needs the same data"),
 )
 def test_another_setting_is_refused_by_name_on_resume(again, tmp_path, flags, words):
     tifffile.imwrite("other.tif", tifffile.imread("images.tif") ^ 1)
@@ -222,15 +215,13 @@ def test_a_resumed_run_keeps_its_precision_whatever_is_faster_here(again, monkey
     assert training.precision_of(args, training.place_of(args)) == "bfloat16"
 
 
-@pytest.mark.parametrize(
-    ("name", "damage", "words"),
-    [
-        ("checkpoint.npz", lambda path: path.write_bytes(path.read_bytes()[:-500]), "or a broken one"),
-        ("run.json", lambda path: path.write_text("[1, 2]"), "run.json is not a run record"),
-        ("run.json", Path.unlink, "--force starts anew"),
-        ("../../weights/x.weights.h5", Path.unlink, "the best weights so far, is gone"),
-        ("run.json", lambda path: None, "--epochs must be at least the 3 done. Received: 2"),
-    ],
+@cases(
+    "name, damage, words",
+    ("checkpoint.npz", lambda path: path.write_bytes(path.read_bytes()[:-500]), "or a broken one"),
+    ("run.json", lambda path: path.write_text("[1, 2]"), "run.json is not a run record"),
+    ("run.json", Path.unlink, "--force starts anew"),
+    ("../../weights/x.weights.h5", Path.unlink, "the best weights so far, is gone"),
+    ("run.json", lambda path: None, "--epochs must be at least the 3 done. Received: 2"),
 )
 def test_a_damaged_or_longer_run_is_not_resumed(again, tmp_path, name, damage, words):
     unfinish(tmp_path / "runs/x/run.json")
@@ -311,7 +302,7 @@ def test_a_run_that_dies_at_the_worst_moments_ends_as_if_it_had_not(train, monke
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-@JAX
+@pytest.mark.jax
 def test_adam_with_averaged_weights_resumes_exactly(train, monkeypatch, tmp_path):
     flags = (
         f"{HOLDOUT} --augment elastic --optimizer adam --ema 0.5 --clr_mode cosine --max_lr 1e-2 --steps_per_epoch 1"
@@ -385,8 +376,6 @@ def test_kill_9_at_random_moments_and_sigterm_leave_no_trace(small, tmp_path):
 
 
 # -- several processes -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("mine", "others"), [(None, False), (None, True), ("bad data", True)])
 def test_what_is_refused_in_one_process_ends_all(mine, others):
     def step():
@@ -404,8 +393,6 @@ def test_what_is_refused_in_one_process_ends_all(mine, others):
 
 
 # -- what is held out, and how the end is scored -------------------------------------------------------------------
-
-
 def test_protocol_all_trains_on_every_section_keeps_the_last_weights_and_scores_nothing_as_held_out(train, small):
     done = train("--protocol all --run_dir run --weight_path w/all --tta 4 --lr 1e-3 --max_lr 1e-2")
     assert done.code == 0, done.err
@@ -443,12 +430,10 @@ def test_held_out_and_gap_sections_touch_neither_weights_nor_normalisation_nor_h
     assert one["held_out"]["bce"] != two["held_out"]["bce"]
 
 
-@pytest.mark.parametrize(
-    ("words", "train", "inner", "held_out"),
-    [
-        ("holdout --train_sections 0-2,5 --inner_sections 1", (0, 1, 2), (5,), (8, 9)),
-        ("kfold --folds 5 --fold 1 --inner_sections 0", (0, 1, 4, 5, 6, 7, 8, 9), (), (2, 3)),
-    ],
+@cases(
+    "words, train, inner, held_out",
+    ("holdout --train_sections 0-2,5 --inner_sections 1", (0, 1, 2), (5,), (8, 9)),
+    ("kfold --folds 5 --fold 1 --inner_sections 0", (0, 1, 4, 5, 6, 7, 8, 9), (), (2, 3)),
 )
 def test_sections_are_split_as_the_flags_say(words, train, inner, held_out):
     split = training.split_of(dilatedUnet.parse(["--protocol", *words.split()]), 10)
@@ -462,9 +447,6 @@ def test_an_eighth_of_the_sections_chooses_the_weights_by_default(sections, inne
 
 
 # -- learning ----------------------------------------------------------------------------------------------------
-
-
-@JAX
 def test_the_program_learns(train, tmp_path):
     flags = "--optimizer adam --lr 1e-2 --clr_mode none --epochs 3 --steps_per_epoch 12 --dropout 0.1 --run_dir run"
     done = train(f"{HOLDOUT} {flags}")
@@ -488,14 +470,10 @@ def test_a_network_that_learns_nothing_is_stopped_after_its_patience_and_said_to
 
 
 # -- what goes wrong while training ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flags", "words", "epochs"),
-    [
-        (f"{HOLDOUT} --lr 2e38", "not finite at update", 0),
-        ("--protocol all --lr 1e37 --epochs 1 --steps_per_epoch 1", "prediction of section 0 is not finite", 1),
-    ],
+@cases(
+    "flags, words, epochs",
+    (f"{HOLDOUT} --lr 2e38", "not finite at update", 0),
+    ("--protocol all --lr 1e37 --epochs 1 --steps_per_epoch 1", "prediction of section 0 is not finite", 1),
 )
 def test_a_run_that_diverges_even_at_its_last_update_is_no_success(train, tmp_path, flags, words, epochs):
     done = train(f"{flags} --clr_mode none --run_dir run")
@@ -531,8 +509,6 @@ def test_a_file_too_large_for_the_disk_is_one_sentence_and_exit_code_2(again, tm
 
 
 # -- other jobs --------------------------------------------------------------------------------------------------
-
-
 def test_the_preview_draws_what_the_network_will_see_and_trains_nothing(train, tmp_path):
     seen = Path("pictures/seen.png")
     done = train(f"{HOLDOUT} --augment all --augment_preview {seen}")
@@ -638,12 +614,8 @@ def test_inverted_labels_are_turned(small, tmp_path):
 
 
 # -- the real stack ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "network"), [("standard", "--dilate_rate 1 --dilate 0"), ("dilated", "--dilate_rate 2 --dilate 1")]
-)
+@cases("name, network", ("standard", "--dilate_rate 1 --dilate 0"), ("dilated", "--dilate_rate 2 --dilate 1"))
 def test_a_published_command_trains_on_the_real_stack_and_predicts_it(call, isbi, monkeypatch, tmp_path, name, network):
     """Word for word, with fewer epochs, updates and validation windows; the scores of whole sections are cut short."""
     words = f"--lr 0.00001 --max_lr 0.01 --epochs 500 {network} --weight_path weights/{name}_unet.weights --addition 1"

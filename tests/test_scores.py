@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from conftest import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -229,8 +230,6 @@ def test_warping_equals_the_naive_one(pair):
 
 
 # --- golden values
-
-
 def test_tiny_case_of_the_reference_scorer():
     t = np.full((2, 8, 10), 255, np.uint8)
     t[0, :, 4] = 0
@@ -248,14 +247,12 @@ def test_tiny_case_of_the_reference_scorer():
     assert four(p, t) == pytest.approx([0.989790, 0.974209, 0.302156, 0.077441], abs=SIX_DIGITS)
 
 
-@pytest.mark.parametrize(
-    ("proposal", "golden"),
-    [
-        ("labels", [1, 1, 0, 0]),
-        ("thick", [0.996940, 0.994652, 0.111947, 0.103056]),
-        ("all cell", [0.080675, 0, 0.918477, 0.113845]),
-        ("all membrane", [0.080675, 0, 0.999775, 1]),
-    ],
+@cases(
+    "proposal, golden",
+    ("labels", [1, 1, 0, 0]),
+    ("thick", [0.996940, 0.994652, 0.111947, 0.103056]),
+    ("all cell", [0.080675, 0, 0.918477, 0.113845]),
+    ("all membrane", [0.080675, 0, 0.999775, 1]),
 )
 def test_golden_values_on_the_real_labels(labels, thick, proposal, golden):
     truth = labels[GOLDEN_SECTIONS]
@@ -278,8 +275,6 @@ def test_golden_warping_error_of_the_thick_crop(labels, thick):
 
 
 # --- thresholds, float32
-
-
 def test_thresholds_accumulate_and_compare_strictly_in_double():
     assert len(scores.THRESHOLDS) == 11
     assert scores.THRESHOLDS[3] == 0.30000000000000004
@@ -291,8 +286,6 @@ def test_thresholds_accumulate_and_compare_strictly_in_double():
 
 
 # --- known answers
-
-
 def blocks(rows=12, columns=12):
     """Four cells with walls one pixel wide."""
     truth = np.ones((rows, columns), np.uint8)
@@ -381,8 +374,7 @@ def test_calibration_error_by_hand():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    arrays(np.uint16, (2, 5, 6), elements=st.integers(0, 4)),
-    arrays(np.uint16, (2, 5, 6), elements=st.integers(0, 4)),
+    arrays(np.uint16, (2, 5, 6), elements=st.integers(0, 4)), arrays(np.uint16, (2, 5, 6), elements=st.integers(0, 4))
 )
 def test_seg_and_mean_iou_equal_going_through_all_pairs(prediction, truth):
     seg, best = [], []
@@ -398,14 +390,12 @@ def test_seg_and_mean_iou_equal_going_through_all_pairs(prediction, truth):
         assert scores.mean_iou(prediction, truth) == pytest.approx(np.mean(best))
 
 
-@pytest.mark.parametrize(
-    ("shapes", "words"),
-    [
-        (((1, 4, 4), (1, 4, 5)), r"\(4, 4\) and \(4, 5\) in section 0"),
-        (((2, 4, 4), (1, 4, 4)), r"as many sections.*\(4, 4\) and \(0,\) in section 1"),
-        (((4, 4), (4, 4)), "one shape"),
-        (((0, 4, 4), (0, 4, 4)), "at least one section"),
-    ],
+@cases(
+    "shapes, words",
+    (((1, 4, 4), (1, 4, 5)), r"\(4, 4\) and \(4, 5\) in section 0"),
+    (((2, 4, 4), (1, 4, 4)), r"as many sections.*\(4, 4\) and \(0,\) in section 1"),
+    (((4, 4), (4, 4)), "one shape"),
+    (((0, 4, 4), (0, 4, 4)), "at least one section"),
 )
 def test_stacks_that_do_not_fit_are_refused(shapes, words):
     for score in (scores.v_rand, scores.rand_error, scores.pixel_error, scores.warping_error, scores.bce):
@@ -414,8 +404,6 @@ def test_stacks_that_do_not_fit_are_refused(shapes, words):
 
 
 # --- maps, segmentation
-
-
 def test_maps_mark_the_split_the_merger_and_the_hole_in_the_wall():
     truth = np.ones((40, 60), np.uint8)
     truth[:, 20], truth[:, 40] = 0, 0
@@ -466,8 +454,6 @@ def test_best_threshold_is_chosen_by_v_rand_on_the_sections_given():
 
 
 # --- speed and imports
-
-
 def test_importing_scores_is_light():
     heavy = ("numba", "scipy", "skimage", "matplotlib", "keras", "tensorflow")
     code = f"import sys; from score import scores, evaluation; print([m for m in {heavy} if m in sys.modules])"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, cases
 
 LIST = "reproduce table --list"
 ENDS = "import atexit, os, signal, sys, time\nfrom files import shell\n{}\nsys.exit(shell.ends(main))"
@@ -24,16 +24,14 @@ def shell(line, **environment):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize(
-    ("line", "code", "words"),
-    [
-        (f"suite {LIST} | true", 141, ""),
-        (f"suite {LIST} >&-", 0, ""),
-        (f"suite {LIST} > /dev/full", 2, "dilatedUnet.py: stdout could not be written: No space left on device\n"),
-        (f"suite {LIST} 2> /dev/full", 0, ""),
-        ("suite --epochs 0 2>&-", 2, ""),
-        ("suite --epochs 0 2> /dev/full", 2, ""),
-    ],
+@cases(
+    "line, code, words",
+    (f"suite {LIST} | true", 141, ""),
+    (f"suite {LIST} >&-", 0, ""),
+    (f"suite {LIST} > /dev/full", 2, "dilatedUnet.py: stdout could not be written: No space left on device\n"),
+    (f"suite {LIST} 2> /dev/full", 0, ""),
+    ("suite --epochs 0 2>&-", 2, ""),
+    ("suite --epochs 0 2> /dev/full", 2, ""),
 )
 def test_a_stream_that_is_gone_or_full_ends_as_other_programs_do(line, code, words):
     done = shell(line)
@@ -54,18 +52,16 @@ def test_a_terminal_without_the_letters_gets_escapes(encoding):
     assert "\\u819c.tif does not exist" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("main", "code"),
-    [
-        (f"def main(): {KILL.format('SIGTERM')}", 143),
-        (f"def main():\n try: {KILL.format('SIGTERM')}\n except KeyboardInterrupt: return 130", 143),
-        (f"def main():\n signal.signal(signal.SIGINT, signal.default_int_handler)\n {KILL.format('SIGINT')}", 130),
-        (f"class Main:\n def __del__(self): {KILL.format('SIGTERM')}\ndef main(): Main(); time.sleep(60)", 143),
-        (f"def main(): atexit.register(lambda: 1 / 0); {KILL.format('SIGTERM')}", 143),
-        ("def main(): sys.exit(2)", 2),
-        ("def main(): return 0", 0),
-        ("def main():\n import matplotlib\n return matplotlib.get_backend() != 'agg'", 0),
-    ],
+@cases(
+    "main, code",
+    (f"def main(): {KILL.format('SIGTERM')}", 143),
+    (f"def main():\n try: {KILL.format('SIGTERM')}\n except KeyboardInterrupt: return 130", 143),
+    (f"def main():\n signal.signal(signal.SIGINT, signal.default_int_handler)\n {KILL.format('SIGINT')}", 130),
+    (f"class Main:\n def __del__(self): {KILL.format('SIGTERM')}\ndef main(): Main(); time.sleep(60)", 143),
+    (f"def main(): atexit.register(lambda: 1 / 0); {KILL.format('SIGTERM')}", 143),
+    ("def main(): sys.exit(2)", 2),
+    ("def main(): return 0", 0),
+    ("def main():\n import matplotlib\n return matplotlib.get_backend() != 'agg'", 0),
 )
 def test_a_signal_has_its_exit_code(main, code):
     done = subprocess.run([sys.executable, "-c", ENDS.format(main)], cwd=ROOT, capture_output=True, timeout=120,

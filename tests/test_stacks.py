@@ -11,6 +11,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import tifffile
+from conftest import cases
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -138,8 +139,6 @@ def test_description_names_axes_and_encoding(tmp_path):
 
 
 # --- Folders ------------------------------------------------------------------------------------------------
-
-
 def test_folder_is_read_in_natural_order(tmp_path):
     sections = gray((12, 8, 9))
     for i, section in enumerate(sections):
@@ -200,8 +199,6 @@ def test_natural_order_never_compares_words_with_numbers(names):
 
 
 # --- Bad input ----------------------------------------------------------------------------------------------
-
-
 def refused(path, words, what="image"):
     with pytest.raises(DataError, match=words or None) as caught:
         read_stack(path, what=what)
@@ -397,8 +394,6 @@ def raised(error):
 
 
 # --- One section at a time ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"tile": (64, 64), "compression": "lzw"}])
 def test_no_more_is_held_in_memory_than_is_asked_for(tmp_path, options):
     sections = gray((4, 512, 2048))
@@ -438,8 +433,6 @@ def test_what_cannot_fit_into_memory_is_refused_before_it_is_taken(tmp_path, mon
 
 
 # --- Voxel size ---------------------------------------------------------------------------------------------
-
-
 def imagej(resolution=None, **metadata):
     return {"imagej": True, "resolution": resolution, "metadata": {"axes": "ZYX", **metadata}}
 
@@ -447,23 +440,21 @@ def imagej(resolution=None, **metadata):
 OME_SIZES = {"PhysicalSizeX": 0.004, "PhysicalSizeY": 8, "PhysicalSizeYUnit": "nm", "PhysicalSizeZ": 0.05}
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (imagej((250, 125), spacing=0.05, unit="um"), (50, 8, 4)),
-        (imagej((0.25, 0.25), spacing=50, unit="nm"), (50, 4, 4)),
-        (imagej((250, 250), unit="micron"), (None, 4, 4)),
-        (imagej((250, 250), unit="\\u00B5m"), (None, 4, 4)),
-        (imagej(), None),
-        (imagej((2, 2), unit="pixel"), None),
-        ({"resolution": (2.5e6, 2.5e6), "resolutionunit": "CENTIMETER"}, (None, 4, 4)),
-        ({"resolution": (6.35e6, 6.35e6), "resolutionunit": "INCH"}, (None, 4, 4)),
-        ({"resolution": (72, 72), "resolutionunit": "INCH"}, None),
-        ({"resolution": (300, 300), "resolutionunit": "INCH"}, None),
-        ({}, None),
-        ({"ome": True, "metadata": {"axes": "ZYX"}}, None),
-        ({"ome": True, "metadata": {"axes": "ZYX", **OME_SIZES}}, (50, 8, 4)),
-    ],
+@cases(
+    "options, expected",
+    (imagej((250, 125), spacing=0.05, unit="um"), (50, 8, 4)),
+    (imagej((0.25, 0.25), spacing=50, unit="nm"), (50, 4, 4)),
+    (imagej((250, 250), unit="micron"), (None, 4, 4)),
+    (imagej((250, 250), unit="\\u00B5m"), (None, 4, 4)),
+    (imagej(), None),
+    (imagej((2, 2), unit="pixel"), None),
+    ({"resolution": (2.5e6, 2.5e6), "resolutionunit": "CENTIMETER"}, (None, 4, 4)),
+    ({"resolution": (6.35e6, 6.35e6), "resolutionunit": "INCH"}, (None, 4, 4)),
+    ({"resolution": (72, 72), "resolutionunit": "INCH"}, None),
+    ({"resolution": (300, 300), "resolutionunit": "INCH"}, None),
+    ({}, None),
+    ({"ome": True, "metadata": {"axes": "ZYX"}}, None),
+    ({"ome": True, "metadata": {"axes": "ZYX", **OME_SIZES}}, (50, 8, 4)),
 )
 def test_voxel_size_is_read_in_nm(tmp_path, options, expected):
     tifffile.imwrite(tmp_path / "a.tif", gray(), **options)
@@ -472,8 +463,6 @@ def test_voxel_size_is_read_in_nm(tmp_path, options, expected):
 
 
 # --- Writing ------------------------------------------------------------------------------------------------
-
-
 def test_prediction_is_float32_imagej_zyx_with_voxel_size(tmp_path):
     sections = gray((3, 20, 30), "float64")
     write_prediction(tmp_path / "new" / "p.tif", iter(sections), count=3, shape=(20, 30), voxel_nm=VOXEL)
@@ -537,15 +526,13 @@ def interrupted():
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    ("make", "error"),
-    [
-        (lambda: [np.zeros((4, 4))], ValueError),
-        (lambda: [np.zeros((4, 4))] * 3, ValueError),
-        (lambda: [np.zeros((4, 4)), np.zeros((4, 5))], ValueError),
-        (lambda: [np.zeros((4, 4)), np.full((4, 4), np.nan)], DataError),
-        (interrupted, KeyboardInterrupt),
-    ],
+@cases(
+    "make, error",
+    (lambda: [np.zeros((4, 4))], ValueError),
+    (lambda: [np.zeros((4, 4))] * 3, ValueError),
+    (lambda: [np.zeros((4, 4)), np.zeros((4, 5))], ValueError),
+    (lambda: [np.zeros((4, 4)), np.full((4, 4), np.nan)], DataError),
+    (interrupted, KeyboardInterrupt),
 )
 def test_wrong_sections_and_an_interrupt_leave_the_old_file(tmp_path, make, error):
     (tmp_path / "p.tif").write_text("old")

@@ -1,25 +1,23 @@
 """The environment is checked before the frameworks read it."""
 
-import pytest
+from conftest import cases
 
 import dilatedUnet
 
 LOOKS = "TF_CONFIG must look like"
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("KERAS_BACKEND", "tenserflow", "KERAS_BACKEND must be one of tensorflow, jax, torch. Received: tenserflow"),
-        ("TF_CONFIG", "nonsense", LOOKS),
-        ("TF_CONFIG", "[1]", LOOKS),
-        ("TF_CONFIG", '{"cluster": {"worker": 3}}', LOOKS),
-        ("TF_CONFIG", '{"cluster": {"worker": [1]}}', LOOKS),
-        ("TF_CONFIG", '{"cluster": {"worker": ["a", "b:1"]}}', LOOKS),
-        ("TF_CONFIG", '{"task": {"index": "first"}}', LOOKS),
-        ("TF_CONFIG", "[" * 100_000, LOOKS),
-        ("KERAS_DISTRIBUTION_NUM_PROCESSES", "two", "must be a whole number. Received: two"),
-    ],
+@cases(
+    "name, value, words",
+    ("KERAS_BACKEND", "tenserflow", "KERAS_BACKEND must be one of tensorflow, jax, torch. Received: tenserflow"),
+    ("TF_CONFIG", "nonsense", LOOKS),
+    ("TF_CONFIG", "[1]", LOOKS),
+    ("TF_CONFIG", '{"cluster": {"worker": 3}}', LOOKS),
+    ("TF_CONFIG", '{"cluster": {"worker": [1]}}', LOOKS),
+    ("TF_CONFIG", '{"cluster": {"worker": ["a", "b:1"]}}', LOOKS),
+    ("TF_CONFIG", '{"task": {"index": "first"}}', LOOKS),
+    ("TF_CONFIG", "[" * 100_000, LOOKS),
+    ("KERAS_DISTRIBUTION_NUM_PROCESSES", "two", "must be a whole number. Received: two"),
 )
 def test_an_environment_that_makes_no_sense_is_named(refuses, monkeypatch, name, value, words):
     monkeypatch.setenv(name, value)

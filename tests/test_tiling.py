@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from conftest import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -203,8 +204,6 @@ def test_a_prediction_of_another_shape_is_refused():
 
 
 # -- the choice of tiles -----------------------------------------------------------------------------------------
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
@@ -227,27 +226,18 @@ def test_a_grid_fits_its_limits_and_the_network(shape, radius, levels, largest):
 PAPER = Field(107, 16, 92, 12)
 
 
-@pytest.mark.parametrize(
-    ("shape", "field", "asked", "tile", "halo", "words"),
-    [
-        ((512, 512), Field(560), {}, (512, 512), 0, "one piece, input 512 x 512 px"),
-        ((513, 700), Field(560), {}, (520, 704), 0, "one piece, input 520 x 704 px"),
-        ((100, 90), Field(92), {}, (104, 96), 0, "no seams"),
-        ((4096, 4096), Field(92), {}, (1016, 1016), 96, "25 tiles of 1016 x 1016 px, halo 96 >= receptive radius 92"),
-        (
-            (4096, 4096),
-            Field(560),
-            {},
-            (944, 944),
-            128,
-            "halo 128 < receptive radius 560: stitched equals",
-        ),
-        ((388, 388), PAPER, {"max_tile": 572}, (572, 572), 92, "one piece"),
-        ((389, 389), PAPER, {"max_tile": 572}, (396, 396), 92, "4 tiles of 396 x 396 px, unpadded network, halo 92"),
-        ((836, 836), PAPER, {}, (1020, 1020), 92, "one piece"),
-        ((512, 512), Field(560), {"halo": 32}, (576, 576), 32, "one piece"),
-        ((2048, 512), Field(560), {"halo": 32}, (752, 576), 32, "3 tiles"),
-    ],
+@cases(
+    "shape, field, asked, tile, halo, words",
+    ((512, 512), Field(560), {}, (512, 512), 0, "one piece, input 512 x 512 px"),
+    ((513, 700), Field(560), {}, (520, 704), 0, "one piece, input 520 x 704 px"),
+    ((100, 90), Field(92), {}, (104, 96), 0, "no seams"),
+    ((4096, 4096), Field(92), {}, (1016, 1016), 96, "25 tiles of 1016 x 1016 px, halo 96 >= receptive radius 92"),
+    ((4096, 4096), Field(560), {}, (944, 944), 128, "halo 128 < receptive radius 560: stitched equals"),
+    ((388, 388), PAPER, {"max_tile": 572}, (572, 572), 92, "one piece"),
+    ((389, 389), PAPER, {"max_tile": 572}, (396, 396), 92, "4 tiles of 396 x 396 px, unpadded network, halo 92"),
+    ((836, 836), PAPER, {}, (1020, 1020), 92, "one piece"),
+    ((512, 512), Field(560), {"halo": 32}, (576, 576), 32, "one piece"),
+    ((2048, 512), Field(560), {"halo": 32}, (752, 576), 32, "3 tiles"),
 )
 def test_a_grid_says_in_words_what_it_does(shape, field, asked, tile, halo, words):
     grid = tiling.choose(shape, field, **asked)
@@ -255,16 +245,14 @@ def test_a_grid_says_in_words_what_it_does(shape, field, asked, tile, halo, word
     assert words in grid.words
 
 
-@pytest.mark.parametrize(
-    ("field", "asked", "words"),
-    [
-        (Field(92), {"max_tile": 500}, "--tile must be a multiple of 8. Received: 500"),
-        (PAPER, {"max_tile": 576}, "--tile must be a multiple of 16 plus 12. Received: 576"),
-        (Field(92), {"halo": 12}, "--overlap must be a non-negative multiple of 8. Received: 12"),
-        (Field(92), {"halo": -8}, "--overlap must be a non-negative multiple of 8. Received: -8"),
-        (Field(92), {"halo": 32}, "--overlap must leave at least 8 px of a tile of 64 uncovered. Received: 32"),
-        (Field(92, 8, 4), {}, "--overlap must be 4 (the network's own loss) plus a multiple of 8. Received: 16"),
-    ],
+@cases(
+    "field, asked, words",
+    (Field(92), {"max_tile": 500}, "--tile must be a multiple of 8. Received: 500"),
+    (PAPER, {"max_tile": 576}, "--tile must be a multiple of 16 plus 12. Received: 576"),
+    (Field(92), {"halo": 12}, "--overlap must be a non-negative multiple of 8. Received: 12"),
+    (Field(92), {"halo": -8}, "--overlap must be a non-negative multiple of 8. Received: -8"),
+    (Field(92), {"halo": 32}, "--overlap must leave at least 8 px of a tile of 64 uncovered. Received: 32"),
+    (Field(92, 8, 4), {}, "--overlap must be 4 (the network's own loss) plus a multiple of 8. Received: 16"),
 )
 def test_tiles_that_cannot_be_are_refused_by_argument_rule_and_value(field, asked, words):
     with pytest.raises(data.DataError) as caught:
@@ -273,8 +261,6 @@ def test_tiles_that_cannot_be_are_refused_by_argument_rule_and_value(field, aske
 
 
 # -- turned and mirrored -----------------------------------------------------------------------------------------
-
-
 def test_transforms_are_distinct_turns_and_mirrorings_that_begin_with_the_identity():
     section = np.arange(6).reshape(2, 3)
     np.testing.assert_array_equal(tiling.transform(section, 1, False), [[2, 5], [1, 4], [0, 3]])
@@ -302,8 +288,6 @@ def test_the_average_is_that_of_predictions_of_turned_sections_turned_back(shape
 
 
 # -- a stack, one section at a time ------------------------------------------------------------------------------
-
-
 class Watched(np.ndarray):
     """An array that can be held in a set."""
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tifffile
-from conftest import TINY
+from conftest import TINY, cases
 
 import augment
 import data
@@ -25,16 +25,14 @@ def trainee(words=""):
     return training.make_trainee(args, training.course_of(args), data.Normalisation(128.0, 40.0), args.precision)
 
 
-@pytest.mark.parametrize(
-    ("flags", "kind", "settings"),
-    [
-        ("", optimizers.RMSprop, {"momentum": 0.0, "use_ema": False}),
-        ("--momentum 0.9", optimizers.RMSprop, {"momentum": 0.9}),
-        ("--optimizer adam", keras.optimizers.Adam, {"beta_1": 0.9}),
-        ("--optimizer adamax", keras.optimizers.Adamax, {}),
-        ("--optimizer sgd --momentum 0.5", keras.optimizers.SGD, {"momentum": 0.5}),
-        ("--ema 0.9", optimizers.RMSprop, {"use_ema": True, "ema_momentum": 0.9}),
-    ],
+@cases(
+    "flags, kind, settings",
+    ("", optimizers.RMSprop, {"momentum": 0.0, "use_ema": False}),
+    ("--momentum 0.9", optimizers.RMSprop, {"momentum": 0.9}),
+    ("--optimizer adam", keras.optimizers.Adam, {"beta_1": 0.9}),
+    ("--optimizer adamax", keras.optimizers.Adamax, {}),
+    ("--optimizer sgd --momentum 0.5", keras.optimizers.SGD, {"momentum": 0.5}),
+    ("--ema 0.9", optimizers.RMSprop, {"use_ema": True, "ema_momentum": 0.9}),
 )
 def test_the_optimizer_is_the_one_asked_for(flags, kind, settings):
     optimizer = trainee(flags).optimizer
@@ -42,15 +40,13 @@ def test_the_optimizer_is_the_one_asked_for(flags, kind, settings):
     assert {key: getattr(optimizer, key) for key in settings} == settings
 
 
-@pytest.mark.parametrize(
-    ("flags", "rates"),
-    [
-        ("--max_lr 5e-3 --step_size 2", [1e-3, 3e-3, 5e-3, 3e-3, 1e-3, 3e-3, 5e-3]),
-        ("--max_lr 5e-3 --step_size 2 --clr_mode triangular2", [1e-3, 3e-3, 5e-3, 3e-3, 1e-3, 2e-3, 3e-3]),
-        ("--max_lr 5e-3 --step_size 2 --clr_mode exp_range --clr_gamma 0.5", [1e-3, 2e-3, 2e-3, 1.25e-3, 1e-3]),
-        ("--clr_mode none", [1e-3] * 9),
-        ("--max_lr 5e-3 --clr_mode cosine --epochs 5 --steps_per_epoch 1", [5e-3, 4.414e-3, 3e-3]),
-    ],
+@cases(
+    "flags, rates",
+    ("--max_lr 5e-3 --step_size 2", [1e-3, 3e-3, 5e-3, 3e-3, 1e-3, 3e-3, 5e-3]),
+    ("--max_lr 5e-3 --step_size 2 --clr_mode triangular2", [1e-3, 3e-3, 5e-3, 3e-3, 1e-3, 2e-3, 3e-3]),
+    ("--max_lr 5e-3 --step_size 2 --clr_mode exp_range --clr_gamma 0.5", [1e-3, 2e-3, 2e-3, 1.25e-3, 1e-3]),
+    ("--clr_mode none", [1e-3] * 9),
+    ("--max_lr 5e-3 --clr_mode cosine --epochs 5 --steps_per_epoch 1", [5e-3, 4.414e-3, 3e-3]),
 )
 def test_the_rate_of_every_update_is_the_courses(flags, rates):
     """What the optimizer itself takes for its rate, at each number of updates done."""
@@ -85,21 +81,19 @@ def test_the_loss_is_the_one_asked_for(name):
     assert float(found) == float(losses.LOSSES[name](mask, interior))
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (
-            "--precision float32 --dropout 0 --dilate 1",
-            {"down1_conv1.compute_dtype": "float32", "down1_bn1.kept": 256, "centre_conv3.dilation_rate": (4, 4)},
-        ),
-        (
-            "--precision bfloat16 --classes 3 --filters 5,7 --dropout 0.5 --dilate 0 --dilate_rate 2 --addition 0",
-            {
-                **{"down1_conv1.compute_dtype": "bfloat16", "head_conv.filters": 3, "down2_conv1.filters": 7},
-                **{"down1_drop.kept": 128, "centre_conv3.dilation_rate": (1, 1), "down1_conv2.dilation_rate": (2, 2)},
-            },
-        ),
-    ],
+@cases(
+    "flags, expected",
+    (
+        "--precision float32 --dropout 0 --dilate 1",
+        {"down1_conv1.compute_dtype": "float32", "down1_bn1.kept": 256, "centre_conv3.dilation_rate": (4, 4)},
+    ),
+    (
+        "--precision bfloat16 --classes 3 --filters 5,7 --dropout 0.5 --dilate 0 --dilate_rate 2 --addition 0",
+        {
+            **{"down1_conv1.compute_dtype": "bfloat16", "head_conv.filters": 3, "down2_conv1.filters": 7},
+            **{"down1_drop.kept": 128, "centre_conv3.dilation_rate": (1, 1), "down1_conv2.dilation_rate": (2, 2)},
+        },
+    ),
 )
 def test_the_network_is_the_one_asked_for(flags, expected):
     network = trainee(flags).network
@@ -115,19 +109,17 @@ def test_the_seed_makes_the_network():
     assert not np.array_equal(one, three)
 
 
-@pytest.mark.parametrize(
-    ("flags", "field", "value"),
-    [
-        ("--augment affine", "max_rotation_deg", 180.0),
-        ("--augment elastic", "elastic_sd_px", 10.0),
-        ("--augment all --elastic_grid 5", "elastic_grid", 5),
-        ("--augment all --elastic_sd_px 4", "elastic_sd_px", 4.0),
-        ("--augment all --max_rotation_deg 15", "max_rotation_deg", 15.0),
-        ("--augment all --max_shear_deg 2", "max_shear_deg", 2.0),
-        ("--augment all --max_shift_px 3", "max_shift_px", 3.0),
-        ("--augment all --scale 0.9 1.1", "scale", (0.9, 1.1)),
-        ("--augment all --noise 0.3", "noise", 0.3),
-    ],
+@cases(
+    "flags, field, value",
+    ("--augment affine", "max_rotation_deg", 180.0),
+    ("--augment elastic", "elastic_sd_px", 10.0),
+    ("--augment all --elastic_grid 5", "elastic_grid", 5),
+    ("--augment all --elastic_sd_px 4", "elastic_sd_px", 4.0),
+    ("--augment all --max_rotation_deg 15", "max_rotation_deg", 15.0),
+    ("--augment all --max_shear_deg 2", "max_shear_deg", 2.0),
+    ("--augment all --max_shift_px 3", "max_shift_px", 3.0),
+    ("--augment all --scale 0.9 1.1", "scale", (0.9, 1.1)),
+    ("--augment all --noise 0.3", "noise", 0.3),
 )
 def test_the_augmentation_is_the_one_asked_for(flags, field, value):
     args = parse(flags)

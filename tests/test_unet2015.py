@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from conftest import cases
 
 from network import layers, unet
 from predict import tiling
@@ -41,9 +42,6 @@ def shapes(network, *size):
     spied = keras.Model(network.input, [layer.output for layer in layers])
     specs = spied.compute_output_spec(keras.KerasTensor((1, *size, 1)))
     return {layer.name: spec.shape[1:] for layer, spec in zip(layers, specs, strict=True)}
-
-
-# -- network
 
 
 def test_the_published_network_has_the_parameters_of_the_papers_figure(published):
@@ -123,12 +121,7 @@ def test_batch_norm_on_request_stands_behind_every_3_x_3_convolution():
     assert normed.count_params() == plain.count_params() + 4 * widths
 
 
-# -- overlap-tile
-
-
-@pytest.mark.parametrize(
-    ("padding", "largest", "count", "halo", "more"), [("valid", 380, 16, 92, (8, 12)), ("same", 464, 9, 112, (4, 8))]
-)
+@cases("padding, largest, count, halo, more", ("valid", 380, 16, 92, (8, 12)), ("same", 464, 9, 112, (4, 8)))
 def test_tiles_meet_exactly_and_equal_the_whole_image(padding, largest, count, halo, more):
     """More rows and columns: what the sides of the whole image lack to a size that fits."""
 

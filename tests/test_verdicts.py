@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import cases
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -50,26 +51,27 @@ def sample(low, high):
     return Sample(tuple((low + high) / 2 + away * k for k in (-1, 0, 1)))
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [
-        (-0.004, 0.004, "confirmed"),
-        (-0.0026, 0.0051, "undecided"),  # narrower than the margin on both sides, and yet not within it
-        (-0.001, 0.008, "undecided"),
-        (-0.006, 0.006, "undecided"),
-        (0.001, 0.004, "confirmed"),  # there is a difference, of which none that matters
-        (0.001, 0.006, "refuted"),
-        (-0.9, -0.1, "refuted"),
-        (0.0, 0.0, "confirmed"),
-    ],
+@cases(
+    "low, high, verdict",
+    (-0.004, 0.004, "confirmed"),
+    (-0.0026, 0.0051, "undecided"),  # narrower than the margin on both sides, and yet not within it
+    (-0.001, 0.008, "undecided"),
+    (-0.006, 0.006, "undecided"),
+    (0.001, 0.004, "confirmed"),  # there is a difference, of which none that matters
+    (0.001, 0.006, "refuted"),
+    (-0.9, -0.1, "refuted"),
+    (0.0, 0.0, "confirmed"),
 )
 def test_no_difference_is_confirmed_only_by_a_whole_interval_within_the_margin(low, high, verdict):
     assert verdicts.no_difference([(sample(low, high), 0.005)]) == [verdict]
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [(0.1, 0.2, "confirmed"), (-0.2, -0.1, "not confirmed"), (-0.1, 0.2, "within noise"), (0.0, 0.0, "within noise")],
+@cases(
+    "low, high, verdict",
+    (0.1, 0.2, "confirmed"),
+    (-0.2, -0.1, "not confirmed"),
+    (-0.1, 0.2, "within noise"),
+    (0.0, 0.0, "within noise"),
 )
 def test_a_statement_holds_where_the_whole_interval_is_positive(low, high, verdict):
     assert verdicts.holds([sample(low, high)]) == [verdict]
@@ -80,9 +82,6 @@ def test_what_holds_alone_may_be_noise_among_others_of_its_table():
     assert verdicts.holds([just]) == ["confirmed"]
     assert verdicts.holds([just, nothing, nothing]) == ["within noise"] * 3
     assert verdicts.no_difference([(just, 0.1), (nothing, 0.1)]) == ["undecided"] * 2
-
-
-# -- how often a verdict is wrong: 2 000 cases in which the truth is known
 
 
 def test_holm_s_p_values_are_wrong_in_one_table_of_twenty():
@@ -143,7 +142,7 @@ def test_the_tolerance_is_the_stated_one_until_there_is_a_spread_and_never_below
 
 FLAT_NOISE = {name: np.ones(40) for name in ("loss", "val_loss")}
 AT_THE_EDGE = {  # where a flat history fulfils a statement: one that only just does not
-    "SGD does not reduce the loss": {"loss": np.r_[1, np.full(39, 0.95)], "val_loss": np.ones(40)},
+    "SGD does not reduce the loss": {"loss": np.r_[1, np.full(39, 0.95)], "val_loss": np.ones(40)}
 }
 
 
@@ -164,8 +163,6 @@ def test_noise_confirms_no_conclusion_of_the_study_more_often_than_stated(factor
             wrong += verdicts.holds([conclusion.sample(histories)]) == ["confirmed"]
         assert wrong <= MOST, conclusion.words
 
-
-# -- histories of eight epochs: a quarter is two of them
 
 FALLS = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
 FLAT = [8.0, 5.0, 4.0, 4.0, 4.0, 4.0, 3.95, 3.95]

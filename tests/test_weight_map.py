@@ -29,9 +29,6 @@ def brute_force(labels, w0, sigma):
     return term
 
 
-# -- the map
-
-
 @given(labels=LABELS, w0=st.floats(0, 50), sigma=st.floats(0.3, 9))
 @settings(max_examples=300, deadline=None)
 def test_the_border_term_equals_brute_force(labels, w0, sigma):
@@ -116,9 +113,6 @@ def territories(cells, side=512):
     return seeds[tuple(nearest)]
 
 
-# -- instances and borders between them
-
-
 @given(labels=LABELS)
 def test_an_instances_pixel_is_taken_exactly_where_another_instance_is_its_neighbour(labels):
     apart = losses.separate(labels)
@@ -155,14 +149,12 @@ def test_real_cells_that_nearly_touch_are_bright_between(hela):
     assert not apart[weights > 5].any()
 
 
-# -- the loss
-
-
 TRUTH = np.array([[[1, 0]]], np.float32)
 LOGITS = np.array([[[[0.0, 2.0], [1.0, -1.0]]]], np.float32)
 WEIGHTS = np.array([[[3.0, 0.5]]], np.float32)
 
 
+@pytest.mark.jax
 def test_the_loss_is_the_mean_over_pixels_of_weight_times_cross_entropy():
     expected = (3.0 * math.log(1 + math.exp(-2)) + 0.5 * math.log(1 + math.exp(-2))) / 2
     assert float(losses.weighted_cross_entropy(TRUTH, LOGITS, WEIGHTS)) == pytest.approx(expected, rel=1e-6)
