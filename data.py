@@ -320,12 +320,12 @@ def split_sections(count, protocol, *, val_sections=None, fold=0, folds=5, gap=0
     >>> split_sections(10, "kfold", fold=1, folds=5, gap=1).train
     (0, 5, 6, 7, 8, 9)
     """
-    allowed = _within(range(count) if train_sections is None else train_sections, count, "--train_sections")
+    allowed = sections_within(range(count) if train_sections is None else train_sections, count, "--train_sections")
     if protocol in ("published", "all"):
         return Split(protocol, allowed, allowed if protocol == "published" else (), ())
     if protocol == "holdout":
         last = range(count - max(1, round(count / 5)), count)
-        held_out = _within(last if val_sections is None else val_sections, count, "--val_sections")
+        held_out = sections_within(last if val_sections is None else val_sections, count, "--val_sections")
     else:
         held_out = _fold(count, fold, folds)
     if train_sections is not None and (both := set(allowed) & set(held_out)):
@@ -350,7 +350,8 @@ def _fold(count, fold, folds):
     return tuple(np.array_split(range(count), folds)[fold].tolist())
 
 
-def _within(sections, count, argument):
+def sections_within(sections, count, argument):
+    """Section numbers, sorted, or a DataError that names the argument."""
     chosen = tuple(sorted({int(i) for i in sections}))
     if not chosen or chosen[0] < 0 or chosen[-1] >= count:
         raise DataError(f"{argument} must lie in 0-{count - 1}. Received: {format_sections(chosen) or 'none'}")

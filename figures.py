@@ -1,16 +1,12 @@
 """Pictures of runs and stacks: arrays and histories -> PNG and GIF, never a model; the one place that draws.
 
     python figures.py animate --image_path train-volume.tif --mask_path train-labels.tif --output train.gif
-    python figures.py curves runs/start --output curves.png
-    python figures.py learning_rate runs/start --output learning_rate.png
 
 Every function takes the place to write to after what it draws, replaces the file there as a whole, and returns the
 path. matplotlib is imported when the first figure is drawn; its global state (pyplot, rcParams) is left alone.
 """
 
 import argparse
-import csv
-import json
 import sys
 from functools import partial
 from io import BytesIO
@@ -19,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-import clr_callback
-from files import atomic
+from files import atomic, stacks
+from files.flags import file, up_to
+from files.sections import MOST_SECTIONS
 
 # Okabe and Ito (doi:10.1038/nmeth.1618): told apart by all common kinds of colour vision
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
@@ -52,7 +49,7 @@ def curves(history, path):
     `history` holds one value per epoch, None or NaN where there is none, of any of 'loss', 'val_loss', 'dice',
     'val_dice', and 'lr' or 'learning_rate'; 'epoch' (from 1, as in history.csv) if it does not simply count.
     """
-    columns = {name: _floats(values) for name, values in history.items()}
+    columns = {name: np.array(values, float) for name, values in history.items()}  # None becomes NaN
     columns = {name: values for name, values in columns.items() if np.isfinite(values).any()}
     rows = {title: [name for name in names if name in columns] for title, names in _CURVES.items()}
     rows = {title: names for title, names in rows.items() if names}
@@ -71,21 +68,10 @@ def curves(history, path):
 _CURVES = {"loss": ("loss", "val_loss"), "Dice": ("dice", "val_dice"), "learning rate": ("learning_rate", "lr")}
 
 
-def learning_rate(rates, path, *, label="", recorded=None):
-    """The learning rate of updates 1..N, titled with the schedule in words.
-
-    `recorded`, (updates, rates), is what a history says was used: dots on the line.
-    """
-    rates = _floats(rates)
+def learning_rate(rates, path, *, label=""):
+    """The learning rate of updates 1..N, titled with the schedule in words."""
     figure, axes = _chart(3.0, "update", "learning rate", label)
-    axes.plot(np.arange(1, rates.size + 1), rates, color=BLUE, linewidth=1.8, label="schedule")
-    if recorded is not None:
-        every = max(1, len(recorded[0]) // 25)
-        axes.plot(
-            *recorded, color=VERMILLION, linestyle="none", marker="o", markersize=6, markevery=every,
-            clip_on=False, label="recorded at the end of an epoch",
-        )  # fmt: skip
-        _legend(axes)
+    axes.plot(np.arange(1, len(rates) + 1), rates, color=BLUE, linewidth=1.8, label="schedule")
     axes.set_ylim(bottom=0)
     _plain_numbers(axes.yaxis)
     return _save(figure, path)
@@ -93,7 +79,6 @@ def learning_rate(rates, path, *, label="", recorded=None):
 
 def lr_find(rates, losses, suggestion, path):
     """Learning-rate range test: the loss of each update against its rate, the suggested range of rates marked."""
-    rates, losses = _floats(rates), _floats(losses)
     low, high = suggestion
     figure, axes = _chart(3.6, "learning rate", "training loss")
     axes.set_xscale("log")
@@ -101,34 +86,36 @@ def lr_find(rates, losses, suggestion, path):
     for edge in (low, high):
         axes.axvline(edge, color=BLUE, linestyle="--", linewidth=1.2)
     axes.plot(rates, losses, color=BLACK, linewidth=1.6, label="loss")
-    axes.set_ylim(*_until_it_diverges(losses))
+    # the way down to the minimum, and no more of the divergence after it
+    finite = np.where(np.isfinite(losses), losses, np.inf)
+    before = finite[: int(np.argmin(finite)) + 1]
+    lowest, highest = before[-1], before[np.isfinite(before)].max()
+    room = 0.15 * (highest - lowest) or 0.05 * abs(lowest) or 1.0
+    axes.set_ylim(lowest - room, highest + room)
     _legend(axes)
     return _save(figure, path)
 
 
 def factor(panels, path, *, xlabel="epoch", title=""):
-    """Levels of one factor of a study: mean and spread over runs, one panel per quantity, in pairs from four on.
+    """Levels of one factor of a study: mean and spread over runs, one panel per quantity.
 
     `panels` holds per panel, by its title, and per level, by its name, (x, mean, deviation): sequences of one length.
     A level has the same colour, line and marker in every panel; one without a name is left out of the legend.
     """
-    levels = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    if not levels:
-        raise ValueError(f"panels must hold at least one level. Received: {list(panels)}")
+    levels = dict.fromkeys(name for lines in panels.values() for name in lines)
     styles = dict(zip(levels, cycle(STYLES), strict=False))
-    columns = len(panels) if len(panels) < 4 else 2
-    rows = -(-len(panels) // columns)
-    figure = _figure(height_in=3.8 if rows == 1 else 3.0 * rows)
+    figure = _figure(height_in=3.8)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-    for axes, (name, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=False):
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (name, lines) in zip(all_axes, panels.items(), strict=True):
         for level, (x, mean, deviation) in lines.items():
-            x, mean, deviation = map(_floats, (x, mean, deviation))
+            x, mean, deviation = (np.array(values, float) for values in (x, mean, deviation))
             axes.fill_between(x, mean - deviation, mean + deviation, color=styles[level][0], alpha=0.18, linewidth=0)
             _line(axes, x, mean, level or "_", styles[level])  # a line named _ is not in the legend
         axes.set(xlabel=xlabel)
         axes.set_title(name, loc="left", fontsize=11)
         _tidy(axes)
-        _log_if_wide(axes, [_floats(mean) for _, mean, _ in lines.values()])
+        _log_if_wide(axes, [np.array(mean, float) for _, mean, _ in lines.values()])
         _whole_numbers(axes)
         if any(lines):
             _legend(axes)
@@ -193,24 +180,18 @@ def preview(images, masks, path):
     return _save_pictures(figure, path, dpi=100)
 
 
-def panel(raw, truth, prediction, path, *, titles=None):
-    """Section, labels and prediction side by side, one row per section: the picture of README's first screen.
+def panel(raw, truth, prediction, path, *, titles):
+    """Section, labels and prediction, (H, W) each, side by side: the picture of README's first screen.
 
-    Arrays of one shape, (H, W) or (N, H, W): `raw` in any range; `truth`, which may be None, and `prediction` as
-    masks, interior probability 0..1, or numbers of cells.
+    `raw` in any range; `truth` and `prediction` as masks, interior probability 0..1, or numbers of cells.
     """
-    given = {"section": raw, "labels": truth, "predicted interior probability": prediction}
-    shown = {name: np.reshape(stack, (-1, *np.shape(stack)[-2:])) for name, stack in given.items() if stack is not None}
-    count, *shape = shown["section"].shape
-    figure, grid = _pictures(count, len(shown), shape, shown if titles is None else titles)
-    for row, axes_row in enumerate(grid):
-        for axes, (name, stack) in zip(axes_row, shown.items(), strict=True):
-            if name == "section":
-                _gray(axes, stack[row])
-            elif stack.dtype.kind in "iu" and len(np.unique(stack[row])) > 2:
-                _instances(axes, stack[row])
-            else:
-                _gray(axes, stack[row], (0.0, _full_scale(stack[row])))
+    figure, (row,) = _pictures(1, 3, raw.shape, titles)
+    _gray(row[0], raw)
+    for axes, shown in zip(row[1:], (truth, prediction), strict=True):
+        if shown.dtype.kind in "iu" and len(np.unique(shown)) > 2:
+            _instances(axes, shown)
+        else:
+            _gray(axes, shown, (0.0, _full_scale(shown)))
     return _save_pictures(figure, path)
 
 
@@ -302,18 +283,17 @@ def _legend(axes):
     axes.legend(frameon=True, framealpha=0.9, edgecolor="none", handlelength=3.0)
 
 
-def _floats(values):
-    """Values as float64, with NaN for None and for the empty fields of a CSV."""
-    return np.array([np.nan if value is None or value == "" else float(value) for value in values], dtype=float)
-
-
 def _draw_row(axes, title, columns, epochs):
     """One quantity of the history: training and validation, or the learning rate."""
     for (name, values), style in zip(columns.items(), STYLES, strict=False):
         x = np.arange(1, values.size + 1) if epochs is None else epochs
         _line(axes, x, values, "validation" if name.startswith("val_") else "training", style)
-        if name == "val_loss":
-            _mark_best(axes, x, values)
+        if name == "val_loss":  # ring the lowest: those are the weights that are kept
+            best = int(np.nanargmin(values))
+            axes.plot(
+                x[best], values[best], linestyle="none", marker="o", markersize=11, fillstyle="none", color=BLACK,
+                markeredgewidth=1.4, label=f"best: {values[best]:.4g} in epoch {x[best]:.0f}",
+            )  # fmt: skip
     axes.set_ylabel(title)
     _tidy(axes)
     if title == "loss":
@@ -322,15 +302,6 @@ def _draw_row(axes, title, columns, epochs):
         _plain_numbers(axes.yaxis)
     else:
         _legend(axes)
-
-
-def _mark_best(axes, epochs, losses):
-    """Ring the lowest validation loss: those are the weights that are kept."""
-    best = int(np.nanargmin(losses))
-    axes.plot(
-        epochs[best], losses[best], linestyle="none", marker="o", markersize=11, fillstyle="none", color=BLACK,
-        markeredgewidth=1.4, label=f"best: {losses[best]:.4g} in epoch {epochs[best]:.0f}",
-    )  # fmt: skip
 
 
 def _line(axes, x, y, label, style):
@@ -355,16 +326,6 @@ def _log_if_wide(axes, lines):
         _plain_numbers(axes.yaxis)
 
 
-def _until_it_diverges(losses):
-    """Limits that show the way down to the minimum, and no more of the divergence after it."""
-    finite = np.where(np.isfinite(losses), losses, np.inf)
-    lowest = int(np.argmin(finite))
-    before = finite[: lowest + 1]
-    low, high = finite[lowest], before[np.isfinite(before)].max()
-    room = 0.15 * (high - low) or 0.05 * abs(low) or 1.0
-    return low - room, high + room
-
-
 def _plain_numbers(axis):
     """Write a tick as 0.01, not as a power or with an offset in the corner."""
     from matplotlib.ticker import FuncFormatter
@@ -384,7 +345,8 @@ def _whole_numbers(axes):
 
 def _gray_range(sections):
     """Black and white points: percentiles, so that a few hot pixels do not darken the rest."""
-    low, high = np.percentile(np.concatenate([np.ravel(section)[::7] for section in sections]), (0.5, 99.5))
+    few = np.concatenate([np.ravel(section)[::7] for section in sections], dtype=np.float64)
+    low, high = np.percentile(few, (0.5, 99.5))
     return (float(low), float(high)) if high > low else (float(low) - 0.5, float(low) + 0.5)
 
 
@@ -425,13 +387,23 @@ def _frame_pixels(section, mask, low, high):
 # --- the command line
 
 
+def build_parser():
+    words = "Sections beside their masks or predictions, as a GIF. An existing picture is replaced."
+    parser = argparse.ArgumentParser(prog="figures.py", usage=argparse.SUPPRESS, description=words)
+    parser.add_argument("verb", choices=("animate",))
+    parser.add_argument("--image_path", required=True, metavar="PATH", help="TIFF stack, or folder of sections")
+    parser.add_argument("--mask_path", required=True, metavar="PATH", help="masks or probabilities, likewise")
+    gif = partial(file, endings=(".gif",))
+    parser.add_argument("--output", required=True, type=gif, metavar="FILE.gif", help="the picture")
+    parser.add_argument("--every", type=up_to(MOST_SECTIONS), default=1, metavar="N", help="show each N-th section (1)")
+    return parser
+
+
 def main(argv=None):
     """Draw one picture; the exit code is 2 where the input is bad."""
     args = build_parser().parse_args(argv)
     try:
-        if Path(args.output).suffix.lower() != args.suffix:
-            raise ValueError(f"--output must be a {args.suffix} file. Received: {args.output}")
-        path = args.draw(args)
+        path = _animate(Path(args.image_path), Path(args.mask_path), args.output, args.every)
     except (OSError, ValueError) as error:
         print(f"figures.py: {error}", file=sys.stderr)
         return 2
@@ -439,114 +411,19 @@ def main(argv=None):
     return 0
 
 
-def build_parser():
-    """The flags of the three verbs; none of them shows a usage where it refuses."""
-    silent = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS)
-    parser = silent(prog="figures.py", description="Draw runs and stacks; an existing picture is replaced.")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=silent)
-    stack = "TIFF stack, or a folder with the challenge's files"
-    for name, draw, suffix, words in (
-        ("animate", _animate, ".gif", "sections beside their masks or predictions, as a GIF"),
-        ("curves", _curves, ".png", "loss and Dice against the epoch"),
-        ("learning_rate", _learning_rate, ".png", "the learning rate of every update of a run"),
-    ):
-        verb = verbs.add_parser(name, help=words)
-        verb.add_argument("--output", required=True, metavar=f"FILE{suffix}", help="an existing file is replaced")
-        verb.set_defaults(draw=draw, suffix=suffix)
-        if draw is not _animate:
-            verb.add_argument("run", help="run folder, or its history.csv (curves) or run.json (learning_rate)")
-            continue
-        verb.add_argument("--image_path", required=True, metavar="PATH", help=stack)
-        verb.add_argument("--mask_path", required=True, metavar="PATH", help=f"masks or probabilities: {stack}")
-        verb.add_argument(
-            "--test", action="store_true", help="in a folder, take the test stack, not the training stack"
-        )
-        verb.add_argument("--every", type=int, default=1, metavar="N", help="show each N-th section (default: 1)")
-    return parser
-
-
-def _animate(args):
-    if args.every < 1:
-        raise ValueError(f"--every must be at least 1. Received: {args.every}")
-    sections = _read_stack(args.image_path, "image", args)
-    masks = _read_stack(args.mask_path, "mask", args)
+def _animate(images, labels, output, every):
+    for flag, path in (("--image_path", images), ("--mask_path", labels)):
+        if not path.exists():
+            raise ValueError(f"{flag}: {path} does not exist; `dilatedUnet.py fetch isbi2012` prints a folder.")
+    atomic.refuse_inputs("--output", output, images, labels)
+    sections, masks = (
+        stacks.load(stacks.open_stack(path, what)).sections for path, what in ((images, "image"), (labels, "mask"))
+    )
     if masks.shape != sections.shape:
         raise ValueError(f"--mask_path must be of the shape of --image_path, {sections.shape}. Received: {masks.shape}")
     if masks.min() < 0 or masks.max() > 255:
         raise ValueError(f"--mask_path must hold 0..1 or 0..255. Received: {masks.min():g}..{masks.max():g}")
-    return animation(sections[:: args.every], masks[:: args.every], args.output)
-
-
-def _read_stack(text, what, args):
-    """Sections of shape (S, H, W) of a stack, or of the challenge's file in a folder."""
-    from files import fetching, stacks
-
-    role = {"image": "test", "mask": "test_mask"}[what] if args.test else what
-    inside = Path(text) / fetching.ISBI_ROLES[role]
-    path = inside if inside.is_file() else Path(text)
-    if not path.exists():
-        raise ValueError(f"--{what}_path: {path} does not exist; `dilatedUnet.py fetch isbi2012` prints its folder.")
-    _refuse_input(args, path)
-    sections = stacks.load(stacks.open_stack(path, what)).sections
-    return sections.view(np.uint8) if sections.dtype == bool else sections
-
-
-def _curves(args):
-    return curves(read_history(_file_of_run(args, "history.csv")), args.output)
-
-
-def _refuse_input(args, path):
-    """The picture must not replace the file it is made from; it may lie beside it."""
-    if path.is_file():
-        atomic.refuse_inputs("--output", args.output, path)
-
-
-def _file_of_run(args, name):
-    """The file of that name in a run folder, or the file that was typed."""
-    path = Path(args.run) / name if Path(args.run).is_dir() else Path(args.run)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a run folder, or its {name}.")
-    _refuse_input(args, path)
-    return path
-
-
-def read_history(path):
-    """Columns of a history.csv, empty fields as NaN."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            names, *rows = [line for line in csv.reader(file) if line]
-        return dict(zip(names, map(_floats, zip(*rows, strict=True)), strict=True))
-    except (ValueError, csv.Error) as error:
-        rule = "must be a history: a line of column names, then a line of numbers for each epoch."
-        raise ValueError(f"{path} {rule}") from error
-
-
-def _learning_rate(args):
-    """The schedule of the settings, and on it what the history recorded."""
-    path = _file_of_run(args, "run.json")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        rates, settings = scheduled_rates(record), record["settings"]
-        label = f"{settings['clr_mode']}, {settings['lr']:g} to {settings['max_lr']:g}"
-    except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        rule = "must be a run record, with epochs and the settings of the learning rate"
-        raise ValueError(f"{path} {rule}: {error!r}") from error
-    history = path.with_name("history.csv")
-    columns = read_history(history) if path.name == "run.json" and history.is_file() else {}
-    recorded = (columns["update"], columns["learning_rate"]) if {"update", "learning_rate"} <= set(columns) else None
-    return learning_rate(rates, args.output, label=label, recorded=recorded)
-
-
-def scheduled_rates(record):
-    """Learning rate of each update of a run, from its run.json: those done if it has ended, else those planned."""
-    settings = record["settings"]
-    planned = record["epochs"] * settings["steps_per_epoch"]
-    updates = record.get("final", {}).get("update", planned)
-    if not 0 < updates <= 10**7:
-        raise ValueError(f"the updates must be 1 to 10 million. Received: {updates}")
-    keys = ("clr_mode", "lr", "max_lr", "step_size", "clr_gamma")
-    rate = clr_callback.rate_of(*map(settings.get, keys), planned)
-    return np.array([rate(update) for update in range(updates)])
+    return animation(sections[::every], masks[::every], output)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ def run(args):
     refuse_existing(args)
     read = data.read_instances if args.instances else partial(data.read_labels, invert=args.invert_mask)
     labels, notes = read(args.mask_path)
-    sections = chosen_sections(args.sections, len(labels.sections))
+    every = range(len(labels.sections))
+    asked = every if args.sections is None else data.parse_sections(args.sections)
+    sections = data.sections_within(asked, len(every), "--sections")
     references = labels.sections[list(sections)]
     if not references.any():
         what = "no cell is labelled" if args.instances else "no pixel is interior"
@@ -75,8 +77,16 @@ def run(args):
         raw = read_sections(args.image_path, "image", *fit) if args.image_path else None
         refuse_inputs(args, labels, native, raw)
         notes += origin.check(native, labels, raw, sections)
-        score = score_cells if args.instances else score_masks
-        prediction, found, text = score(native, references, sections, which, notes)
+        if args.instances:
+            for section in native:
+                require_ids(section, "--prediction")
+            prediction, found = native, score_instances(native, references, sections=sections)
+            text = f"mean IoU {found['mean_iou']:.4f}, SEG {found['seg']:.4f} of {found['cells']} cells"
+        else:
+            prediction, said = to_probabilities(native)
+            notes += [said, *warnings_about(prediction, references)]
+            found = score_arrays(prediction, references, which, sections=sections)
+            text = report.table(found)
         result = {"prediction": str(args.prediction), "mask_path": str(args.mask_path)} | found
         written = []  # before anything is printed: it may be that nobody reads
         if args.json:
@@ -88,22 +98,6 @@ def run(args):
         print(note, file=sys.stderr if note.startswith("warning:") else sys.stdout)
     print("\n".join([text, *written]))
     return 0
-
-
-def score_masks(native, references, sections, which, notes):
-    """Return the prediction as probabilities, its scores, and these as a table."""
-    prediction, said = to_probabilities(native)
-    notes += [said, *warnings_about(prediction, references)]
-    found = score_arrays(prediction, references, which, sections=sections)
-    return prediction, found, report.table(found)
-
-
-def score_cells(native, references, sections, *_):
-    """As `score_masks`, for numbers of cells."""
-    for section in native:
-        require_ids(section, "--prediction")
-    found = score_instances(native, references, sections=sections)
-    return native, found, f"mean IoU {found['mean_iou']:.4f}, SEG {found['seg']:.4f} of {found['cells']} cells"
 
 
 def parse_scores(text):
@@ -132,12 +126,10 @@ def outputs(args):
 
 def refuse_existing(args):
     """Refuse before the work, not after it, where an output is in the way or cannot be one."""
-    for flag, path, kind, wrong in (
-        ("--json", args.json, "file", os.path.isdir),
-        ("--report", args.report, "folder", os.path.isfile),
-    ):
-        if path is not None and (not path or wrong(path)):
-            raise data.DataError(f"{flag} must be a {kind}. Received: {path or repr(path)}")
+    if args.json and os.path.isdir(args.json):
+        raise data.DataError(f"--json must be a file. Received: {args.json}")
+    if args.report and os.path.isfile(args.report):
+        raise data.DataError(f"--report must be a folder. Received: {args.report}")
     inside = args.json and args.report and Path(args.report).resolve() == Path(args.json).resolve().parent
     if inside and any(map(Path(args.json).resolve().match, ("report.html", *report.PICTURES))):
         raise data.DataError(f"--json must not be a file of --report. Received: {args.json}")
@@ -154,16 +146,6 @@ def refuse_inputs(args, *stacks):
 
 
 # --- input
-
-
-def chosen_sections(text, count):
-    """Return the sections to score of `count` labelled ones."""
-    if text is None:
-        return tuple(range(count))
-    sections = data.parse_sections(text)
-    if sections[-1] >= count:
-        raise data.DataError(f"--sections must lie in 0-{count - 1}, the sections of --mask_path. Received: {text}")
-    return sections
 
 
 class Sections:
@@ -250,13 +232,8 @@ def warnings_about(prediction, references):
     for p, r in zip(prediction, references, strict=True):
         largest = max(largest, float(p.max()))
         between = between or bool(((p > 0) & ~above(p, THRESHOLDS[-1])).any())
-        sums += (
-            p.size,
-            p.sum(dtype=np.float64),
-            (r > 0).sum(),
-            p[r > 0].sum(dtype=np.float64),
-            (abs(p - 0.5) > 0.4).sum(),
-        )
+        inside, sure = r > 0, (abs(p - 0.5) > 0.4).sum()
+        sums += (p.size, p.sum(dtype=np.float64), inside.sum(), p[inside].sum(dtype=np.float64), sure)
     pixels, probability, interior, both, sure = sums
     found = {
         "small": largest < 0.25,
@@ -271,14 +248,12 @@ def warnings_about(prediction, references):
 
 
 def score_arrays(probabilities, references, which=DEFAULT_SCORES, *, sections=None):
-    """Score a stack in memory, or `Sections`.
+    """Score a stack in memory, or `Sections`, by the `SCORES` of these names.
 
     Parameters
     ----------
     probabilities, references : sequence of S arrays of shape (H, W)
         Interior probability, 0..1, and masks, interior > 0.
-    which : sequence of str
-        Names of `SCORES`.
     sections : sequence of int, optional
         The numbers of these sections in their stack, for the record.
 
@@ -313,7 +288,7 @@ def score_arrays(probabilities, references, which=DEFAULT_SCORES, *, sections=No
             result["per_section"][name] = [function([p], [r]) for p, r in pairs]
     if "ece" in which:
         bins = scores.calibration(probabilities, references)
-        result["calibration"] = {key: row.tolist() for key, row in bins._asdict().items()}
+        result["calibration"] = {key: row.tolist() for key, row in bins.items()}
     return {name: values[name] for name in SCORES if name in values} | result
 
 

@@ -27,13 +27,7 @@ BLUE, ORANGE, MAGENTA = figures.BLUE, figures.ORANGE, "#CC3C96"
 STRIPES = "repeating-linear-gradient({0}deg,{1} 0 2px,transparent 2px 6px)"
 CHESSBOARD = "repeating-conic-gradient({1} 0 25%,#fff 0 50%) 0 0/6px 6px"
 MARKS = {  # of the errors: colour, hatch in the legend of a figure, its angle and fill on the page, meaning
-    "split": (
-        BLUE,
-        "///",
-        -45,
-        STRIPES,
-        "a true cell cut in two or more (blue, rising stripes; heavy: the false wall)",
-    ),
+    "split": (BLUE, "///", -45, STRIPES, "a true cell cut up (blue, rising stripes; heavy: the false wall)"),
     "merger": (ORANGE, "\\\\\\", 45, STRIPES, "true cells joined in the prediction (orange, falling stripes)"),
     "missed membrane": (MAGENTA, "...", 0, CHESSBOARD, "true membrane predicted as interior (magenta, dotted line)"),
 }
@@ -63,24 +57,20 @@ PUBLISHED = {
 
 
 def rows(result):
-    """Return (title, value, which is better, threshold, lowest .. highest section, U-Net 2015, best) as text."""
-    return [_row(name, SCORES[name], result) for name in SCORES if name in result]
-
-
-def _row(name, score, result):
-    values = [value for value in result["per_section"][name] if value is not None]
-    threshold = result["best_thresholds"].get(name)
-    published = PUBLISHED.get(name, {})
-    best = next(iter(published), None)
-    return (
-        title(score),
-        rounded(name, result[name]),
-        "higher" if score.higher_is_better else "lower",
-        "" if threshold is None else f"{threshold:.1f}{'' if score.of == 'thresholds' else ' fixed'}",
-        f"{rounded(name, min(values))} .. {rounded(name, max(values))}" if values else "",
-        rounded(name, published["U-Net 2015"]) if published else "",
-        f"{rounded(name, published[best])} ({best})" if published else "",
-    )
+    """Yield (title, value, which is better, threshold, lowest .. highest section, U-Net 2015, best) as text."""
+    for name in (name for name in SCORES if name in result):
+        score, published = SCORES[name], PUBLISHED.get(name, {})
+        values = [value for value in result["per_section"][name] if value is not None]
+        threshold, best = result["best_thresholds"].get(name), next(iter(published), None)
+        yield (
+            title(score),
+            rounded(name, result[name]),
+            "higher" if score.higher_is_better else "lower",
+            "" if threshold is None else f"{threshold:.1f}{'' if score.of == 'thresholds' else ' fixed'}",
+            f"{rounded(name, min(values))} .. {rounded(name, max(values))}" if values else "",
+            rounded(name, published["U-Net 2015"]) if published else "",
+            f"{rounded(name, published[best])} ({best})" if published else "",
+        )
 
 
 def title(score):
@@ -166,7 +156,9 @@ def section_pictures(result, prediction, reference, raw=None):
     """Return {title: (uint8 picture, alt text)} of one section: raw, truth, prediction, errors."""
     threshold = overlay_threshold(result)
     maps = segments.split_merge_maps(reference, segments.above(prediction, threshold))
-    ground = _stretched(prediction if raw is None else raw)
+    ground = np.asarray(prediction if raw is None else raw, np.float64)
+    low, high = np.percentile(ground, (0.5, 99.5))
+    ground = (np.clip((ground - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)
     cells = segments.components(reference > 0)
     split, merged = (np.setdiff1d(cells[mask], 0).size for mask in (maps.splits, maps.mergers))
     words = (
@@ -178,12 +170,6 @@ def section_pictures(result, prediction, reference, raw=None):
         "Prediction": (np.uint8(np.clip(prediction, 0, 1) * 255), "the interior probability: 1 white, 0 black"),
         "Errors": (paint(ground, maps), words),
     }
-
-
-def _stretched(image):
-    image = np.asarray(image, np.float64)
-    low, high = np.percentile(image, (0.5, 99.5))
-    return (np.clip((image - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)
 
 
 def paint(ground, maps):
@@ -241,12 +227,8 @@ def _section_html(result, place, pictures):
         f"<figcaption><b>{name}</b> {html.escape(alt)}</figcaption></figure>"
         for name, (picture, alt) in pictures.items()
     )
-    values = {name: per_section[place] for name, per_section in result["per_section"].items()}
-    listed = "".join(
-        f"<div><dt>{title(score)}</dt><dd>{rounded(name, values[name])}</dd></div>"
-        for name, score in SCORES.items()
-        if values.get(name) is not None
-    )
+    values = ((name, found[place]) for name, found in result["per_section"].items() if found[place] is not None)
+    listed = "".join(f"<div><dt>{title(SCORES[k])}</dt><dd>{rounded(k, v)}</dd></div>" for k, v in values)
     return (
         f'<section id="s{number}"><h3>Section {number}</h3><dl class="values">{listed}</dl>'
         f'<div class="pictures n{len(pictures)}">{shown}</div></section>'
@@ -255,34 +237,22 @@ def _section_html(result, place, pictures):
 
 def _table_html(result):
     head = ("score", "value", "best threshold", "sections, lowest .. highest", "U-Net 2015 *", "best published *")
-    lines = [
-        f"<tr><th scope=row>{name}<small>{better} is better</small></th>"
-        + "".join(f"<td>{html.escape(cell) or '&ndash;'}</td>" for cell in (value, *rest))
-        + "</tr>"
-        for name, value, better, *rest in rows(result)
-    ]
+    body = ""
+    for name, value, better, *rest in rows(result):
+        cells = "".join(f"<td>{html.escape(cell) or '&ndash;'}</td>" for cell in (value, *rest))
+        body += f"<tr><th scope=row>{name}<small>{better} is better</small></th>{cells}</tr>"
     columns = "".join(f"<th scope=col>{words}</th>" for words in head)
-    return f"<table><thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f"<table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _words_html(result):
     """Return what each score means, and what was published."""
-    found = []
-    for name, score in SCORES.items():
-        if name in result:
-            board = "; ".join(f"{method} {rounded(name, value)}" for method, value in PUBLISHED.get(name, {}).items())
-            words = f"{score.words} Published *: {board}." if board else score.words
-            found.append(f"<dt>{title(score)}</dt><dd>{html.escape(words)}</dd>")
-    return "".join(found)
-
-
-def _legend_html():
-    items = "".join(
-        f'<li><span class=swatch style="background:{fill.format(angle, colour)};border-color:{colour}"></span>'
-        f"{name}: {html.escape(words)}</li>"
-        for name, (colour, _, angle, fill, words) in MARKS.items()
-    )
-    return f"<ul class=legend>{items}</ul>"
+    found = ""
+    for name in (name for name in SCORES if name in result):
+        board = "; ".join(f"{method} {rounded(name, value)}" for method, value in PUBLISHED.get(name, {}).items())
+        words = SCORES[name].words + f" Published *: {board}." * bool(board)
+        found += f"<dt>{title(SCORES[name])}</dt><dd>{html.escape(words)}</dd>"
+    return found
 
 
 def _lead(result):
@@ -301,16 +271,20 @@ def _lead(result):
 
 def _page(result, charts, blocks):
     left_out = len(result["sections"]) - len(blocks)
-    source = " against ".join(html.escape(result[key]) for key in ("prediction", "mask_path") if key in result)
+    legend = "".join(
+        f'<li><span class=swatch style="background:{fill.format(angle, colour)};border-color:{colour}"></span>'
+        f"{name}: {html.escape(words)}</li>"
+        for name, (colour, _, angle, fill, words) in MARKS.items()
+    )
     return PAGE.format(
         style=STYLE,
         lead=_lead(result),
-        source=source,
+        source=" against ".join(html.escape(result[key]) for key in ("prediction", "mask_path") if key in result),
         table=_table_html(result),
         note=PUBLISHED_NOTE,
         charts="".join(charts),
         words=_words_html(result),
-        legend=_legend_html(),
+        legend=legend,
         threshold=f"{overlay_threshold(result):.1f}",
         blocks="".join(blocks),
         left_out=f"{left_out} better sections are left out of the pictures." if left_out > 0 else "",
@@ -324,7 +298,7 @@ PAGE = """<!doctype html>
 <h2>How the threshold matters</h2><div class="charts">{charts}</div>
 <h2>Sections, worst first</h2>
 <p>Errors are drawn for the prediction cut at {threshold}. Borders a few pixels off are not errors.</p>
-{legend}{blocks}<p class="note">{left_out}</p>
+<ul class=legend>{legend}</ul>{blocks}<p class="note">{left_out}</p>
 <h2>What the scores mean</h2><dl class="words">{words}</dl>
 </body></html>
 """

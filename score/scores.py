@@ -315,19 +315,12 @@ def bce(probabilities: Iterable, references: Iterable) -> float:
     return float(total / pixels)
 
 
-class Calibration(NamedTuple):
-    """Reliability bins of equal width over P in 0..1; sums, so that sections can be added."""
-
-    pixels: np.ndarray  # per bin
-    probability: np.ndarray  # sum of P per bin
-    interior: np.ndarray  # number of interior pixels per bin
-
-
-def calibration(probabilities: Iterable, references: Iterable) -> Calibration:
+def calibration(probabilities: Iterable, references: Iterable) -> dict[str, np.ndarray]:
     """Collect `BINS` reliability bins over a stack: does P = 0.8 mean interior in 80 % of the pixels?
 
     It bins the interior probability itself, k / BINS <= P < (k + 1) / BINS (the last one closed), not the
-    confidence in the class chosen.
+    confidence in the class chosen. Each bin has the number of its "pixels", the sum of their "probability", and how
+    many of them are "interior".
     """
     sums = np.zeros((3, BINS))
     for probability, reference in _sections(probabilities, references):
@@ -335,7 +328,7 @@ def calibration(probabilities: Iterable, references: Iterable) -> Calibration:
         index = np.minimum((p * BINS).astype(np.int64), BINS - 1)
         for row, weights in zip(sums, (np.ones_like(p), p, np.ravel(reference) > 0), strict=True):
             row += np.bincount(index, weights, minlength=BINS)
-    return Calibration(*sums)
+    return dict(zip(("pixels", "probability", "interior"), sums, strict=True))
 
 
 @declare(
@@ -348,7 +341,7 @@ def calibration(probabilities: Iterable, references: Iterable) -> Calibration:
 def ece(probabilities: Iterable, references: Iterable) -> float:
     """Sum over the bins of `calibration` of |interior - P|, divided by all pixels [5]_."""
     bins = calibration(probabilities, references)
-    return float(np.abs(bins.interior - bins.probability).sum() / bins.pixels.sum())
+    return float(np.abs(bins["interior"] - bins["probability"]).sum() / bins["pixels"].sum())
 
 
 @declare("SEG", "The mean IoU of the true cells with the predicted cell that holds more than half of them.", "cells")
@@ -413,17 +406,8 @@ def best_threshold(probabilities: Iterable, references: Iterable) -> float:
     return float(best[np.argmin(np.abs(best - 0.5))])
 
 
-class Segmentation(NamedTuple):
-    """How `segment` cuts a probability map into cells, and the mean IoU where that was chosen."""
-
-    threshold: float
-    background: float
-    min_size: int
-    mean_iou: float
-
-
-def best_segmentation(probabilities: Sequence, references: Sequence) -> Segmentation:
-    """Return the settings of the highest mean IoU on these (training) sections of probabilities and instances.
+def best_segmentation(probabilities: Sequence, references: Sequence) -> dict[str, float]:
+    """Return the settings of `segment` of the highest mean IoU on these (training) sections, for a record of weights.
 
     Seeds are P > threshold and hold at least a tenth of the median reference cell; cells end at P = background, 0.3 or
     0.5. Of equals, the first.
@@ -431,13 +415,12 @@ def best_segmentation(probabilities: Sequence, references: Sequence) -> Segmenta
     sizes = np.concatenate([np.unique(one[one > 0], return_counts=True)[1] for one in references])
     smallest = max(1, int(np.median(sizes)) // 10)
 
-    def score(threshold, background):
-        options = {"min_size": smallest, "background": background, "lines": False}
-        return mean_iou((segment(one, threshold, **options) for one in probabilities), references)
+    def score(pair):
+        options = {"min_size": smallest, "background": pair[1], "lines": False}
+        return mean_iou((segment(one, pair[0], **options) for one in probabilities), references)
 
-    settings = itertools.product((0.5, 0.6, 0.7, 0.8, 0.9), (0.3, 0.5))
-    tried = [Segmentation(*pair, smallest, score(*pair)) for pair in settings]
-    return max(tried, key=lambda one: one.mean_iou)
+    threshold, background = max(itertools.product((0.5, 0.6, 0.7, 0.8, 0.9), (0.3, 0.5)), key=score)
+    return {"threshold": threshold, "background": background, "smallest_cell_px": smallest}
 
 
 # --- machinery

@@ -43,7 +43,7 @@ def report(results) -> tuple[list[str], list[str]]:
 
 
 def published_lines(results) -> list[list[str]]:
-    """Published and reproduced, metric by metric of every row: the cells of a table."""
+    """The cells of a table: metric by metric of every row."""
     asked = {job.row.name for job in results.plan.jobs if job.protocol == "published"}
     return [
         [row.name, recipe(results.plan, row), TITLES[metric], *compare(results, row, metric)]
@@ -235,16 +235,15 @@ def comparison_words(results) -> list[str]:
 
 
 def histories(factor, results) -> dict[str, dict]:
-    """{level: {(seed, fold): history}} of the held-out runs."""
+    """{level: {(seed, fold): history}} of the held-out runs that have both losses, and quarters."""
+
+    def is_judged(history):
+        return all(len(history.get(c, ())) >= 4 and min(history[c]) > 0 for c in ("epoch", "loss", "val_loss"))
+
     return {
         level: {key: r["history"] for key, r in results.of(row).items() if is_judged(r["history"])}
         for level, row in factor.levels.items()
     }
-
-
-def is_judged(history):
-    """Whether a history has both losses, and quarters."""
-    return all(len(history.get(c, ())) >= 4 and min(history[c]) > 0 for c in ("epoch", "loss", "val_loss"))
 
 
 def factor_words(factor, results) -> list[str]:
@@ -310,19 +309,15 @@ def draw(results, folder) -> Iterator[Path]:
 def loss_panels(factor, results) -> dict:
     """{panel: {level: (epochs, mean, standard deviation)}}."""
     found = {level: runs.values() for level, runs in histories(factor, results).items() if runs}
-    columns = {"training loss": "loss", "validation loss": "val_loss"} if found else {}
-    return {
-        title: {level: over_runs(runs, column) for level, runs in found.items()} for title, column in columns.items()
-    }
-
-
-def over_runs(runs, column):
-    """Over the runs that reached each epoch."""
-    by_epoch = {}
-    for history in runs:
-        for epoch, value in zip(history["epoch"], history[column], strict=True):
-            by_epoch.setdefault(epoch, []).append(value)
-    return curve(by_epoch)
+    panels = {}
+    for title, column in {"training loss": "loss", "validation loss": "val_loss"}.items():
+        for level, runs in found.items():
+            by_epoch = {}  # over the runs that reached it
+            for history in runs:
+                for epoch, value in zip(history["epoch"], history[column], strict=True):
+                    by_epoch.setdefault(epoch, []).append(value)
+            panels.setdefault(title, {})[level] = curve(by_epoch)
+    return panels
 
 
 def curve(groups):
@@ -337,14 +332,11 @@ def score_panels(factor, results) -> dict:
     panels = {}
     for metric in ("held_out_v_rand", "held_out_dice"):
         scores = {level: results.values(row, metric) for level, row in factor.levels.items()}
-        points = {x_of(factor, level, results): values for level, values in scores.items() if values}
+        points = {}
+        for level, values in scores.items():
+            if values:  # sections by their label, the receptive field from the records
+                of_a_run = next(iter(results.of(factor.levels[level]).values()))
+                points[int(level) if level.isdigit() else of_a_run["receptive_field_px"]] = values
         if points:
             panels[f"held-out {TITLES[metric]}"] = {"": curve(points)}
     return panels
-
-
-def x_of(factor, level, results):
-    """The number of a level: sections by its label, the receptive field from the records."""
-    if level.isdigit():
-        return int(level)
-    return next(iter(results.of(factor.levels[level]).values()))["receptive_field_px"]

@@ -4,6 +4,7 @@ A committed file holds one line per run, without weights. A run that is half-way
 as `"finished": false` and its epoch: it is shown and never judged.
 """
 
+import csv
 import json
 import math
 import time
@@ -86,8 +87,8 @@ def result_of(record, history) -> dict:
     """What is kept of a run: no weights, no curves of scores, a thinned history."""
     at = best_epoch(history)
     metrics = {key: column[at] for key, column in history.items()} or numbers(record.get("final"))
-    for part, prefix in (("held_out", "held_out"), ("training_sections", "seen")):
-        metrics |= {f"{prefix}_{key}": value for key, value in numbers(record.get(part)).items()}
+    metrics |= {f"held_out_{key}": value for key, value in numbers(record.get("held_out")).items()}
+    metrics |= {f"seen_{key}": value for key, value in numbers(record.get("training_sections")).items()}
     scored = record.get("held_out") or record.get("training_sections") or {}
     settings = {key: value for key, value in record["settings"].items() if key not in rows.IGNORED}
     half = {} if record["finished"] else {"finished": False, "epoch": len(history.get("epoch", ()))}
@@ -138,10 +139,10 @@ def read_history(path) -> dict[str, list]:
     """Columns of history.csv; those that an epoch has no value of are left out."""
     if not path.exists():
         return {}
-    import figures
-
-    columns = {key: column.tolist() for key, column in figures.read_history(path).items()}
-    return {key: [*map(short, column)] for key, column in columns.items() if not any(map(math.isnan, column))}
+    with open(path, newline="", encoding="utf-8") as file:
+        names, *lines = csv.reader(file)
+    columns = zip(names, zip(*lines, strict=True), strict=True)
+    return {name: [*map(short, column)] for name, column in columns if "" not in column}
 
 
 def best_epoch(history) -> int:

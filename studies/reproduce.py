@@ -73,8 +73,7 @@ def run(args, parse) -> int:
     args.collect |= args.missing  # what was missing is added to the records
     plans = list(plans_of_all(args, parse)) if args.name == "all" else [plan_of(args, parse)]
     if args.figures and not args.force:
-        tables = [plan.table for plan in plans]
-        refuse_existing(*(comparison.picture(table, f, args.figures) for table in tables for f in table.factors))
+        refuse_existing(*(comparison.picture(p.table, f, args.figures) for p in plans for f in p.table.factors))
     if args.list:
         print("\n".join(listing(plans[0], args.missing)))
         return 0
@@ -137,7 +136,10 @@ def plans_of_all(args, parse) -> Iterator[rows.Plan]:
 
 def finish(args, plans, done):
     """Write and print the tables; the exit code."""
-    text, problems, everything = [f"{MARK} {command_words(args)}` -->"], [], args.name == "all"
+    words = [args.name, *([args.factor] if args.factor else ()), *(["--quick"] if args.quick else ())]  # no folders
+    words += rows.flags({key: value for key in ("seeds", "folds", "protocol") if (value := getattr(args, key))})
+    words = shlex.join([*words, *(["--only", *args.only] if args.only else ()), "--render"])
+    text, problems, everything = [f"{MARK} {words}` -->"], [], args.name == "all"
     text += [INTRODUCTION] if everything else []
     for plan in plans:
         results = records.Results(plan)
@@ -145,8 +147,11 @@ def finish(args, plans, done):
             for path in comparison.draw(results, args.figures):
                 say(f"figure: {path}")
         lines, found = comparison.report(results)
-        text += lines + (shown(plan) if everything else [])
+        text += lines
         problems += found
+        for factor in plan.table.factors if everything else ():  # the committed pictures
+            path = comparison.picture(plan.table, factor, SUITE.parent / "images")
+            text += [f"![{factor.title}](../images/{path.name})\n"] * path.exists()
     whole = "\n".join(text).rstrip() + "\n"
     if args.output:
         write_text(args.output, whole)
@@ -154,21 +159,6 @@ def finish(args, plans, done):
         say(f"not reproduced: {problem}")
     print(whole, end="")
     return 130 if not done else 1 if problems else 0
-
-
-def shown(plan) -> list[str]:
-    """Links to the committed pictures of a table."""
-    images = SUITE.parent / "images"
-    pictures = [(factor.title, comparison.picture(plan.table, factor, images)) for factor in plan.table.factors]
-    return [f"![{title}](../images/{path.name})\n" for title, path in pictures if path.exists()]
-
-
-def command_words(args) -> str:
-    """The words after `reproduce` that made a text, without the folders."""
-    words = [args.name, *([args.factor] if args.factor else ()), *(["--quick"] if args.quick else ())]
-    given = {"seeds": args.seeds, "folds": args.folds, "protocol": args.protocol}
-    words += rows.flags({key: value for key, value in given.items() if value})
-    return shlex.join([*words, *(["--only", *args.only] if args.only else ()), "--render"])
 
 
 def say(sentence):
@@ -189,20 +179,18 @@ def listing(plan, missing) -> Iterator[str]:
 
 def train(plan, args) -> bool:
     """Run what is neither finished nor in the way; False if interrupted, or the budget is used up."""
-    deadline = math.inf if args.budget is None else time.monotonic() + 3600 * args.budget
+    deadline = time.monotonic() + 3600 * (math.inf if args.budget is None else args.budget)
     states = [(job, records.find(plan, job)) for job in plan.jobs]
     for job, found in states:
         if found.state in ("other", "broken"):
             say(f"{job.name} cannot run: {found.words}")
     todo = [(job, found) for job, found in states if found.state in ("absent", "half")]
-    work = [rows.equivalent_windows(plan.settings(job)) for job, _ in todo]
     minutes = sum(job.row.minutes for job, _ in todo)
     machine = "2 CPU cores" if plan.table.quick else "one H200-class GPU (--list says what on a CPU)"
     say(f"{len(todo)} of {len(states)} runs to go: about {minutes:.0f} minutes on {machine}")
-    for i, (job, found) in enumerate(todo):
-        name, epochs = f"[{i + 1}/{len(todo)}] {job.name}", plan.settings(job)["epochs"]
-        say(name + f" ({found.words})" * (found.state == "half"))
-        watch = Watch(plan.folder(job), name, epochs, deadline, others=sum(work[i + 1 :]) / work[i])
+    for i, (job, found) in enumerate(todo, 1):
+        say(f"[{i}/{len(todo)}] {job.name}" + f" ({found.words})" * (found.state == "half"))
+        watch = Watch(plan.folder(job), plan.settings(job)["epochs"], deadline)
         code = run_alone(plan, job, watch)
         if args.collect:
             records.collect(plan, args.records)
@@ -217,7 +205,7 @@ def train(plan, args) -> bool:
 
 def run_alone(plan, job, watch) -> int:
     """One run, unless another process has it; the exit code."""
-    if watch.is_late():
+    if watch.late:
         return 130
     folder = plan.folder(job)
     try:
@@ -230,67 +218,33 @@ def run_alone(plan, job, watch) -> int:
 
 
 class Watch:
-    """Looks after a run that another process trains: how far it is, how long it will take, when it must stop.
+    """Whether a run that another process trains must stop: after an epoch, when no other fits into the budget."""
 
-    `others` is the work of the runs that follow, as a multiple of this one's.
-    """
-
-    EVERY_S = 60  # a line of progress
-
-    def __init__(self, folder, name, epochs, deadline, others):
-        self.folder, self.name, self.epochs, self.deadline, self.others = folder, name, epochs, deadline, others
-        self.late, self.spoke = False, -math.inf
-        self.saved, self.done, self.since = self._checkpoint(), self._epochs_done(), time.monotonic()
+    def __init__(self, folder, epochs, deadline):
+        self.folder, self.epochs, self.deadline = folder, epochs, deadline
+        self.saved, self.since = self._checkpoint(), time.monotonic()
+        self.late = self.since >= deadline
 
     def __call__(self) -> bool:
-        """Look; True if the run must stop: at the end of an epoch after which no other fits into the budget."""
         saved, now = self._checkpoint(), time.monotonic()
-        done = self._epochs_done() if saved != self.saved else self.done
-        if done <= self.done:
-            return False
-        seconds = (now - self.since) / (done - self.done)
-        self.saved, self.done, self.since = saved, done, now
-        if now - self.spoke > self.EVERY_S:
-            self.spoke = now
-            clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the run's own bar
-            say(clear + self.words(seconds))
-        return done < self.epochs and self.is_late(seconds)
-
-    def is_late(self, seconds=0.0) -> bool:
-        self.late = time.monotonic() + seconds >= self.deadline
+        if saved != self.saved:
+            seconds, self.saved, self.since = now - self.since, saved, now
+            with suppress(OSError):  # without a history there is no epoch to keep
+                lines = (self.folder / "history.csv").read_bytes().count(b"\n")  # the head is one, too
+                self.late = lines <= self.epochs and now + seconds >= self.deadline
         return self.late
-
-    def words(self, seconds):
-        """... at so many seconds an epoch."""
-        left = seconds * (self.epochs - self.done)
-        rest = f", {clock(left + seconds * self.epochs * self.others)} with the rows that follow"
-        pace = f"{seconds:.3g} s an epoch, {clock(left)} to go"
-        return f"{self.name}: epoch {self.done} of {self.epochs}, {pace}{rest if self.others else ''}"
 
     def _checkpoint(self):
         """When it was saved, which is the last thing that happens in an epoch; None without one."""
         with suppress(OSError):
             return (self.folder / "checkpoint.npz").stat().st_mtime_ns
 
-    def _epochs_done(self):
-        with suppress(OSError):
-            return max(0, (self.folder / "history.csv").read_bytes().count(b"\n") - 1)
-        return 0
-
-
-def clock(seconds):
-    """Hours and minutes.
-
-    >>> clock(3700)
-    '1 h 02 min'
-    """
-    hours, minutes = divmod(math.ceil(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
-
 
 def in_own_process(argv, watch=lambda: False) -> int:
     """The suite in a process of its own; on Ctrl-C it is given the time to leave by itself."""
-    process = subprocess.Popen([sys.executable, SUITE, *argv], env=environment())
+    # JAX compiles for minutes what it may find compiled: of the row before, or of the run that is resumed
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(JAX_CACHE)} if os.environ.get("KERAS_BACKEND") == "jax" else {}
+    process = subprocess.Popen([sys.executable, SUITE, *argv], env=cache | os.environ)
     try:
         while not watch():
             with suppress(subprocess.TimeoutExpired):
@@ -308,9 +262,3 @@ def in_own_process(argv, watch=lambda: False) -> int:
         if process.poll() is None:
             process.terminate()
             process.wait()
-
-
-def environment():
-    """JAX compiles for minutes what it may find compiled: of the row before, or of the run that is resumed."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(JAX_CACHE)} if os.environ.get("KERAS_BACKEND") == "jax" else {}
-    return cache | os.environ

@@ -163,7 +163,6 @@ REFUSED = {
     "a report": (["--report", "ours"], "--report: ours/report.html exists already"),
     "a file": (["--report", "old.json"], "--report must be a folder"),
     "a folder": (["--json", "ours", "--force"], "--json must be a file. Received: ours"),
-    "no name": (["--json", ""], "--json must be a file. Received: ''"),
     "twice": (["--json", "new/report.html", "--report", "new"], "--json must not be a file of --report"),
     "twice, a picture": (
         ["--json", "new/curves-scores.png", "--report", "new"],

@@ -1,8 +1,6 @@
 """What the figures show is what they were given; files are whole, small and replaced as a whole."""
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -68,7 +66,7 @@ DRAWINGS = {
     "lr_find": lambda path: figures.lr_find(np.geomspace(1e-6, 1, 50), np.linspace(2, 1, 50), (1e-4, 1e-2), path),
     "factor": lambda path: figures.factor(PANELS, path, title="Depth (QUICK)"),
     "preview": lambda path: figures.preview(noisy((8, 64, 64)), np.stack([disc()] * 8), path),
-    "panel": lambda path: figures.panel(noisy((64, 64)), disc(), disc() * 0.8, path),
+    "panel": lambda path: figures.panel(noisy((64, 64)), disc(), disc() * 0.8, path, titles="abc"),
     "score_curves": lambda path: figures.score_curves([0.0, 0.5, 1.0], {"V_rand": [0.1, 0.9, 0.2]}, path),
     "sheet": lambda path: figures.sheet({"a": disc() * 255, "b": COLOURS}, path, legend={"split": ("#0072B2", "/")}),
     "weight_map": lambda path: figures.weight_map(disc() * 10.0 + 1, path, image=noisy((64, 64)), labels=disc()),
@@ -112,7 +110,7 @@ def test_curves_hold_the_history_against_epochs_from_one_and_ring_the_kept_weigh
     ({"loss": [1.0]}, ["loss"], ["training"]),
     ({"dice": [0.5], "learning_rate": [0.1]}, ["Dice", "learning rate"], ["training"]),
     ({"loss": [2.0, 1.0], "val_loss": [None, None], "dice": [0.5, 0.6]}, ["loss", "Dice"], ["training"]),
-    ({"loss": [1.0, None], "val_loss": ["", "0.5"], "s": [1, 1]}, ["loss"], ["training", "validation", "best"]),
+    ({"loss": [1.0, None], "val_loss": [None, 0.5], "s": [1, 1]}, ["loss"], ["training", "validation", "best"]),
 )
 def test_curves_show_what_there_is(history, rows, first, draw):
     figure = draw("curves", history)
@@ -133,14 +131,11 @@ def test_a_history_without_a_single_number_is_refused(history):
         figures.curves(history, "nowhere")
 
 
-def test_the_learning_rate_is_drawn_against_updates_from_one_with_the_recorded_ones_as_dots(draw):
+def test_the_learning_rate_is_drawn_against_updates_from_one(draw):
     rates = [3e-3, 2e-3, 1e-3, 0.0]
-    (axes,) = draw("learning_rate", rates, label="triangular", recorded=([2, 4], [2e-3, 0.0])).axes
+    (axes,) = draw("learning_rate", rates, label="triangular").axes
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), np.transpose([[1, 2, 3, 4], rates]))
     assert (axes.get_title(loc="left"), axes.get_ylim()[0]) == ("triangular", 0)
-    dots = lines(axes)["recorded at the end of an epoch"]
-    np.testing.assert_array_equal(dots.get_xydata(), [[2, 2e-3], [4, 0.0]])
-    assert not dots.get_clip_on(), "the lowest is not cut off"
 
 
 def test_the_range_test_shows_the_way_down_and_the_suggestion_but_not_the_divergence(draw):
@@ -168,16 +163,12 @@ def test_a_factor_shows_the_mean_and_the_spread_of_every_level_alike_in_every_pa
         for line in (lines(training)["3"], lines(training)["4"], lines(validation)["4"])
     )
     assert three != four == same
-    pairs = draw("factor", dict.fromkeys("abcd", PANELS["training loss"])).axes[0].get_gridspec()
-    assert (pairs.nrows, pairs.ncols) == (2, 2)
 
 
 def test_a_nameless_level_has_no_legend_and_its_shade_may_reach_below_zero_on_a_logarithmic_axis(draw):
     (axes,) = draw("factor", {"loss": {"": ([1, 2, 3], [5.0, 0.5, 0.1], [1.0, 0.6, 0.3])}}, xlabel="sections").axes
     assert axes.get_legend() is None
     assert (axes.get_xlabel(), axes.get_yscale()) == ("sections", "log")
-    with pytest.raises(ValueError, match=r"panels must hold at least one level\. Received: \['loss'\]"):
-        figures.factor({"loss": {}}, "nowhere")
 
 
 @pytest.mark.parametrize(("higher", "value", "threshold"), [(True, "0.9", 0.5), (False, "0.1", 0)])
@@ -212,25 +203,20 @@ def test_a_preview_shows_which_window_was_made_brighter(draw):
 def test_a_panel_shows_section_labels_and_prediction_in_this_order_with_the_interior_white(draw):
     section, truth = noisy((32, 48), np.float32), disc(48)[:32]
     section[5, 5] = 1e6  # a hot pixel does not darken the rest
-    figure = draw("panel", section, truth * 255, truth * 0.5)
+    figure = draw("panel", section, truth * 255, truth * 0.5, titles=("section", "labels", "ours"))
     shown = [axes.images[0] for axes in figure.axes]
     for image, expected in zip(shown, (section, truth * 255, truth * 0.5), strict=True):
         np.testing.assert_array_equal(image.get_array(), expected)
         assert image.cmap.name == "gray"
     assert [image.get_clim() for image in shown[1:]] == [(0, 255), (0, 1)]
     assert 245 < shown[0].get_clim()[1] < 256
-    assert [axes.get_title() for axes in figure.axes] == ["section", "labels", "predicted interior probability"]
-
-
-def test_a_panel_without_truth_has_two_columns_and_with_a_stack_a_row_per_section(draw):
-    figure = draw("panel", noisy((3, 32, 32)), None, np.zeros((3, 32, 32)), titles=["raw", "ours"])
-    assert [axes.get_title() for axes in figure.axes] == ["raw", "ours", "", "", "", ""]
+    assert [axes.get_title() for axes in figure.axes] == ["section", "labels", "ours"]
 
 
 def test_instances_are_coloured_neighbours_differ_and_none_has_the_white_of_the_background(draw):
     labels = np.arange(12).reshape(1, 12)[:, [0, 7, 3, 1, 2, 5, 4, 11, 9, 6, 8, 10]]
     weight_map = draw("weight_map", labels + 1.0, image=labels, labels=labels)
-    for figure in (draw("panel", labels * 7, labels, labels), weight_map):
+    for figure in (draw("panel", labels * 7, labels, labels, titles="abc"), weight_map):
         shown = figure.axes[1].images[0].get_array()[0]
         order = [tuple(shown[place]) for place in np.argsort(labels[0])]
         assert order[0] == (1, 1, 1)
@@ -259,10 +245,10 @@ def test_an_animation_runs_through_the_stack_sections_left_masks_right(tmp_path)
 def test_figures_import_nothing_heavy_and_leave_matplotlib_s_global_state_alone(tmp_path):
     heavy = ["keras", "tensorflow", "jax", "torch", "scipy", "matplotlib", "PIL"]
     probe = (
-        f"import sys, figures; print([name for name in {heavy} if name in sys.modules]);"
+        f"import sys, figures, numpy as np; print([name for name in {heavy} if name in sys.modules]);"
         "import matplotlib; before = matplotlib.rcParams.copy();"
         "figures.curves({'loss': [1.0, 0.5]}, sys.argv[1]);"
-        "figures.panel([[0, 1], [1, 0]], None, [[0, 1], [1, 0]], sys.argv[1]);"
+        "figures.sheet({'a': np.eye(2)}, sys.argv[1]);"
         "print(before == matplotlib.rcParams.copy(), 'matplotlib.pyplot' in sys.modules)"
     )
     run = [sys.executable, "-W", "error", "-c", probe, str(tmp_path / "picture.png")]
@@ -272,22 +258,11 @@ def test_figures_import_nothing_heavy_and_leave_matplotlib_s_global_state_alone(
 
 # -- the command line -------------------------------------------------------------------------------------------
 
-START = ROOT / "results" / "start"
-SETTINGS = {"lr": 1e-5, "max_lr": 1e-2, "step_size": 20, "clr_gamma": 0.99, "steps_per_epoch": 10}
-
 
 @pytest.fixture
 def run(capsys):
     """Calls the command line in this process: exit code, stdout, stderr."""
     return lambda *words: call_here(capsys, *words, main=figures.main)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The matplotlib figures that are saved while a test runs."""
-    found, save = [], figures._save
-    monkeypatch.setattr(figures, "_save", lambda figure, path: found.append(figure) or save(figure, path))
-    return found
 
 
 def write_stack(path, sections):
@@ -308,79 +283,31 @@ def test_animate_shows_every_nth_section_beside_its_mask(small, tmp_path, run):
             np.testing.assert_array_equal(np.asarray(image.convert("L"))[2::4, 326::4], mask)
 
 
-def test_animate_takes_the_challenges_files_of_a_folder_and_with_test_the_test_stack(tmp_path, run):
-    gray = {"train-volume.tif": 0, "train-labels.tif": 255, "test-volume.tif": 0, "test-labels.tif": 0}
-    for name, value in gray.items():
-        write_stack(tmp_path / name, np.full((2, 32, 32), value, np.uint8))
+def test_animate_takes_masks_of_every_kind(tmp_path, run):
+    section = write_stack(tmp_path / "section.tif", np.zeros((2, 32, 32), np.uint8))
     half = write_stack(tmp_path / "prediction.tif", np.full((2, 32, 32), 0.5, np.float32))
     one_bit = write_stack(tmp_path / "mask.tif", np.ones((2, 32, 32), bool))
-    cases = {(tmp_path,): 255, (tmp_path, "--test"): 0, (half, "--test"): 128, (one_bit,): 255}
-    for words, expected in cases.items():
+    for mask, expected in ((half, 128), (one_bit, 255), (section, 0)):
         gif = tmp_path / "picture.gif"
-        assert run("animate", "--image_path", tmp_path, "--mask_path", *words, "--output", gif)[0] == 0
+        assert run("animate", "--image_path", section, "--mask_path", mask, "--output", gif)[0] == 0
         assert abs(int(pixels(gif)[128, -1, 0]) - expected) <= 9
 
 
-def test_curves_of_a_run_folder_are_those_of_its_history(tmp_path, run, drawn):
-    for typed in (START, START / "history.csv"):
-        assert run("curves", typed, "--output", tmp_path / "curves.png")[0] == 0
-        loss, dice, rate = drawn.pop().axes
-        assert [list(lines(axes)) for axes in (loss, dice)] == [["training"], ["training"]]
-        np.testing.assert_array_equal(loss.lines[0].get_xdata(), [1, 2, 3, 4, 5])
-        assert loss.lines[0].get_ydata()[-1] == 0.30285629630088806
-        assert rate.lines[0].get_ydata()[-1] == 1e-5
-
-
-def test_a_run_that_was_stopped_has_the_rates_of_the_updates_it_made():
-    settings = SETTINGS | {"clr_mode": "cosine"}
-    planned, made = (
-        figures.scheduled_rates({"epochs": 7, "settings": settings} | more) for more in ({}, {"final": {"update": 6}})
-    )
-    assert (len(planned), planned[-1]) == (70, pytest.approx(1e-5))
-    np.testing.assert_array_equal(made, planned[:6])
-
-
-def test_the_learning_rate_of_a_run_goes_through_what_its_history_recorded(tmp_path, run, drawn):
-    for typed in (START, START / "run.json"):
-        assert run("learning_rate", typed, "--output", tmp_path / "rate.png")[0] == 0
-        (axes,) = drawn.pop().axes
-        assert axes.get_title(loc="left") == "cosine, 1e-05 to 0.0015"
-        rates = lines(axes)["schedule"].get_ydata()
-        updates, recorded = lines(axes)["recorded at the end of an epoch"].get_data()
-        np.testing.assert_array_equal(updates, [100, 200, 300, 400, 500])
-        np.testing.assert_allclose(rates[updates.astype(int) - 1], recorded, rtol=1e-12)
-    shutil.copy(START / "run.json", tmp_path / "record.json")
-    (tmp_path / "history.csv").write_text("update,learning_rate\n1,7\n")  # of another run
-    assert run("learning_rate", tmp_path / "record.json", "--output", tmp_path / "rate.png")[0] == 0
-    assert list(lines(drawn[0].axes[0])) == ["schedule"]
-
-
 PAIR = ("animate", "--output", "a.gif", "--image_path", "images.tif", "--mask_path")
-CURVES, RATE = ("curves", "--output", "a.png"), ("learning_rate", "--output", "a.png")
 REFUSED = {
-    "no verb": ((), "the following arguments are required: VERB"),
-    "not a gif": ((*PAIR, "images.tif", "--output", "a.png"), "--output must be a .gif file. Received: a.png"),
-    "every": ((*PAIR, "images.tif", "--every", "0"), "--every must be at least 1. Received: 0"),
+    "no verb": ((), "the following arguments are required: verb, --image_path, --mask_path, --output"),
+    "not a gif": (
+        (*PAIR, "images.tif", "--output", "a.png"),
+        "--output: must be a file that ends in .gif. Received: a.png",
+    ),
+    "every": ((*PAIR, "images.tif", "--every", "0"), "--every: must be at least 1 and at most 1048576. Received: 0"),
     "a name": ((*PAIR, "isbi2012"), "--mask_path: isbi2012 does not exist"),
-    "not a TIFF": ((*PAIR, "run/run.json"), "--mask_path"),
+    "not a TIFF": ((*PAIR, "text.csv"), "--mask_path"),
     "cut off": ((*PAIR, "cut.tif"), "cut.tif"),
     "colours": ((*PAIR, "rgb.tif"), "rgb.tif"),
     "NaN": ((*PAIR, "nan.tif"), "NaN"),
     "labels": ((*PAIR, "cells.tif"), "must hold 0..1 or 0..255. Received: 0..999"),
     "count": ((*PAIR, "one.tif"), "(2, 32, 32). Received: (1, 32, 32)"),
-    "no run": ((*CURVES, "nothing"), "nothing does not exist: give a run folder, or its history.csv"),
-    "no record": ((*RATE, "empty"), "run.json does not exist: give a run folder"),
-    "no numbers": ((*CURVES, "text.csv"), "text.csv must be a history: a line of column names"),
-    "uneven": ((*CURVES, "uneven.csv"), "uneven.csv must be a history"),
-    "binary": ((*CURVES, "images.tif"), "images.tif must be a history"),
-    "other columns": ((*CURVES, "other.csv"), "must hold a loss, Dice or rate of an epoch"),
-    "not JSON": ((*RATE, "text.csv"), "text.csv must be a run record"),
-    "of weights": ((*RATE, "weights.json"), "weights.json must be a run record"),
-    "a list": ((*RATE, "list.json"), "list.json must be a run record"),
-    "no updates": ((*RATE, "none.json"), "must be 1 to 10 million. Received: 0"),
-    "too many": ((*RATE, "many.json"), "must be 1 to 10 million"),
-    "no cycle": ((*RATE, "still.json"), "still.json must be a run record"),
-    "nested": ((*RATE, "deep.json"), "deep.json must be a run record"),
     "its input": ((*PAIR, "images.tif", "--output", "link.gif"), "--output must not be an input"),
 }
 
@@ -389,22 +316,13 @@ REFUSED = {
 def bad_files(tmp_path, monkeypatch):
     """A folder, which is the current one, with files that cannot be drawn."""
     monkeypatch.chdir(tmp_path)
-    for name in ("run", "empty"):
-        (tmp_path / name).mkdir()
     stacks = {"images": noisy((2, 32, 32)), "one": noisy((1, 32, 32)), "rgb": noisy((2, 32, 32, 3))}
     stacks |= {"nan": np.full((2, 32, 32), np.nan, np.float32), "cells": np.zeros((2, 32, 32), np.uint16)}
     stacks["cells"][0, 0, 0] = 999
     for name, sections in stacks.items():
         write_stack(tmp_path / f"{name}.tif", sections)
     (tmp_path / "cut.tif").write_bytes((tmp_path / "images.tif").read_bytes()[:1500])
-    texts = {"text.csv": "loss\nhigh\n", "uneven.csv": "loss,dice\n1,2\n3\n", "other.csv": "a\n1\n"}
-    texts |= {"weights.json": '{"format": "weights"}', "list.json": "[]", "run/run.json": "{}"}
-    for name, epochs in (("none", 0), ("many", 10**9)):
-        texts[f"{name}.json"] = json.dumps({"epochs": epochs, "settings": SETTINGS | {"clr_mode": "triangular"}})
-    still = SETTINGS | {"clr_mode": "triangular", "step_size": 0}
-    texts |= {"still.json": json.dumps({"epochs": 1, "settings": still}), "deep.json": "[" * 10**5}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
+    (tmp_path / "text.csv").write_text("loss\nhigh\n")
     (tmp_path / "link.gif").symlink_to("images.tif")
     return tmp_path
 

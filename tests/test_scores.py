@@ -366,8 +366,8 @@ def test_pixel_scores_by_hand():
 def test_calibration_error_by_hand():
     p = np.array([[0.8] * 10 + [0.1] * 10])
     r = np.array([[1] * 6 + [0] * 4 + [1] + [0] * 9])
-    bins = scores.calibration([p, p], [r, r])
-    assert (bins.pixels[12], bins.pixels[1], bins.pixels.sum()) == (20, 20, 40)
+    pixels = scores.calibration([p, p], [r, r])["pixels"]
+    assert (pixels[12], pixels[1], pixels.sum()) == (20, 20, 40)
     assert scores.ece([p, p], [r, r]) == pytest.approx(0.5 * 0.2)
     assert scores.ece([np.ones((2, 2))], [np.ones((2, 2))]) == 0
 

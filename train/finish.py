@@ -66,8 +66,7 @@ def choose(stacks, chosen, interior_of):
     interior = [interior_of(i) for i in chosen]
     if not stacks.cells:
         return {"threshold": scores.best_threshold(interior, truth)}
-    found = scores.best_segmentation(interior, truth)
-    return {"threshold": found.threshold, "background": found.background, "smallest_cell_px": found.min_size}
+    return scores.best_segmentation(interior, truth)
 
 
 def score(truth, shown, sections, cells=False):
