@@ -312,7 +312,7 @@ def warp(batch, recipe, *, window, mean, std):
 
 def _coordinates(batch, recipe, window):
     """Rows and columns in the source window, each (B, window, window)."""
-    pixel = np.arange(window, dtype=np.float32) - (window - 1) / 2
+    pixel = ops.arange(window, dtype="float32") - (window - 1) / 2
     matrix = ops.convert_to_tensor(batch["affine"])[..., None, None]
     if standardize_dtype(matrix.dtype) != "float32":
         raise ValueError(f"affine must be float32: a layer's autocast coarsens it. Received: {matrix.dtype}")
@@ -321,7 +321,7 @@ def _coordinates(batch, recipe, window):
     source = along_rows + matrix[:, :, 1] * pixel
     if recipe.elastic_sd_px:
         # sums, no matrix product: its rounding depends on the batch's size, and on a GPU it keeps 10 bits (TF32)
-        weights = bicubic(window, recipe.elastic_grid)
+        weights = ops.convert_to_tensor(bicubic(window, recipe.elastic_grid))
         rows_done = ops.sum(weights[:, :, None] * batch["grid"][:, :, None], axis=-2)
         for node in range(recipe.elastic_grid):
             source = source + rows_done[..., node, None] * weights[:, node]

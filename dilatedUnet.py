@@ -95,7 +95,8 @@ BATCH_PX = 2**30  # of all windows of an update together
 rate = number(float, 1e-12, 3.4e38)  # the optimizers compute in float32
 fraction = number(float, 0, 1)
 count, margin = number(int, 0, MANY), number(int, 0, SIDE)
-png, stack = partial(file, endings=(".png",)), partial(file, endings=(".tif", ".tiff", ".zarr"))
+png, rois = partial(file, endings=(".png",)), partial(file, endings=(".zip",))
+stack = partial(file, endings=(".tif", ".tiff", ".zarr"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -284,6 +285,12 @@ PREDICT = {
         flag("--output", "float32 0..1; .zarr: by blocks", type=stack, default="prediction.tif", metavar="FILE.tif"),
         flag("--threshold", "write an 8-bit 0/255 mask of probability > threshold", type=fraction),
         flag("--segment", "write labels, one per cell, by seeded watershed", action="store_true"),
+        flag(
+            "--rois",
+            "with --segment: the cells' outlines, too, for ImageJ's ROI Manager",
+            type=rois,
+            metavar="FILE.zip",
+        ),
         flag("--force", "replace an existing output", action="store_true"),
         flag("--resume", "go on with an --output of .zarr, chunk by chunk", action="store_true"),
     ),

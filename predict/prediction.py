@@ -1,5 +1,6 @@
 """Weights in and out, and the `predict` verb: a stack of any size to a TIFF, one section at a time."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import numpy as np
 
 import data
 from data import DataError, Normalisation
-from files import atomic
+from files import atomic, rois
 from files.sections import memory_words, require_memory, size_words
 from network import device, unet
 from predict import blocks, engines, intensity, tiling
@@ -246,8 +247,10 @@ def run(args):
     source = data.resolve(args.image_path, "test", log=say)
     if in_blocks and isinstance(source, data.Stack):
         raise DataError(f"--image_path must be a file or folder, which workers can read. Received: {args.image_path}")
-    used = (file(path) for path in args.weight_path for file in (weight_file, record_file))
-    atomic.refuse_inputs("--output", args.output, source, *used)
+    used = [file(path) for path in args.weight_path for file in (weight_file, record_file)]
+    for flag, output in (("--output", args.output), ("--rois", args.rois)):
+        if output:
+            atomic.refuse_inputs(flag, output, source, *used)
     with data.iter_sections(source) as sections:
         norms = normalisations(sections, records, args.normalise)
         how = {"engine": args.engine, "precision": precision}
@@ -266,6 +269,7 @@ def check_output(args):
     contradictions = (
         (of_blocks and not in_blocks, "--resume, --scheduler and --workers go with an --output of .zarr", args.output),
         (masks and in_blocks, "--threshold and --segment go with a TIFF --output", args.output),
+        (args.rois and not args.segment, "--rois goes with --segment", args.rois),
         (count > 1 and in_blocks, "--weight_path must be one for an --output of .zarr", count),
         (args.resume and args.force, "--resume goes on with a prediction, --force replaces it: choose one", "both"),
         (args.scheduler and args.workers is not None, "--workers is of no use with --scheduler", args.workers),
@@ -273,6 +277,8 @@ def check_output(args):
     for wrong, words, received in contradictions:
         if wrong:
             raise DataError(f"{words}. Received: {received}")
+    if args.rois:
+        rois.require()
     return in_blocks
 
 
@@ -347,7 +353,10 @@ def write(args, finished, record, **about):
         how = record if args.threshold is None else record | {"threshold": args.threshold}
         smallest = how.get("smallest_cell_px", SMALLEST_CELL_PX)
         few = math.prod(about["shape"]) // (smallest + 1) < 2**16  # no more cells than that fit into a section
-        data.write_mask(args.output, segment_stack(finished, how), dtype="uint16" if few else "uint32", **about)
+        about["dtype"] = "uint16" if few else "uint32"
+        with rois.writing(args.rois, force=args.force) if args.rois else contextlib.nullcontext(lambda x, _: x) as add:
+            labels = (add(section, index) for index, section in enumerate(segment_stack(finished, how)))
+            data.write_mask(args.output, labels, **about)
     elif args.threshold is not None:
         data.write_mask(args.output, (section > args.threshold for section in finished), **about)
     else:

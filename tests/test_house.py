@@ -20,7 +20,7 @@ ORDER = [
     *("data", "figures", "augment", "clr_callback"),
     *("network.unet", "network.field", "network.layers", "network.losses", "network.optimizers"),
     *("network.startup", "network.device", "network.distribution", "network.hashing", "network.mirror"),
-    *("files.fetching", "files.labels", "files.omezarr", "files.writing", "files.stacks", "files.tiff"),
+    *("files.fetching", "files.labels", "files.omezarr", "files.rois", "files.writing", "files.stacks", "files.tiff"),
     *("files.sections", "files.synthetic", "files.atomic", "files.shell", "files.flags"),
 ]
 ROOMS = ("train", "predict", "score", "studies", "network", "files")
