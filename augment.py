@@ -252,7 +252,7 @@ def batch(images, masks, recipe, *, seed, epoch, indices, window, sections, cont
     Parameters
     ----------
     images, masks : ndarray of shape (S, H, W)
-        Raw gray values (uint8, uint16, float32) and labels, each in its own dtype.
+        Raw gray values (uint8, uint16, float32) and labels, each in its own dtype; labels below 0 mean "not labelled".
     window, context : int
         Side of the crop, which lies within the section, and px around it, mirrored beyond the section's border, that
         an unpadded network loses: `warp` is to be given the window `window + 2 * context`.
@@ -266,8 +266,24 @@ def batch(images, masks, recipe, *, seed, epoch, indices, window, sections, cont
         "grid" (B, 2, g, g) and "gray" (B, 4) in float32; "key" (B,) in int32.
     """
     kwargs = {"seed": seed, "epoch": epoch, "sections": sections, "shape": images.shape[1:], "window": window}
-    draws = [draw(recipe, index=int(index), **kwargs) for index in indices]
+    draws = [onto_labels(draw(recipe, index=int(index), **kwargs), masks) for index in indices]
     return collate(images, masks, draws, recipe, context, weights)
+
+
+def onto_labels(draw, masks):
+    """The draw itself, or where its window holds no label (all below 0), another place around a pixel that has one."""
+    mask, window = masks[draw.section], draw.window
+    if labelled(mask, draw.origin, window):
+        return draw
+    pixels = np.argwhere(mask >= 0)
+    origin = np.clip(pixels[draw.key % len(pixels)] - window // 2, 0, np.subtract(mask.shape, window))
+    return replace(draw, origin=tuple(origin.tolist()))
+
+
+def labelled(mask, origin, window):
+    """Whether a window of a mask holds a label, 0 or more."""
+    rows, columns = (slice(start, start + window) for start in origin)
+    return mask[rows, columns].max() >= 0
 
 
 def collate(images, masks, draws, recipe, context=0, weights=None):

@@ -154,8 +154,8 @@ def _painted(sections, size, seed):
 # --- Labels and pairs ---------------------------------------------------------------------------------------
 
 
-def read_labels(path, *, invert=False):
-    """Read a mask as 0 (membrane) and 1 (interior).
+def read_labels(path, *, invert=False, ignore=None):
+    """Read a mask as 0 (membrane) and 1 (interior), and -1 (not labelled) where it holds the value `ignore`.
 
     Parameters
     ----------
@@ -169,20 +169,33 @@ def read_labels(path, *, invert=False):
     Stack with uint8 sections, and a list of messages; those that begin with "warning:" want attention
     """
     stack = read_stack(path, what="mask")
-    interior, messages = labels.meaning(open_stack(stack), invert)
+    said = labels.labelled(open_stack(stack), ignore)[1]
+    interior, messages = labels.meaning(open_stack(stack), invert, ignore)
     mask = stack.sections == interior
     mask ^= invert
-    return replace(stack, sections=mask.view(np.uint8)), messages
+    return replace(stack, sections=mask_of(mask, None if ignore is None else stack.sections == ignore)), messages + said
 
 
-def read_instances(path):
-    """Read instance labels, one number a cell, 0 = background, as a Stack of int32 and a list of messages."""
+def mask_of(interior, unlabelled=None):
+    """Return 0 (membrane) and 1 (interior) of bool as uint8; where some may be unlabelled, as int8, and these as -1."""
+    if unlabelled is None:
+        return interior.view(np.uint8)
+    mask = interior.view(np.int8)
+    mask[unlabelled] = labels.UNLABELLED
+    return mask
+
+
+def read_instances(path, *, ignore=None):
+    """Read numbers of cells, 0 = background and -1 = not labelled (`ignore`), as a Stack of int32, and messages."""
     stack = load(iter_sections(path, what="mask", ids=True))
-    messages = labels.instance_messages(open_stack(stack))
-    return replace(stack, sections=stack.sections.astype(np.int32)), messages
+    messages = labels.instance_messages(open_stack(stack), ignore) + labels.labelled(open_stack(stack), ignore)[1]
+    cells = stack.sections.astype(np.int32)
+    if ignore is not None:
+        cells[stack.sections == ignore] = labels.UNLABELLED
+    return replace(stack, sections=cells), messages
 
 
-def load_pair(image_path, mask_path, *, invert_mask=False, instances=False):
+def load_pair(image_path, mask_path, *, invert_mask=False, instances=False, ignore=None):
     """Read images and their masks, paired section by section.
 
     Two folders are paired by the stems of their files, where `man_seg007` goes with `t007` and `7_label` with
@@ -192,11 +205,12 @@ def load_pair(image_path, mask_path, *, invert_mask=False, instances=False):
     Returns
     -------
     images, masks : Stack
-        Native values, and uint8 0 (membrane) / 1 (interior), or int32 numbers of cells, of the same shape.
+        Native values, and what `read_labels` or `read_instances` gives, of the same shape.
     messages : list of str
     """
     images = read_stack(image_path, what="image")
-    masks, messages = read_instances(mask_path) if instances else read_labels(mask_path, invert=invert_mask)
+    read = read_instances if instances else functools.partial(read_labels, invert=invert_mask)
+    masks, messages = read(mask_path, ignore=ignore)
     kept, order, said = labels.match(images, masks, instances)
     return _chosen(images, kept), _chosen(masks, order), [*messages, *said]
 
@@ -294,7 +308,9 @@ class Split:
         return f"{self.protocol}: " + ", ".join(words)
 
 
-def split_sections(count, protocol, *, val_sections=None, fold=0, folds=5, gap=0, inner=0, train_sections=None):
+def split_sections(
+    count, protocol, *, val_sections=None, fold=0, folds=5, gap=0, inner=0, train_sections=None, labelled=None
+):
     """Split sections 0..count-1 into training and validation.
 
     Neighbouring sections look alike, so what is held out is a contiguous block.
@@ -312,6 +328,8 @@ def split_sections(count, protocol, *, val_sections=None, fold=0, folds=5, gap=0
     inner : int
         Sections of the rest for early stopping, nearest to the held-out ones: neighbours of each other, or in the
         list of `train_sections`.
+    labelled : sequence of int, optional
+        The sections that have labels, where not all have: the others keep their numbers, and are in no part.
 
     Returns
     -------
@@ -320,42 +338,48 @@ def split_sections(count, protocol, *, val_sections=None, fold=0, folds=5, gap=0
     >>> split_sections(10, "kfold", fold=1, folds=5, gap=1).train
     (0, 5, 6, 7, 8, 9)
     """
-    allowed = sections_within(range(count) if train_sections is None else train_sections, count, "--train_sections")
+    usable = list(range(count) if labelled is None else labelled)
+    allowed = sections_within(usable if train_sections is None else train_sections, count, "--train_sections", usable)
     if protocol in ("published", "all"):
         return Split(protocol, allowed, allowed if protocol == "published" else (), ())
     if protocol == "holdout":
-        last = range(count - max(1, round(count / 5)), count)
-        held_out = sections_within(last if val_sections is None else val_sections, count, "--val_sections")
+        last = usable[-max(1, round(len(usable) / 5)) :]
+        held_out = sections_within(last if val_sections is None else val_sections, count, "--val_sections", usable)
     else:
-        held_out = _fold(count, fold, folds)
+        held_out = _fold(usable, fold, folds)
     if train_sections is not None and (both := set(allowed) & set(held_out)):
         raise DataError(f"--train_sections must not be held out as well. Received: {format_sections(both)}")
-    rest = [i for i in range(count) if min(abs(i - j) for j in held_out) > gap]
-    beside = tuple(sorted(set(range(count)).difference(rest, held_out)))
+    rest = [i for i in usable if min(abs(i - j) for j in held_out) > gap]
+    beside = tuple(sorted(set(usable).difference(rest, held_out)))
     chosen = _nearest_run(allowed, rest, held_out, inner)
     train = tuple(i for i in rest if i in allowed and i not in chosen)
     if not train or len(chosen) < inner:
         wanted = f"hold out {len(held_out)}, leave out {len(beside)}, choose weights on {inner} and still train"
-        found = f"{count}" if train_sections is None else f"--train_sections {format_sections(allowed)} of {count}"
-        hint = "; --protocol all or published train on a single one" if count == 1 else ""
+        found = f"{len(usable)}" + " with labels" * (len(usable) < count)
+        found = found if train_sections is None else f"--train_sections {format_sections(allowed)} of {found}"
+        hint = "; --protocol all or published train on a single one" if len(usable) == 1 else ""
         raise DataError(f"--protocol {protocol}: too few sections to {wanted}. Received: {found}{hint}")
     return Split(protocol, train, chosen, held_out, beside)
 
 
-def _fold(count, fold, folds):
+def _fold(usable, fold, folds):
+    count = len(usable)
     if not 2 <= folds <= count:
         raise DataError(f"--folds must be from 2 to the number of sections, {count}. Received: {folds}")
     if not 0 <= fold < folds:
         raise DataError(f"--fold must be from 0 to {folds - 1}. Received: {fold}")
-    return tuple(np.array_split(range(count), folds)[fold].tolist())
+    return tuple(np.array_split(usable, folds)[fold].tolist())
 
 
-def sections_within(sections, count, argument):
-    """Section numbers, sorted, or a DataError that names the argument."""
+def sections_within(sections, count, argument, usable=None):
+    """Section numbers, sorted, of those that are `usable`, or a DataError that names the argument."""
     chosen = tuple(sorted({int(i) for i in sections}))
     if not chosen or chosen[0] < 0 or chosen[-1] >= count:
         raise DataError(f"{argument} must lie in 0-{count - 1}. Received: {format_sections(chosen) or 'none'}")
-    return chosen
+    kept = tuple(i for i in chosen if usable is None or i in usable)
+    if not kept:
+        raise DataError(f"{argument} must name sections with labels. Received: {format_sections(chosen)}, without any")
+    return kept
 
 
 def _nearest_run(allowed, rest, held_out, length):
@@ -406,12 +430,10 @@ def montage(sections, rows, columns, order):
 # --- What the files are -------------------------------------------------------------------------------------
 
 
-def describe(
-    image_path, mask_path=None, *, invert_mask=False, instances=False, window=512, windows=None, protocol="holdout"
-):
+def describe(image_path, mask_path=None, *, window=512, windows=None, protocol="holdout", **meant):
     """Say in plain words what the files are, and what training would do with them, section by section.
 
-    `window` None is the largest of the recipes' `windows`, by name, that fits.
+    `window` None is the largest of the recipes' `windows`, by name, that fits; `meant` is what `load_pair` takes.
 
     Returns
     -------
@@ -420,10 +442,11 @@ def describe(
         An image that cannot be read at all raises DataError.
     """
     with iter_sections(image_path, what="image") as images:
-        lines = _image_lines(images)
+        lines, labelled = _image_lines(images), None
         if mask_path is not None:
-            lines += _mask_lines(images, mask_path, invert_mask, instances)
-        return lines + _training_lines(images, window, windows or {}, protocol)
+            found, labelled = _mask_lines(images, mask_path, **meant)
+            lines += found
+        return lines + _training_lines(images, window, windows or {}, protocol, labelled)
 
 
 def _file_lines(kind, reader):
@@ -450,26 +473,32 @@ def _image_lines(images):
     ]
 
 
-def _mask_lines(images, mask_path, invert_mask, instances):
+def _mask_lines(images, mask_path, *, invert_mask=False, instances=False, ignore=None):
+    """Return lines, and the sections with labels; None where that is not known."""
     lines = [f"mask: {mask_path}"]
     try:
         with iter_sections(mask_path, what="mask", ids=instances) as masks:
             lines = _file_lines("mask", masks)
-            said = labels.match(images, masks, instances)[-1]
-            messages = labels.instance_messages(masks) if instances else labels.meaning(masks, invert_mask)[1]
+            _, order, said = labels.match(images, masks, instances)
+            sections, messages = labels.labelled(masks, ignore)
+            if instances:
+                messages += labels.instance_messages(masks, ignore)
+            else:
+                messages += labels.meaning(masks, invert_mask, ignore)[1]
     except DataError as error:
-        return [*lines, f"problem: {error}"]
-    return [*lines, *(line if line.startswith("warning:") else f"  {line}" for line in messages + said)]
+        return [*lines, f"problem: {error}"], None
+    labelled = None if ignore is None else [i for i, place in enumerate(order) if place in sections]
+    return [*lines, *(line if line.startswith("warning:") else f"  {line}" for line in messages + said)], labelled
 
 
-def _training_lines(images, window, windows, protocol):
+def _training_lines(images, window, windows, protocol, labelled):
     count, height, width = images.shape
     fitting = {name: side for name, side in windows.items() if side <= min(height, width)}
     window = window or max(fitting.values(), default=min(windows.values(), default=512))
     nbytes = math.prod(images.shape) * (images.dtype.itemsize + 1)
     lines = ["training:"]
     for attempt in (
-        lambda: split_sections(count, protocol).describe(),
+        lambda: split_sections(count, protocol, labelled=labelled).describe(),
         lambda: check_window(images, window) or _crop_words(height, width, window),
         lambda: require_memory(nbytes, "the stack and its masks") or f"{memory_words(nbytes)} of memory for the stack",
     ):

@@ -24,7 +24,7 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
-from files.flags import devices, file, filter_list, number, path, up_to
+from files.flags import devices, file, filter_list, label_value, number, path, up_to
 
 VERBS = {
     "train": "train a network (the default verb)",
@@ -134,6 +134,7 @@ DATA = (
     flag("--mask_path", "its labels, likewise (default: as --image_path)", metavar="PATH"),
     flag("--invert_mask", "labels mark the membrane, not the interior", action="store_true"),
     flag("--instances", "labels number the cells, 0 = background: cells, not membranes", action="store_true"),
+    flag("--ignore_label", "label value that means 'not labelled': neither trains nor is scored", type=label_value),
 )
 PROTOCOL = (
     flag(
@@ -524,7 +525,8 @@ def run_check(args):
     if masks == images and not args.mask_path:  # there are none beside the images
         masks = None
     recipe = RECIPES.get(args.recipe, {})
-    how = {"invert_mask": args.invert_mask, "instances": args.instances, "window": args.window or recipe.get("window")}
+    how = {"invert_mask": args.invert_mask, "instances": args.instances, "ignore": args.ignore_label}
+    how["window"] = args.window or recipe.get("window")
     how["protocol"] = recipe.get("protocol", "holdout")
     how["windows"] = {name: values["window"] for name, values in RECIPES.items()}
     lines = data.describe(images, masks, **how)

@@ -162,7 +162,7 @@ def sheet(pictures, path, *, legend=None):
 
 
 def preview(images, masks, path):
-    """What the network will see: windows of shape (N, h, w) with the outline of their masks, 1 = interior.
+    """What the network will see: windows of shape (N, h, w) with the outline of their masks, 1 = interior, -1 grayed.
 
     One common gray scale, so that changes of brightness and contrast show.
     """
@@ -175,23 +175,27 @@ def preview(images, masks, path):
         axes.axis("off")
     for axes, image, mask in zip(grid.flat, images, masks, strict=False):
         _gray(axes, image, scale)
-        if 0 < np.count_nonzero(mask) < mask.size:  # some versions of matplotlib warn of a contour that is nowhere
+        if 0 < np.count_nonzero(mask > 0) < mask.size:  # some versions of matplotlib warn of a contour that is nowhere
             axes.contour(mask > 0, levels=[0.5], colors=[ORANGE], linewidths=0.9)
+        if (mask < 0).any():
+            axes.imshow(np.ma.masked_greater_equal(mask, 0), cmap="gray", vmin=-2, vmax=0, alpha=0.6)
     return _save_pictures(figure, path, dpi=100)
 
 
 def panel(raw, truth, prediction, path, *, titles):
     """Section, labels and prediction, (H, W) each, side by side: the picture of README's first screen.
 
-    `raw` in any range; `truth` and `prediction` as masks, interior probability 0..1, or numbers of cells.
+    `raw` in any range; `truth` and `prediction` as masks, interior probability 0..1, or numbers of cells, gray where
+    they are below 0: not labelled.
     """
     figure, (row,) = _pictures(1, 3, raw.shape, titles)
     _gray(row[0], raw)
     for axes, shown in zip(row[1:], (truth, prediction), strict=True):
-        if shown.dtype.kind in "iu" and len(np.unique(shown)) > 2:
+        if shown.dtype.kind in "iu" and len(np.unique(np.maximum(shown, 0))) > 2:
             _instances(axes, shown)
         else:
-            _gray(axes, shown, (0.0, _full_scale(shown)))
+            full, unlabelled = _full_scale(shown), shown < 0
+            _gray(axes, np.where(unlabelled, full / 2, shown) if unlabelled.any() else shown, (0.0, full))
     return _save_pictures(figure, path)
 
 
@@ -362,12 +366,14 @@ def _full_scale(mask):
 
 
 def _instances(axes, labels):
-    """Instances in five colours that repeat, on white."""
+    """Instances in five colours that repeat, on white; gray where the labels are below 0."""
     from matplotlib.colors import to_rgb
     from skimage.color import label2rgb
 
     colours = [to_rgb(colour) for colour in (BLUE, ORANGE, GREEN, PURPLE, SKY)]
-    axes.imshow(label2rgb(labels, colors=colours, bg_label=0, bg_color=(1, 1, 1)), interpolation="nearest")
+    shown = label2rgb(np.maximum(labels, 0), colors=colours, bg_label=0, bg_color=(1, 1, 1))
+    shown[labels < 0] = 0.5
+    axes.imshow(shown, interpolation="nearest")
 
 
 def _frame_pixels(section, mask, low, high):

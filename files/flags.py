@@ -24,6 +24,9 @@ def number(kind, low, high, *, above=False):
     return parse
 
 
+label_value = number(int, -(2**31), 2**32 - 1)
+
+
 def up_to(high):
     return number(int, 1, high)
 

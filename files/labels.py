@@ -10,48 +10,71 @@ import numpy as np
 from files.atomic import DataError
 from files.sections import format_sections, shape_words, some, strips
 
+UNLABELLED = -1  # what `--ignore_label` names becomes this in masks and in numbers of cells
 
-def meaning(reader, invert):
-    """Return the value that is the interior of a mask with two values, and messages."""
-    tallies = list(_tallies(reader))
+
+def labelled(reader, ignore):
+    """Return the sections that hold a label other than `ignore`, and how much is labelled, in words."""
+    if ignore is None:
+        return range(len(reader)), []
+    shares = np.array([np.mean(section != ignore) for section in reader])
+    if shares.min() == 1 or not shares.any():
+        found = f"{ignore}, which is {'all' if not shares.any() else 'nowhere'} in {reader.source}"
+        raise DataError(f"--ignore_label must be one of the values of --mask_path. Received: {found}")
+    without = format_sections(np.flatnonzero(shares == 0))
+    said = [f"labels: {ignore} = not labelled; {shares.mean():.1%} of the pixels are labelled"]
+    words = f"sections without labels, which neither train nor are scored: {without}"
+    return np.flatnonzero(shares).tolist(), [*said, *[words] * bool(without)]
+
+
+def meaning(reader, invert, ignore=None):
+    """Return the value that is the interior of a mask with two values beside `ignore`, and messages."""
+    tallies = list(_tallies(reader, ignore))
     values = sorted(set().union(*tallies))
+    if ignore is not None and len(values) < 2:
+        left = ", ".join(map(str, values)) or "none"
+        rule = f"must leave two label values in {reader.source}"
+        raise DataError(f"--ignore_label {rule}. Received: {ignore}, which leaves {left}")
     interior = max(values, key=lambda value: (value != 0, value)) or 1
-    fractions = np.array([tally[interior] / tally.total() for tally in tallies])
+    fractions = np.array([tally[interior] / tally.total() if tally else np.nan for tally in tallies])
     fractions = 1 - fractions if invert else fractions
+    share = np.average(np.nan_to_num(fractions), weights=[tally.total() for tally in tallies])
     names = {value: "interior" if (value == interior) != invert else "membrane" for value in values}
     said = ", ".join(f"{value} = {names[value]}" for value in values)
-    said += f"{' (inverted)' if invert else ''}; interior {fractions.mean():.1%} of the pixels"
-    return interior, [f"labels: {said}", *_label_warnings(fractions, invert)]
+    of = "pixels" if ignore is None else "labelled pixels"
+    said += f"{' (inverted)' if invert else ''}; interior {share:.1%} of the {of}"
+    return interior, [f"labels: {said}", *_label_warnings(fractions, share, invert)]
 
 
-def _tallies(reader):
-    """Count the pixels of each value, section by section; refuse a third value where it turns up."""
+def _tallies(reader, ignore):
+    """Count the pixels of each value but `ignore`, section by section; refuse a third value where it turns up."""
     known = set()
     for index, section in enumerate(reader):
         tally = Counter()
         for strip in strips(section):
+            strip = strip if ignore is None else strip[None, strip != ignore]
             values, counts = np.unique(strip, return_counts=True)
             known.update(values[:9].tolist())
             if len(known) > 2:
-                raise DataError(_too_many_values(reader.source, index, strip, sorted(known)))
+                raise DataError(_too_many_values(reader, index, strip, sorted(known), ignore))
             tally.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
         yield tally
 
 
-def _label_warnings(fractions, invert):
-    if fractions.max() == 0:
+def _label_warnings(fractions, share, invert):
+    if share == 0:
         return ["warning: the mask is all background: no pixel is interior"]
-    if fractions.min() == 1:
+    if share == 1:
         return ["warning: the mask is all interior: no pixel is membrane"]
     turn = f"warning: the interior is the minority: inverted labels? Try {'without' if invert else 'with'}"
-    found = [f"{turn} --invert_mask"] if fractions.mean() < 0.5 else []
+    found = [f"{turn} --invert_mask"] if share < 0.5 else []
     for value, name in ((0, "interior"), (1, "membrane")):
         if (fractions == value).any():
             found.append(f"warning: sections without {name}: {format_sections(np.flatnonzero(fractions == value))}")
     return found
 
 
-def _too_many_values(source, index, pixels, values):
+def _too_many_values(reader, index, pixels, values, ignore):
     between = ((pixels != values[0]) & (pixels != pixels.max()))[:, 1:]
     flat = np.mean((pixels[:, 1:] == pixels[:, :-1])[between]) if between.any() else 0.0
     if flat <= 0.8 and between.mean() < 0.2:
@@ -61,7 +84,10 @@ def _too_many_values(source, index, pixels, values):
     else:
         like = "it looks like an image or a probability map, not a mask"
     shown = some([f"{value:g}" for value in values])
-    return f"--mask_path: {source} must hold two label values. Received up to section {index}: {shown}; {like}."
+    three = ignore is None and len(values) == 3 and all(np.isin(section, values).all() for section in reader)
+    like += "; if one of the three means 'not labelled', name it with --ignore_label" * three
+    rule = "two label values" + (f" beside {ignore}" if ignore is not None else "")
+    return f"--mask_path: {reader.source} must hold {rule}. Received up to section {index}: {shown}; {like}."
 
 
 def require_ids(section, what):
@@ -72,15 +98,22 @@ def require_ids(section, what):
         raise DataError(f"{what} {rule}. Received: {section.dtype} {low}..{high}")
 
 
-def instance_messages(reader):
+def instance_messages(reader, ignore=None):
     """Return messages about numbered cells; refuse what are no numbers of cells."""
-    counts, filled = [], 0
-    for section in reader:
+    if ignore == 0:
+        raise DataError("--ignore_label must not be 0 with --instances, where 0 is the background. Received: 0")
+    counts, filled, bare = [], 0, []
+    for index, section in enumerate(reader):
+        bare += [index] * (not section.any())
+        section = section if ignore is None else section * (section != ignore)
         require_ids(section, f"--mask_path: {reader.source}")
         counts.append(np.count_nonzero(np.unique(section)))
         filled += np.count_nonzero(section)
     share = f"{filled / math.prod(reader.shape):.1%} of the pixels"
     empty = ["warning: the mask is all background: no pixel is interior"] if not filled else []
+    if bare and filled:
+        words = f"warning: sections that are all background: {format_sections(bare)}; if they are not labelled"
+        empty = [f"{words}, give them a value of their own and name it with --ignore_label"]
     return [f"labels: instances, {min(counts)} to {max(counts)} a section; {share}", *empty]
 
 

@@ -2,7 +2,8 @@
 
 The former take `truth` and `interior`, tensors of shape (B, h, w), float32: 1 = interior, 0 = membrane, and return a
 float32 scalar. The latter, `weighted_cross_entropy`, takes logits, and a weight for every pixel, which numpy and scipy
-make of instance masks once a run: `separate`, `border_weights`.
+make of instance masks once a run: `separate`, `border_weights`. Each takes `labelled` as well, of shape (B, h, w): 0
+where a pixel is left out, else 1; None: all count.
 
 >>> border_weights(np.array([[1, 0, 2]])).round(2)  # 1 + 10 exp(-(1 + 1)^2 / 50) between cells
 array([[ 1.  , 10.23,  1.  ]], dtype=float32)
@@ -20,31 +21,41 @@ CLIP = 1e-7  # keeps the logarithm finite, as keras.losses.BinaryCrossentropy do
 NEGLIGIBLE = 1e-6  # border terms below this fraction of w0 may be left out
 
 
-def soft_dice(truth, interior):
+def soft_dice(truth, interior, labelled=None):
     """Soft Dice of the interior over the whole batch, (2 sum(t p) + 1) / (sum(t) + sum(p) + 1).
 
     The smoothing of 1 is the study's; an empty mask predicted empty scores 1 (Milletari et al. 2016, arXiv
     1606.04797, without the squares).
     """
+    if labelled is not None:
+        truth, interior = truth * labelled, interior * labelled
     sums = ops.stack([ops.sum(truth * interior), ops.sum(truth), ops.sum(interior)])
     overlap, of_truth, of_interior = ops.unstack(distribution.total(sums))
     return (2 * overlap + SMOOTHING) / (of_truth + of_interior + SMOOTHING)
 
 
-def bce(truth, interior):
+def bce(truth, interior, labelled=None):
     """Mean binary cross-entropy, in nats per pixel."""
     p = ops.clip(interior, CLIP, 1 - CLIP)
-    return -ops.mean(truth * ops.log(p) + (1 - truth) * ops.log(1 - p))
+    return -mean(truth * ops.log(p) + (1 - truth) * ops.log(1 - p), labelled)
 
 
-def dice(truth, interior):
+def mean(values, labelled=None):
+    """Mean over the pixels, or over those of the whole batch that are labelled; 0 where none is."""
+    if labelled is None:
+        return ops.mean(values)
+    of_values, count = ops.unstack(distribution.total(ops.stack([ops.sum(values * labelled), ops.sum(labelled)])))
+    return of_values / ops.maximum(count, 1)
+
+
+def dice(truth, interior, labelled=None):
     """1 - soft Dice."""
-    return 1 - soft_dice(truth, interior)
+    return 1 - soft_dice(truth, interior, labelled)
 
 
-def bce_dice(truth, interior):
+def bce_dice(truth, interior, labelled=None):
     """Binary cross-entropy + (1 - soft Dice): the loss of the 2017 study."""
-    return bce(truth, interior) + dice(truth, interior)
+    return bce(truth, interior, labelled) + dice(truth, interior, labelled)
 
 
 LOSSES = {"bce_dice": bce_dice, "bce": bce, "dice": dice}  # `weighted_cross_entropy` takes other arguments
@@ -53,8 +64,8 @@ LOSSES = {"bce_dice": bce_dice, "bce": bce, "dice": dice}  # `weighted_cross_ent
 # -- the weighted loss of 2015 ----------------------------------------------------------------------------------
 
 
-def weighted_cross_entropy(truth, logits, weights):
-    """Mean over all pixels of weight times softmax cross-entropy, in nats.
+def weighted_cross_entropy(truth, logits, weights, labelled=None):
+    """Mean over all pixels, or those that are labelled, of weight times softmax cross-entropy, in nats.
 
     Equation 1 of the 2015 U-Net (arXiv 1505.04597) divided by the number of pixels, so that it does not grow with
     the tile. It is not divided by the sum of the weights: a tile with many borders shall count more.
@@ -70,7 +81,7 @@ def weighted_cross_entropy(truth, logits, weights):
     """
     likelihood = ops.log_softmax(ops.cast(logits, "float32"), axis=-1)
     chosen = ops.one_hot(ops.cast(truth, "int32"), logits.shape[-1], dtype="float32")
-    return -ops.mean(weights * ops.sum(chosen * likelihood, axis=-1))
+    return -mean(weights * ops.sum(chosen * likelihood, axis=-1), labelled)
 
 
 def separate(labels):

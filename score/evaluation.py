@@ -18,6 +18,7 @@ import numpy as np
 
 import data
 from files import atomic
+from files.flags import label_value
 from files.labels import require_ids
 from files.sections import size_words
 from score import origin, report, scores
@@ -39,6 +40,7 @@ def add_arguments(parser):
             ("--mask_path", "PATH", "labels: stack, folder or data set; of two values the larger one = interior"),
             ("--invert_mask", None, "the larger label value is membrane (default: interior)"),
             ("--instances", None, "both hold cells' numbers, 0 = background (predict --segment): mean IoU and SEG"),
+            ("--ignore_label", "VALUE", "label value that means 'not labelled', which no score counts"),
             ("--sections", "LIST", "sections of the labels, counted from 0, such as 24-29 (default: all)"),
             ("--scores", "LIST", which),
         ),
@@ -53,6 +55,7 @@ def add_arguments(parser):
         group = parser.add_argument_group(title)
         for name, metavar, words in rows:
             kind = {"metavar": metavar} if metavar else {"action": "store_true"}
+            kind |= {"type": label_value} if metavar == "VALUE" else {}
             group.add_argument(name, help=words, required=name in ("--prediction", "--mask_path"), **kind)
 
 
@@ -63,12 +66,12 @@ def run(args):
         raise data.DataError("--instances goes without --report, --invert_mask and --scores.")
     refuse_existing(args)
     read = data.read_instances if args.instances else partial(data.read_labels, invert=args.invert_mask)
-    labels, notes = read(args.mask_path)
+    labels, notes = read(args.mask_path, ignore=args.ignore_label)
     every = range(len(labels.sections))
     asked = every if args.sections is None else data.parse_sections(args.sections)
     sections = data.sections_within(asked, len(every), "--sections")
     references = labels.sections[list(sections)]
-    if not references.any():
+    if not (references > 0).any():
         what = "no cell is labelled" if args.instances else "no pixel is interior"
         raise data.DataError(f"--mask_path: {what} in the sections to score, {data.format_sections(sections)}.")
     with contextlib.ExitStack() as files:
@@ -77,6 +80,7 @@ def run(args):
         raw = read_sections(args.image_path, "image", *fit) if args.image_path else None
         refuse_inputs(args, labels, native, raw)
         notes += origin.check(native, labels, raw, sections)
+        sections, references, native, raw = with_labels(sections, references, native, raw)
         if args.instances:
             for section in native:
                 require_ids(section, "--prediction")
@@ -146,6 +150,13 @@ def refuse_inputs(args, *stacks):
 
 
 # --- input
+
+
+def with_labels(sections, references, *stacks):
+    """Leave out the sections without labels, of which nothing can be scored; `stacks` may be None."""
+    kept = [place for place, reference in enumerate(references) if (reference >= 0).any()]
+    stacks = (s and Sections(s.reader, [s.chosen[place] for place in kept]) for s in stacks)
+    return [sections[place] for place in kept], references[kept], *stacks
 
 
 class Sections:
@@ -230,6 +241,7 @@ def warnings_about(prediction, references):
     """Return those of `DOUBTS` that `Sections` of probabilities raise."""
     largest, between, sums = 0.0, False, np.zeros(5)
     for p, r in zip(prediction, references, strict=True):
+        p, r = p[r >= 0], r[r >= 0]
         largest = max(largest, float(p.max()))
         between = between or bool(((p > 0) & ~above(p, THRESHOLDS[-1])).any())
         inside, sure = r > 0, (abs(p - 0.5) > 0.4).sum()
@@ -253,7 +265,7 @@ def score_arrays(probabilities, references, which=DEFAULT_SCORES, *, sections=No
     Parameters
     ----------
     probabilities, references : sequence of S arrays of shape (H, W)
-        Interior probability, 0..1, and masks, interior > 0.
+        Interior probability, 0..1, and masks, interior > 0, not labelled < 0.
     sections : sequence of int, optional
         The numbers of these sections in their stack, for the record.
 
@@ -305,6 +317,6 @@ def score_instances(prediction, references, *, sections=None):
         return {name: function(p, r) for name, function in both.items()}
 
     triples = zip(numbers, prediction, references, strict=True)
-    per_section = [{"section": number} | score([p], [r]) for number, p, r in triples if r.any()]
+    per_section = [{"section": number} | score([p], [r]) for number, p, r in triples if (r > 0).any()]
     cells = sum(len(np.unique(section[section > 0])) for section in references)
     return score(prediction, references) | {"per_section": per_section, "cells": cells, "sections": numbers}

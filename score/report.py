@@ -155,7 +155,8 @@ def overlay_threshold(result):
 def section_pictures(result, prediction, reference, raw=None):
     """Return {title: (uint8 picture, alt text)} of one section: raw, truth, prediction, errors."""
     threshold = overlay_threshold(result)
-    maps = segments.split_merge_maps(reference, segments.above(prediction, threshold))
+    unlabelled = reference < 0
+    maps = segments.split_merge_maps(reference, segments.above(prediction, threshold) & ~unlabelled)
     ground = np.asarray(prediction if raw is None else raw, np.float64)
     low, high = np.percentile(ground, (0.5, 99.5))
     ground = (np.clip((ground - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)
@@ -166,7 +167,10 @@ def section_pictures(result, prediction, reference, raw=None):
         f"{split} cells split, {merged} cells merged, {int(maps.missed.sum())} px of the membrane's centre line missed"
     )
     return ({} if raw is None else {"Raw": (ground, "the raw section")}) | {
-        "Truth": (np.uint8(reference > 0) * 255, "the labels: interior white, membrane black"),
+        "Truth": (
+            np.uint8(reference > 0) * 255 + np.uint8(unlabelled) * 128,
+            f"the labels: interior white, membrane black{', not labelled gray' if unlabelled.any() else ''}",
+        ),
         "Prediction": (np.uint8(np.clip(prediction, 0, 1) * 255), "the interior probability: 1 white, 0 black"),
         "Errors": (paint(ground, maps), words),
     }

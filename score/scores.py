@@ -4,10 +4,11 @@
     curves["v_rand"].value, curves["v_rand"].threshold  # the score, and the threshold at which it was reached
 
 A proposal is the probability of the cell INTERIOR, 1 = interior and 0 = membrane; a reference is a mask whose pixels
-> 0 are interior. Stacks are sequences of sections of shape (H, W), axes (row, column), read one after the other, so
-memory is linear in one section. References: [1]_ V_rand, V_info, doi:10.3389/fnana.2015.00142; [2]_ warping error,
-doi:10.1109/CVPR.2010.5539950; [3]_ U-Net, arXiv:1505.04597; [4]_ SEG, doi:10.1093/bioinformatics/btu080;
-[5]_ calibration, arXiv:1706.04599.
+> 0 are interior, and < 0 not labelled: no score counts those, and segments, of the reference as of the proposal, end
+there as they end at the border of a section. Stacks are sequences of sections of shape (H, W), axes (row, column),
+read one after the other, so memory is linear in one section. References: [1]_ V_rand, V_info,
+doi:10.3389/fnana.2015.00142; [2]_ warping error, doi:10.1109/CVPR.2010.5539950; [3]_ U-Net, arXiv:1505.04597;
+[4]_ SEG, doi:10.1093/bioinformatics/btu080; [5]_ calibration, arXiv:1706.04599.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def overlap(reference_labels: np.ndarray, proposal_labels: np.ndarray) -> Overla
     """Count the pixels of every segment, and of every pair of segments, where the reference label is > 0."""
     inside = reference_labels > 0
     reference, proposal = reference_labels[inside], proposal_labels[inside]
-    _, _, joint = pairs_of_labels(reference_labels, proposal_labels)
+    _, _, joint = pairs_of_labels(np.maximum(reference_labels, 0), proposal_labels)
     return Overlap(np.bincount(reference)[1:], np.bincount(proposal)[1:], joint, int(np.sum(proposal == DAM)))
 
 
@@ -257,7 +258,7 @@ def warping_error(
 
     def count(probability, truth, threshold):
         splits, mergers = topology_errors(probability, truth, threshold)
-        return int(splits.sum()), int(mergers.sum()), truth.size
+        return int(splits.sum()), int(mergers.sum()), int(np.sum(truth >= 0))
 
     counts = _tabulate(count, probabilities, references, thresholds)  # (S, T, splits / mergers / pixels)
     splits, mergers, pixels = counts.sum(axis=0).T
@@ -270,10 +271,11 @@ def warping_error(
 
 def confusion(probability: np.ndarray, reference: np.ndarray, threshold: float = 0.5) -> np.ndarray:
     """Return (TP, FP, FN, TN): true and false positives, false and true negatives; positive = interior."""
-    proposal, truth = above(probability, threshold), np.asarray(reference) > 0
+    labelled, truth = np.asarray(reference) >= 0, np.asarray(reference) > 0
+    proposal = above(probability, threshold) & labelled
     both = int(np.sum(proposal & truth))
     proposed, true = int(proposal.sum()), int(truth.sum())
-    return np.array([both, proposed - both, true - both, truth.size - proposed - true + both])
+    return np.array([both, proposed - both, true - both, int(labelled.sum()) - proposed - true + both])
 
 
 @declare("Dice", "Overlap of predicted and true interior at threshold 0.5, 2 TP / (2 TP + FP + FN).", "counts")
@@ -309,9 +311,10 @@ def bce(probabilities: Iterable, references: Iterable) -> float:
     """-mean(y ln P + (1 - y) ln(1 - P)), P clipped as Keras does."""
     total = pixels = 0
     for probability, reference in _sections(probabilities, references):
-        p = np.clip(probability.astype(np.float64), 1e-7, 1 - 1e-7)
-        total -= np.sum(np.log(np.where(reference > 0, p, 1 - p)))
-        pixels += reference.size
+        labelled = reference >= 0
+        p = np.clip(probability[labelled].astype(np.float64), 1e-7, 1 - 1e-7)
+        total -= np.sum(np.log(np.where(reference[labelled] > 0, p, 1 - p)))
+        pixels += p.size
     return float(total / pixels)
 
 
@@ -324,9 +327,10 @@ def calibration(probabilities: Iterable, references: Iterable) -> dict[str, np.n
     """
     sums = np.zeros((3, BINS))
     for probability, reference in _sections(probabilities, references):
-        p = np.asarray(probability, np.float64).ravel()
+        labelled = reference >= 0
+        p = np.asarray(probability[labelled], np.float64)
         index = np.minimum((p * BINS).astype(np.int64), BINS - 1)
-        for row, weights in zip(sums, (np.ones_like(p), p, np.ravel(reference) > 0), strict=True):
+        for row, weights in zip(sums, (np.ones_like(p), p, reference[labelled] > 0), strict=True):
             row += np.bincount(index, weights, minlength=BINS)
     return dict(zip(("pixels", "probability", "interior"), sums, strict=True))
 
@@ -370,7 +374,7 @@ def mean_iou(predictions: Iterable, references: Iterable) -> float:
 def _mean_jaccard(predictions: Iterable, references: Iterable, majority: bool) -> float:
     total, cells = 0.0, 0
     for prediction, reference in _sections(predictions, references):
-        best = _best_jaccard(prediction, reference, majority)
+        best = _best_jaccard(prediction, np.maximum(reference, 0), majority)
         total, cells = total + best.sum(), cells + best.size
     if cells == 0:
         raise ValueError("references must hold labelled cells (> 0). Received: none in any section")
@@ -428,7 +432,7 @@ def best_segmentation(probabilities: Sequence, references: Sequence) -> dict[str
 
 def _tabulate(count: Callable, probabilities: Iterable, references: Iterable, thresholds: Sequence) -> np.ndarray:
     """Return `count(probability, true segments, threshold)` of every section and threshold, shape (S, T, ...)."""
-    pairs = ((p, components(r > 0)) for p, r in _sections(probabilities, references))
+    pairs = ((p, np.where(r < 0, -1, components(r > 0))) for p, r in _sections(probabilities, references))
     return np.array([[count(p, truth, t) for t in thresholds] for p, truth in pairs])
 
 
@@ -438,7 +442,10 @@ def _curve(thresholds: Sequence, curve: np.ndarray, sections: np.ndarray, pick: 
 
 
 def _sections(probabilities: Iterable, references: Iterable) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Go through two stacks together, section by section, and refuse what does not fit."""
+    """Go through two stacks together, section by section, and refuse what does not fit.
+
+    Of the first, nothing is left where the second is not labelled.
+    """
     number = -1
     for number, pair in enumerate(itertools.zip_longest(probabilities, references, fillvalue=())):
         shapes = [np.shape(section) for section in pair]
@@ -447,6 +454,7 @@ def _sections(probabilities: Iterable, references: Iterable) -> Iterator[tuple[n
                 "probabilities and references must be as many sections, of one shape (H, W). Received: "
                 f"{shapes[0]} and {shapes[1]} in section {number}"
             )
-        yield np.asarray(pair[0]), np.asarray(pair[1])
+        proposal, reference = map(np.asarray, pair)
+        yield proposal * (reference >= 0) if (reference < 0).any() else proposal, reference
     if number < 0:
         raise ValueError("probabilities must hold at least one section. Received: 0")

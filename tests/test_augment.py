@@ -155,6 +155,28 @@ def test_the_mask_keeps_its_values_whatever_they_are():
 
 
 @GEOMETRY
+def test_the_warp_keeps_labelled_and_unlabelled_together(made):
+    """A third class is moved as the others are, mirrored borders included, and no fourth value arises."""
+    masks = np.random.default_rng(0).integers(-1, 2, (4, 70, 90)).astype(np.int8)
+    warped, interior, unlabelled = (warp(batch(stack(), m, made), made)[1] for m in (masks, masks == 1, masks == -1))
+    np.testing.assert_array_equal(warped, interior - unlabelled)
+
+
+def test_a_window_without_labels_is_moved_to_some_and_the_others_stay():
+    masks = np.full((4, 70, 90), -1, np.int8)
+    masks[:, 60, 3] = masks[:2, 5, 80] = 1
+    plain, moved = (
+        [draw(index=i, sections=range(4), shape=(70, 90), window=16) for i in range(60)],
+        batch(masks, masks, RECIPES["none"], indices=range(60), window=16),
+    )
+    assert (moved["mask"].max(axis=(1, 2)) == 1).all()
+    for one in plain:
+        after = augment.onto_labels(one, masks)
+        held = augment.labelled(masks[one.section], one.origin, 16)
+        assert (after == one) if held else augment.labelled(masks[one.section], after.origin, 16)
+
+
+@GEOMETRY
 def test_uint8_uint16_and_float32_give_the_same_bits(made):
     first = warp(batch(stack(), stack(), made), made)
     for dtype in (np.uint16, np.float32):

@@ -138,6 +138,25 @@ def test_weights_know_nothing_of_held_out_sections(frames):
     assert not after[list(stacks.split.held_out)].any()
 
 
+def test_a_region_without_labels_weighs_nothing_and_makes_no_border(frames, tmp_path):
+    (tmp_path / "SEG").mkdir()
+    for i, section in enumerate(discs()[1]):
+        section[:, 28:34] = 65535  # through the touching cells of most frames, and beside them in the others
+        tifffile.imwrite(tmp_path / "SEG" / f"man_seg{i:03d}.tif", section)
+    _, whole = prepared(frames)
+    _, stacks = prepared(frames, f"--mask_path {tmp_path / 'SEG'} --ignore_label 65535")
+    unlabelled = np.zeros(stacks.masks.sections.shape, bool)
+    unlabelled[..., 28:34] = True
+    assert ((stacks.masks.sections == -1) == unlabelled).all()
+    assert ((stacks.cells.sections == -1) == unlabelled).all()
+    assert (stacks.masks.sections >= whole.masks.sections)[~unlabelled].all(), "no cell is eroded beside the region"
+    weights = pixel_weights(stacks, 10, 5)
+    assert not weights[unlabelled].any()
+    train = list(stacks.split.train)
+    interior, count = weights[train][stacks.masks.sections[train] == 1], (~unlabelled[train]).sum()
+    assert interior.sum() == pytest.approx(count / 2, rel=1e-4), "a class weighs half of what is labelled"
+
+
 def test_the_step_minimises_the_weighted_cross_entropy_of_the_cropped_mask(frames):
     """The compiled model's loss is that of its own logits, computed by hand in numpy."""
     args, stacks = prepared(frames, "--augment none")

@@ -104,7 +104,10 @@ def test_the_share_of_interior_is_said_and_what_looks_wrong_is_warned_about(valu
 
 @cases(
     "values, words",
-    (np.kron([[0, 128], [255, 128]], np.ones((20, 20), int)), "up to section 0: 0, 128, 255; it"),
+    (
+        np.kron([[0, 128], [255, 128]], np.ones((20, 20), int)),
+        "up to section 0: 0, 128, 255; .*if one of the three",
+    ),
     (np.kron(np.arange(36).reshape(6, 6), np.ones((9, 9), int)), "looks like an instance mask"),
     (np.random.default_rng(0).integers(0, 256, (40, 40)), r"0, 1, 2, 3, 4, 5, 6, 7, ...; it looks like an image"),
     (np.random.default_rng(0).random((40, 40)), "or a probability map"),
@@ -113,6 +116,48 @@ def test_the_share_of_interior_is_said_and_what_looks_wrong_is_warned_about(valu
 def test_more_than_two_values_are_refused_with_the_values_and_a_guess(values, words):
     with pytest.raises(DataError, match=words):
         read_labels(mask_stack(values[None]))
+
+
+@pytest.mark.parametrize(("membrane", "interior", "dtype"), [(0, 1, "int16"), (0, 255, "uint16"), (1, 3, "float32")])
+@pytest.mark.parametrize("ignore", [-1, 0, 2, 128, 300])
+@pytest.mark.parametrize("invert", [False, True])
+def test_a_third_value_may_mean_not_labelled(membrane, interior, dtype, ignore, invert):
+    """Whichever it is, it becomes -1, and neither the other two nor their share change."""
+    if ignore == membrane or (dtype == "uint16" and ignore < 0):
+        return
+    stack = two_valued(membrane, interior, dtype)
+    stack.sections[0, 1, :2] = ignore
+    labels, messages = read_labels(stack, invert=invert, ignore=ignore)
+    assert labels.sections.dtype == np.int8
+    assert labels.sections.tolist() == np.where(stack.sections == ignore, -1, INTERIOR ^ invert).tolist()
+    assert messages[0].endswith(f"interior {'20' if invert else '80'}.0% of the labelled pixels")
+    assert messages[-1] == f"labels: {ignore} = not labelled; 83.3% of the pixels are labelled"
+
+
+PARTLY = np.kron([[[0, 1], [1, 2]], [[2, 2], [2, 2]], [[0, 2], [2, 1]]], np.ones((1, 9, 9), int))
+
+
+@cases(
+    "values, ignore, words",
+    (PARTLY, None, "0, 1, 2; .*; if one of the three means 'not labelled', name it with --ignore_label"),
+    (PARTLY, 7, "--ignore_label must be one of the values of --mask_path. Received: 7, which is nowhere in"),
+    (PARTLY[1:2], 2, "Received: 2, which is all in"),
+    (PARTLY[:1] % 2, 0, "--ignore_label must leave two label values in mask.tif. Received: 0, which leaves 1"),
+    (PARTLY + np.arange(3)[:, None, None], 2, "must hold two label values beside 2. Received"),
+)
+def test_values_that_cannot_mean_not_labelled_are_refused(values, ignore, words):
+    with pytest.raises(DataError, match=words):
+        read_labels(mask_stack(values), ignore=ignore)
+
+
+def test_what_is_not_labelled_is_no_cell_and_no_background():
+    cells, messages = data.read_instances(mask_stack(PARTLY.astype(np.uint32) * (2**31 - 1)), ignore=2**32 - 2)
+    assert (cells.sections == np.where(PARTLY == 2, -1, PARTLY * (2**31 - 1))).all()
+    assert "sections without labels, which neither train nor are scored: 1" in messages
+    bare = "warning: sections that are all background: 1; if they are not labelled"
+    assert any(line.startswith(bare) for line in data.read_instances(mask_stack(PARTLY * (PARTLY < 2)))[1])
+    with pytest.raises(DataError, match="must not be 0 with --instances"):
+        data.read_instances(mask_stack(PARTLY), ignore=0)
 
 
 # --- Pairs --------------------------------------------------------------------------------------------------
@@ -306,8 +351,19 @@ def test_train_sections_bound_what_trains_and_what_chooses_the_weights(labelled,
     assert split_sections(30, "published", train_sections=(3, 1)).train == (1, 3)
 
 
+def test_sections_without_labels_are_in_no_part_and_the_others_keep_their_numbers():
+    labelled = (2, 3, 4, 5, 9, 10, 20)
+    split = split_sections(30, "holdout", gap=1, inner=1, labelled=labelled)
+    assert (split.train, split.inner, split.held_out, split.gap) == ((2, 3, 4, 5, 9), (10,), (20,), ())
+    assert split_sections(30, "holdout", val_sections=(5, 6, 7), gap=1, labelled=labelled).gap == (4,)
+    assert split_sections(30, "kfold", fold=2, folds=3, labelled=labelled).held_out == (10, 20)
+    assert split_sections(30, "published", labelled=labelled).train == labelled
+
+
 @cases(
     "count, protocol, options, words",
+    (9, "holdout", {"val_sections": (7, 8), "labelled": (0, 1)}, "must name sections with labels. Received: 7-8"),
+    (9, "holdout", {"inner": 1, "labelled": (0, 4)}, "and still train. Received: 2 with labels"),
     (1, "holdout", {}, "--protocol all"),
     (5, "holdout", {"gap": 4}, "too few sections to hold out 1, leave out 4"),
     (6, "holdout", {"inner": 5}, "too few"),
@@ -387,6 +443,8 @@ def test_check_turns_label_trouble_into_lines(tmp_path):
     check(mask_stack(cells % 3), "problem: --mask_path", "0, 1, 2; it looks", problems=1)
     check(tmp_path / "no.tif", "mask: ", "problem: --mask_path", "does not exist", problems=1)
     check(mask_stack(cells / 2), "problem: --mask_path", "whole numbers", problems=1, instances=True)
+    sparse = mask_stack(np.where(cells < 70, 2, cells % 2))
+    check(sparse, "2 = not labelled; 78.1% of the", "train on 1-3 (3), hold out 4", "without labels", ignore=2)
     check(mask_stack(cells * 0), "warning: the mask is all background", "whole sections")
     check(mask_stack(cells), "labels: instances, 63 to 64 a section", "by their order", instances=True)
     fitting = "recipes whose window fits: a (64 px), b (32 px); add a smaller"

@@ -12,7 +12,7 @@ from conftest import cases
 
 import data
 from files.atomic import DataError
-from score import evaluation, origin, report, scores
+from score import evaluation, origin, report, scores, segments
 
 
 @pytest.fixture
@@ -95,6 +95,48 @@ def test_a_section_without_interior_has_no_value_and_the_others_still_count(labe
 
 
 # --- what is read
+@pytest.fixture
+def partly(labelled):
+    """The prediction, labels of which the right part is unlabelled (-1), and that of section 1 as a whole."""
+    truth = (labelled[1] > 0).astype(np.int8)
+    truth[..., 50:], truth[1] = -1, -1
+    return labelled[0], truth
+
+
+def test_no_score_looks_at_what_is_not_labelled(partly):
+    """Each is exactly that of any other prediction there; but for the thinning of borders, that of the rest alone."""
+    kept, found = [0, 2, 3, 4, 5], []
+    for fill in (None, 1.0, np.random.default_rng(0).random((6, 64, 30))):
+        prediction = partly[0].copy()
+        if fill is not None:
+            prediction[..., 50:] = fill
+        found.append(evaluation.score_arrays(prediction[kept], partly[1][kept], evaluation.SCORES))
+    assert found[0] == found[1] == found[2]
+    alone = evaluation.score_arrays(partly[0][kept][..., :50], partly[1][kept][..., :50], evaluation.SCORES)
+    for name in evaluation.SCORES:
+        assert found[0][name] == pytest.approx(alone[name], rel=0.01 if name.startswith("v_") else 1e-9), name
+    truth = np.array(partly[1][kept] > 0, np.float32)
+    assert evaluation.score_arrays(truth, partly[1][kept], ("v_rand", "warping_error"))["v_rand"] == 1
+    cells = np.stack([segments.components(section > 0.5) for section in partly[0]])
+    truth = np.where(partly[1] < 0, -1, np.stack([segments.components(section > 0) for section in partly[1]]))
+    alone = evaluation.score_instances(cells[kept][..., :50], truth[kept][..., :50])
+    assert evaluation.score_instances(cells[kept], truth[kept]) == alone
+
+
+def test_sections_without_labels_are_not_scored_and_unlabelled_parts_are_shown_gray(files, partly, capsys):
+    labels = np.choose(partly[1] + 1, (7, 0, 200)).astype(np.uint8)
+    found = numbers([*files(labels=labels), "--ignore_label", 7, "--sections", "0-2"])
+    said = capsys.readouterr().out
+    assert found["sections"] == [0, 2]
+    assert found["dice"] == evaluation.score_arrays(partly[0][[0, 2]], partly[1][[0, 2]], ("dice",))["dice"]
+    assert "7 = not labelled; 52.1% of the pixels" in said
+    assert "which neither train nor are scored: 1" in said
+    shown, _ = report.section_pictures(found, partly[0][0], partly[1][0])["Truth"]
+    assert np.unique(shown[:, 50:]).tolist() == [128]
+    with pytest.raises(DataError, match="no pixel is interior in the sections to score, 1"):
+        evaluate([*files(labels=labels), "--ignore_label", 7, "--sections", "1"])
+
+
 @pytest.mark.parametrize(("chosen", "alone"), [("1,3-4", False), ("3-4", True)])
 def test_sections_are_taken_of_both_or_are_what_the_prediction_holds(chosen, alone, files, labelled, capsys):
     which = list(data.parse_sections(chosen))

@@ -27,6 +27,28 @@ def test_bce_is_the_mean_over_pixels_in_nats_and_the_studys_loss_adds_the_dice()
     assert float(losses.bce_dice(TRUTH, INTERIOR)) == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", [*losses.LOSSES, "weighted"])
+def test_what_is_not_labelled_counts_nowhere_in_a_loss(name):
+    """The loss is that of the labelled pixels alone, and exactly the same whatever the network says elsewhere."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 2, (2, 6, 8)).astype(np.float32)
+    labelled = np.zeros_like(truth)
+    labelled[0, :, :5] = 1
+    mask = np.where(labelled > 0, truth, -1).astype(np.float32)
+    logits, weights = (rng.normal(size=(2, 6, 8, n)).astype(np.float32) for n in (2, 1))
+    other = np.where(labelled[..., None] > 0, logits, 20 * logits[::-1]).astype(np.float32)
+
+    def loss(logits, *where, cut=np.s_[:]):
+        interior = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))
+        if name == "weighted":
+            return float(losses.weighted_cross_entropy(mask[cut] > 0, logits[cut], weights[cut][..., 0], *where))
+        return float(losses.LOSSES[name](mask[cut], interior[cut], *where))
+
+    assert loss(logits, labelled) == pytest.approx(loss(logits, cut=np.s_[:1, :, :5]), rel=1e-5)
+    assert loss(logits, labelled) == loss(other, labelled)
+    assert math.isfinite(loss(logits, 0 * labelled))
+
+
 def test_an_empty_mask_predicted_empty_costs_nothing_and_a_sure_and_wrong_pixel_no_infinity():
     empty = np.zeros((2, 4, 4), np.float32)
     assert float(losses.bce_dice(empty, empty)) == pytest.approx(0, abs=1e-6)

@@ -613,6 +613,44 @@ def test_inverted_labels_are_turned(small, tmp_path):
     assert plain.sections.mean() > 0.5
 
 
+@pytest.fixture(scope="module")
+def partly(small, tmp_path_factory):
+    """Labels 0/255 of which half of every section is 9, and all of sections 0 and 9."""
+    labels = tifffile.imread(small / "labels.tif")
+    labels[:, :, 40:], labels[[0, 9]] = 9, 9
+    path = tmp_path_factory.mktemp("partly") / "labels.tif"
+    tifffile.imwrite(path, labels)
+    return path
+
+
+def test_a_partly_labelled_stack_trains_and_is_scored_where_it_is_labelled(train, partly):
+    words = f"--protocol holdout --inner_sections 1 --mask_path {partly} --ignore_label 9 --run_dir run --epochs 1"
+    assert train(f"{words} --loss weighted").code == 0
+    record = strict("run/run.json")
+    assert [record["split"][part] for part in ("train", "inner", "held_out")] == [[1, 2, 3, 4, 5], [6], [7, 8]]
+    assert record["data"]["labelled"] == pytest.approx(0.4)
+    assert record["held_out"]["sections"] == [7, 8]
+
+
+def test_without_labels_nothing_is_learned_and_nothing_validated(small, partly):
+    """An update of no labelled pixel changes no weight; windows without labels do not dilute a validation."""
+    words = f"--image_path {small / 'images.tif'} --mask_path {partly} --ignore_label 9 --optimizer sgd"
+    args = dilatedUnet.parse([*TINY.split(), *words.split(), "--protocol", "holdout"])
+    stacks = training.load(args)
+    trainee = training.make_trainee(args, training.course_of(args), stacks.normalisation, "float32")
+    feed = training.feed_of(args, stacks)
+    before = [np.array(weight) for weight in trainee.network.trainable_variables]
+    (batch,) = next(feed.training(0))
+    trainee.train_on_batch(batch | {"mask": np.full_like(batch["mask"], -1)})
+    assert all(map(np.array_equal, before, trainee.network.trainable_variables))
+    trainee.train_on_batch(batch)
+    assert not all(map(np.array_equal, before, trainee.network.trainable_variables))
+    batches = feed.validation()(1)
+    assert all((window >= 0).any() for one in batches for window in one["mask"])
+    empty = feed.windows_at([(0, 0, 0), (9, 0, 0)])
+    assert trainee.validate([*batches, empty]) == trainee.validate(batches)
+
+
 # -- the real stack ----------------------------------------------------------------------------------------------
 @pytest.mark.slow
 @cases("name, network", ("standard", "--dilate_rate 1 --dilate 0"), ("dilated", "--dilate_rate 2 --dilate 1"))

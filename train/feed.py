@@ -16,7 +16,10 @@ MOST_WINDOWS = 64  # of a validation on inner sections
 
 @dataclass(frozen=True, eq=False)
 class Stacks:
-    """What a run has read: images, masks (1 = interior), the numbers of cells with --instances, and their use."""
+    """What a run has read: images, masks, the numbers of cells with --instances, and their use.
+
+    In masks and numbers of cells, below 0 = not labelled.
+    """
 
     images: data.Stack
     masks: data.Stack
@@ -95,6 +98,7 @@ class Feed:
             groups = grouped(range(self.val_windows), self.batch_size)
             return lambda epoch: (self.crops(source, none, VALIDATION + epoch, group) for group in groups)
         places = grid(self.images.shape[1:], self.side, self.split.inner)
+        places = [(s, i, j) for s, i, j in places if augment.labelled(self.masks[s], (i, j), self.side)]
         places = places[:: max(1, math.ceil(len(places) / MOST_WINDOWS))]
         batches = [self.windows_at(group) for group in grouped(places, self.batch_size)]
         return (lambda epoch: batches) if batches else None
@@ -138,13 +142,13 @@ def pixel_weights(stacks, w0, sigma):
     """Weight of every pixel for the weighted loss, float32 of shape (S, H, W).
 
     The class weights are those of the training sections; held-out sections get none, for nothing trains or chooses on
-    them.
+    them. Pixels without a label have 0, and count as background where a border is looked for.
     """
     masks, cells, split = stacks.masks.sections, stacks.cells, stacks.split
     train = masks[list(split.train)]
-    balance = losses.class_weights(np.count_nonzero(train), train.size)
+    balance = losses.class_weights(np.count_nonzero(train > 0), np.count_nonzero(train >= 0))
     found = np.zeros(masks.shape, np.float32)
     for i in {*split.train, *split.inner}:
-        labels = losses.separate(cells.sections[i]) if cells else segments.components(masks[i])
-        found[i] = losses.border_weights(labels, w0=w0, sigma=sigma, balance=balance)
+        labels = losses.separate(np.maximum(cells.sections[i], 0)) if cells else segments.components(masks[i] > 0)
+        found[i] = losses.border_weights(labels, w0=w0, sigma=sigma, balance=balance) * (masks[i] >= 0)
     return found

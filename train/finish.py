@@ -61,7 +61,7 @@ def choose(stacks, chosen, interior_of):
     from score import scores
 
     truth = (stacks.cells or stacks.masks).sections[chosen]
-    if not truth.any():
+    if not (truth > 0).any():
         return {"threshold": 0.5}
     interior = [interior_of(i) for i in chosen]
     if not stacks.cells:
@@ -74,7 +74,7 @@ def score(truth, shown, sections, cells=False):
     from score import evaluation
 
     what = "cell" if cells else "interior"
-    if not truth.any():
+    if not (truth > 0).any():
         say(f"WARNING: no section of these holds {what}, so there is nothing to score")
         return {"sections": sections, "degenerate": f"no {what}"}
     if cells:
@@ -95,6 +95,7 @@ def degenerate(interior, truth):
 
     "Always interior" scores the Dice 2 f / (1 + f) for a fraction f of interior, 0.877 on the ISBI-2012 labels.
     """
+    interior, truth = interior[truth >= 0], truth[truth >= 0]
     if float(interior.std()) < 1e-3:
         return f"the prediction is constant ({float(interior.mean()):.3f}): the network has learned nothing"
     fraction = float(truth.mean())
@@ -120,7 +121,7 @@ def draw_weights(stacks, weights, path):
     import figures
 
     i = stacks.split.train[0]
-    labels = segments.components(stacks.masks.sections[i])
+    labels = segments.components(stacks.masks.sections[i] > 0)
     figures.weight_map(weights[i], path, image=stacks.images.sections[i], labels=labels)
 
 

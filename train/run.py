@@ -171,15 +171,18 @@ def load(args):
     masks = data.resolve(args.mask_path or args.image_path, "mask", log=say)
     if masks == images and not args.mask_path:
         raise DataError(f"--mask_path must name the labels, for there are none beside {images}.")
-    images, masks, messages = data.load_pair(images, masks, invert_mask=args.invert_mask, instances=args.instances)
+    how = {"invert_mask": args.invert_mask, "instances": args.instances, "ignore": args.ignore_label}
+    images, masks, messages = data.load_pair(images, masks, **how)
     for message in messages:
         say(message)
     check_window(args, images)
     cells = masks if args.instances else None
     if cells:
-        apart = np.stack([losses.separate(section) for section in cells.sections])
-        masks = replace(cells, sections=(apart > 0).astype(np.uint8))
-    split = split_of(args, len(images.sections))
+        apart = np.stack([losses.separate(np.maximum(section, 0)) > 0 for section in cells.sections])
+        unlabelled = None if args.ignore_label is None else cells.sections < 0
+        masks = replace(cells, sections=data.mask_of(apart, unlabelled))
+    labelled = [i for i, section in enumerate(masks.sections) if section.max() >= 0]
+    split = split_of(args, len(images.sections), labelled)
     return Stacks(images, masks, cells, split, data.Normalisation.fit(images.sections[list(split.train)]))
 
 
@@ -203,14 +206,15 @@ def field_of(args):
         return unet.field_from_settings(network_settings(args))
 
 
-def split_of(args, count):
-    inner = args.inner_sections if args.protocol in ("holdout", "kfold") else 0
+def split_of(args, count, labelled=None):
+    """The split of so many sections, of which some may be without labels."""
+    inner, usable = args.inner_sections if args.protocol in ("holdout", "kfold") else 0, len(labelled or range(count))
     if inner is None:
-        inner = min(3, max(1, count // 8)) if count >= 4 else 0
+        inner = min(3, max(1, usable // 8)) if usable >= 4 else 0
     named = {"val_sections": args.val_sections, "train_sections": args.train_sections}
     named = {name: data.parse_sections(text) for name, text in named.items() if text}
     how = {"fold": args.fold or 0, "folds": args.folds or 5, "gap": args.gap, "inner": inner}
-    return data.split_sections(count, args.protocol, **how, **named)
+    return data.split_sections(count, args.protocol, labelled=labelled, **how, **named)
 
 
 def feed_of(args, stacks):
@@ -251,6 +255,7 @@ def make_trainee(args, course, normalisation, precision, spread=None):
     with spread.scope():
         network = unet.from_settings(network_settings(args), precision=precision, seed=args.seed)
         how = {"recipe": recipe_of(args), "window": args.window, "loss": args.loss, "shrink": output_side(args)[1]}
+        how["partly"] = args.ignore_label is not None
         trainee = Trainee(network, normalisation=normalisation, **how)
         options = {"learning_rate": clr_callback.Schedule(course.rate)}
         if args.optimizer in ("sgd", "rmsprop"):
@@ -285,6 +290,7 @@ def new_record(args, stacks, precision, network):
             "image_sha256": data.sha256_pixels(stacks.images.sections),
             "mask_sha256": data.sha256_pixels(stacks.masks.sections),
             "voxel_nm": stacks.images.voxel_nm,
+            **({} if args.ignore_label is None else {"labelled": float(np.mean(stacks.masks.sections >= 0))}),
         },
         "network": settings,
         "parameters": network.count_params(),

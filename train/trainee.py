@@ -58,18 +58,18 @@ class Trainee(keras.Model):
 
     Its input is what `augment.batch` returns; its output holds the interior probability and the mask that was warped
     with the image, and for the weighted loss the weights, warped likewise, and the logits. An unpadded network loses
-    `shrink` px on each side, and so do mask and weights.
+    `shrink` px on each side, and so do mask and weights. `partly`: pixels whose mask is below 0 are left out.
     """
 
-    def __init__(self, network, *, recipe, window, normalisation, loss, shrink=0):
+    def __init__(self, network, *, recipe, window, normalisation, loss, shrink=0, partly=False):
         super().__init__(name="trainee")
-        self.network, self.shrink = network, shrink
+        self.network, self.shrink, self.partly = network, shrink, partly
         self.with_logits = unet.with_logits(network) if loss == "weighted" else None
         self.recipe, self.window, self.normalisation = recipe, window, normalisation
         constants = {"window": window, "mean": normalisation.mean, "std": normalisation.std}
         self.warp_training = device.fused(partial(augment.warp, recipe=recipe, **constants))
         self.warp_validation = device.fused(partial(augment.warp, recipe=augment.RECIPES["none"], **constants))
-        self.loss_function = weighted_loss if self.with_logits else plain_loss(loss)
+        self.loss_function = weighted_loss if self.with_logits else partial(plain_loss, losses.LOSSES[loss])
         self.dice = keras.metrics.Mean(name="dice")
 
     def call(self, x, training=False):
@@ -85,11 +85,16 @@ class Trainee(keras.Model):
         """Nothing: all variables are there already, and Keras's own (3.15) cannot average a dict over workers."""
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        return self.loss_function(*y_pred) / distribution.replicas()  # their gradients are summed
+        found = self.loss_function(*y_pred, labelled=self.labelled(y_pred[1]))
+        return found / distribution.replicas()  # their gradients are summed
+
+    def labelled(self, mask):
+        """1 where a pixel counts, 0 where not; None where all do."""
+        return ops.cast(mask >= 0, "float32") if self.partly else None
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         interior, mask, *_ = y_pred
-        self.dice.update_state(losses.soft_dice(ops.cast(mask > 0, "float32"), interior))
+        self.dice.update_state(losses.soft_dice(ops.cast(mask > 0, "float32"), interior, self.labelled(mask)))
         return {key: distribution.for_logs(value) for key, value in self.get_metrics_result().items()}
 
     def state(self):
@@ -105,24 +110,24 @@ class Trainee(keras.Model):
         return all(np.isfinite(ops.convert_to_numpy(variable)).all() for variable in self.network.variables)
 
     def validate(self, batches):
-        """Loss and Dice as the mean over the windows of all batches."""
+        """Loss and Dice as the mean over the windows of all batches, each weighed by how much of it is labelled."""
         found, sizes = [], []
         for batch in batches:
             self.reset_metrics()
             found.append(self.test_on_batch(batch, return_dict=True))
-            sizes.append(len(batch["key"]))
+            kept = slice(self.shrink, batch["mask"].shape[1] - self.shrink)
+            sizes.append(len(batch["key"]) * np.mean(batch["mask"][:, kept, kept] >= 0))
         return {
             f"val_{key}": float(np.average([float(f[key]) for f in found], weights=sizes)) for key in ("loss", "dice")
         }
 
 
-def plain_loss(name):
-    loss = losses.LOSSES[name]
-    return lambda interior, mask: loss(mask, interior)
+def plain_loss(loss, interior, mask, labelled):
+    return loss(mask, interior, labelled)
 
 
-def weighted_loss(interior, mask, weights, logits):
-    return losses.weighted_cross_entropy(mask > 0, logits, weights)
+def weighted_loss(interior, mask, weights, logits, labelled):
+    return losses.weighted_cross_entropy(mask > 0, logits, weights, labelled)
 
 
 @contextlib.contextmanager
