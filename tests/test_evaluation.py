@@ -105,13 +105,13 @@ def partly(labelled):
 
 def test_no_score_looks_at_what_is_not_labelled(partly):
     """Each is exactly that of any other prediction there; but for the thinning of borders, that of the rest alone."""
-    kept, found = [0, 2, 3, 4, 5], []
-    for fill in (None, 1.0, np.random.default_rng(0).random((6, 64, 30))):
+    kept, found = [0, 4], []
+    for fill in (None, np.random.default_rng(0).random((6, 64, 30))):
         prediction = partly[0].copy()
         if fill is not None:
             prediction[..., 50:] = fill
         found.append(evaluation.score_arrays(prediction[kept], partly[1][kept], evaluation.SCORES))
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     alone = evaluation.score_arrays(partly[0][kept][..., :50], partly[1][kept][..., :50], evaluation.SCORES)
     for name in evaluation.SCORES:
         assert found[0][name] == pytest.approx(alone[name], rel=0.01 if name.startswith("v_") else 1e-9), name
