@@ -67,9 +67,8 @@ def run(args):
     refuse_existing(args)
     read = data.read_instances if args.instances else partial(data.read_labels, invert=args.invert_mask)
     labels, notes = read(args.mask_path, ignore=args.ignore_label)
-    every = range(len(labels.sections))
-    asked = every if args.sections is None else data.parse_sections(args.sections)
-    sections = data.sections_within(asked, len(every), "--sections")
+    asked = range(len(labels.sections)) if args.sections is None else data.parse_sections(args.sections)
+    sections = data.sections_within(asked, len(labels.sections), "--sections")
     references = labels.sections[list(sections)]
     if not (references > 0).any():
         what = "no cell is labelled" if args.instances else "no pixel is interior"
