@@ -495,7 +495,8 @@ def look_for(**paths):
 def load_backend(args):
     from network import startup
 
-    startup.prepare(args.gpu, shared=getattr(args, "distribute", None) is not None)
+    shared, engine = getattr(args, "distribute", None) is not None, getattr(args, "engine", "keras")
+    startup.prepare(args.gpu, shared=shared, engine=engine)
 
 
 def run_evaluate(args):

@@ -1,11 +1,27 @@
-"""What the program runs on: device, backend, and the precision and compilation that are fastest there."""
+"""What the program runs on: device, backend, and the precision and compilation that are fastest there.
 
+Keras is imported where it is needed: who predicts with OpenVINO does without it.
+"""
+
+import functools
+import importlib.util
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
-import keras
+import numpy as np
+
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+GPU_FILES = ("nvidia[0-9]*", "kfd", "dxg", "accel*", "vfio/[0-9]*")  # in /dev: of NVIDIA, AMD, Windows, TPUs
+
+
+def backend():
+    """Name of Keras's backend."""
+    import keras
+
+    return keras.backend.backend()
 
 
 def name():
@@ -15,14 +31,15 @@ def name():
 
 
 def accelerator():
-    """Name of the first GPU or TPU that the backend sees, or None."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
+    """Name of the first GPU or TPU that the backend sees, or None; also as long as no Keras is loaded."""
+    if "keras" not in sys.modules:
+        return None
+    if backend() == "tensorflow":
         import tensorflow as tf
 
         found = tf.config.list_physical_devices("GPU")
         return tf.config.experimental.get_device_details(found[0]).get("device_name", "GPU") if found else None
-    if backend == "jax":
+    if backend() == "jax":
         import jax
 
         first = jax.devices()[0]
@@ -30,6 +47,11 @@ def accelerator():
     import torch
 
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def may_have_accelerator():
+    """Whether a backend is worth asking, which takes seconds: on Linux, whether there is a device file."""
+    return sys.platform != "linux" or any(next(Path("/dev").glob(name), None) for name in GPU_FILES)
 
 
 def _cpu_field(field):
@@ -48,27 +70,65 @@ def choose_precision(asked, engine="keras"):
     """
     if asked != "auto":
         return asked
-    if accelerator():
+    if engine == "keras" and accelerator():
         return "bfloat16"
     has = {"avx512_bf16", "amx_bf16"} & set(_cpu_field("flags").split())
-    gains = has and (engine == "openvino" or keras.backend.backend() == "tensorflow") and _speedup_of_bfloat16() > 1.15
+    gains = has and (engine == "openvino" or backend() == "tensorflow") and _speedup_of_bfloat16(engine) > 1.15
     return "bfloat16" if gains else "float32"
 
 
-def _speedup_of_bfloat16():
-    """How many times faster TensorFlow multiplies two large matrices in bfloat16 than in float32; 0.2 s."""
-    try:
-        import tensorflow as tf
-    except ImportError:
-        return 1.0
-    matrices = {kind: tf.cast(tf.fill((1024, 1024), 0.5), kind) for kind in ("float32", "bfloat16")}
-    fastest = dict.fromkeys(matrices, math.inf)
+def _speedup_of_bfloat16(engine):
+    """How many times faster two large matrices are multiplied in bfloat16 than in float32, by what computes; 0.2 s."""
+    products = {precision: _product(engine, precision) for precision in PRECISIONS}
+    fastest = dict.fromkeys(products, math.inf)
     for _ in range(6):  # in turn, so that whatever else runs here delays both
-        for kind, matrix in matrices.items():
+        for precision, product in products.items():
             begin = time.perf_counter()
-            tf.matmul(matrix, matrix).numpy()
-            fastest[kind] = min(fastest[kind], time.perf_counter() - begin)
+            product()
+            fastest[precision] = min(fastest[precision], time.perf_counter() - begin)
     return fastest["float32"] / fastest["bfloat16"]
+
+
+def _product(engine, precision):
+    """A function that multiplies two matrices of 1024 x 1024 numbers."""
+    if engine == "openvino":
+        matrix, ops = np.full((1024, 1024), 0.5, np.float32), openvino().opset13
+        given = ops.parameter(matrix.shape, np.float32)
+        compute = compiled(openvino().Model([ops.matmul(given, matrix, False, False)], [given]), precision)
+        return lambda: compute(matrix)
+    import tensorflow as tf
+
+    matrix = tf.fill((1024, 1024), tf.cast(0.5, precision))
+    return lambda: tf.matmul(matrix, matrix).numpy()
+
+
+def has_openvino():
+    return importlib.util.find_spec("openvino") is not None
+
+
+def openvino():
+    """OpenVINO, without the report to Google Analytics that it sends whenever it is imported."""
+    sys.modules.setdefault("openvino_telemetry", None)  # so that it takes its own stand-in for a missing module
+    import openvino
+
+    return openvino
+
+
+def compiled(model, precision):
+    """A model of OpenVINO as a function of an array, computed by the processor.
+
+    It is compiled for the shape of the array, for then it takes a third less memory than for any shape. Rotated
+    versions of a section that is not square have two.
+    """
+    # Threads bound to cores wait for whatever else runs there: three times as long beside a training.
+    options = {"INFERENCE_PRECISION_HINT": PRECISIONS[precision], "ENABLE_CPU_PINNING": False}
+
+    @functools.lru_cache(maxsize=2)
+    def for_shape(shape):
+        model.reshape(shape)
+        return openvino().Core().compile_model(model, "CPU", options)
+
+    return lambda array: for_shape(array.shape)(np.ascontiguousarray(array, np.float32))[0]
 
 
 def use_xla(replicas):
@@ -77,7 +137,7 @@ def use_xla(replicas):
     TensorFlow's sums over several replicas do not compile.
     """
     wanted = accelerator() is not None and replicas == 1
-    return wanted if keras.backend.backend() == "tensorflow" else "auto"
+    return wanted if backend() == "tensorflow" else "auto"
 
 
 def fused(function):
@@ -85,7 +145,7 @@ def fused(function):
 
     The other backends, and TensorFlow on a GPU, compile the whole step with a fusing compiler anyway.
     """
-    if keras.backend.backend() != "tensorflow":
+    if backend() != "tensorflow":
         return function
     import tensorflow as tf
 
@@ -99,6 +159,10 @@ def steps_per_execution(asked, steps_per_epoch):
     return max(n for n in range(1, min(10, steps_per_epoch) + 1) if steps_per_epoch % n == 0)
 
 
-def describe(precision):
+def describe(precision, engine="keras"):
     """The first line of a run."""
-    return f"device: {name()}; backend: {keras.backend.backend()}, Keras {keras.__version__}; precision: {precision}"
+    if engine == "openvino":
+        return f"device: {name()}; precision: {precision}"
+    import keras
+
+    return f"device: {name()}; backend: {backend()}, Keras {keras.__version__}; precision: {precision}"

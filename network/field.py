@@ -1,8 +1,9 @@
-"""What one output pixel of a network sees, and which inputs fit: read off the Keras graph, layer by layer.
+"""What one output pixel of a network sees, and which inputs fit: read off its graph, layer by layer.
 
 A layer is followed along one axis, rows and columns being alike. Who writes a new layer gives it `pointwise = True` if
 a pixel of its output sees that pixel of its input alone, or the attributes of the Keras layer whose reach it has.
 
+>>> import keras
 >>> inputs = keras.Input((None, None, 1))
 >>> field_of(keras.Model(inputs, keras.layers.Conv2D(1, 3, dilation_rate=2)(inputs)))
 ReceptiveField(size=5, radius=2, multiple=1, shrink=2, remainder=0)
@@ -13,15 +14,12 @@ from fractions import Fraction
 from math import lcm
 from typing import NamedTuple
 
-import keras
 import numpy as np
-from keras import layers
 
-POINTWISE = (
-    *(layers.Activation, layers.ReLU, layers.LeakyReLU, layers.ELU, layers.Softmax, layers.Rescaling, layers.Identity),
-    *(layers.Dropout, layers.SpatialDropout2D, layers.GaussianDropout, layers.GaussianNoise, layers.Concatenate),
-    *(layers.BatchNormalization, layers.LayerNormalization, layers.Add, layers.Average, layers.Maximum),
-    *(layers.Minimum, layers.Multiply, layers.Subtract),
+POINTWISE = (  # by name, so that Keras need not be there
+    *("Activation", "ReLU", "LeakyReLU", "ELU", "Softmax", "Rescaling", "Identity", "Dropout", "SpatialDropout2D"),
+    *("GaussianDropout", "GaussianNoise", "Concatenate", "BatchNormalization", "LayerNormalization"),
+    *("Add", "Average", "Maximum", "Minimum", "Multiply", "Subtract"),
 )
 
 
@@ -65,8 +63,18 @@ class ReceptiveField:
         raise ValueError(f"{name} must be {rule}. Received: {size}; nearest: {offered}")
 
 
+def is_a(layer, *kinds):
+    """Whether a layer is of a class of one of these names, of Keras or of `outline`."""
+    return any(base.__name__ in kinds for base in type(layer).__mro__)
+
+
+def inputs_of(layer):
+    """The tensors that a layer is given."""
+    return layer.input if isinstance(layer.input, (list, tuple)) else [layer.input]
+
+
 def field_of(network):
-    """Receptive field of a network of one input and one output of the same resolution.
+    """Receptive field of a network, of Keras or of `outline`, of one input and one output of the same resolution.
 
     The interval of pixels that an output pixel depends on is followed back through every layer, for each place of
     the output pixel in the pooling grid; the widest counts. A side fits if every layer meets a whole number of pixels.
@@ -76,7 +84,7 @@ def field_of(network):
     ValueError
         If the reach of a layer cannot be told, or its inputs differ in size.
     """
-    steps = [(made, _step(made)) for made in network.operations if not isinstance(made, layers.InputLayer)]
+    steps = [(made, _step(made)) for made in network.operations if not is_a(made, "InputLayer")]
     multiple, remainder, shrink = _sides(network, steps)
     output = np.arange(multiple)
     low, high = _seen(network, steps, output)
@@ -101,10 +109,10 @@ class _Step(NamedTuple):
 
 def _step(layer):
     over_channels = set(np.atleast_1d(getattr(layer, "axis", -1))) <= {-1, 3}
-    if getattr(layer, "pointwise", isinstance(layer, POINTWISE) and over_channels):
+    if getattr(layer, "pointwise", is_a(layer, *POINTWISE) and over_channels):
         return _Step()
-    if isinstance(layer, (layers.Cropping2D, layers.ZeroPadding2D)):
-        cut = layer.cropping if isinstance(layer, layers.Cropping2D) else -np.array(layer.padding)
+    if is_a(layer, "Cropping2D", "ZeroPadding2D"):
+        cut = layer.cropping if is_a(layer, "Cropping2D") else -np.array(layer.padding)
         before, after = (_alike(layer, side) for side in zip(*cut, strict=True))
         return _Step(first=before, last=before, lost=before + after)
     if getattr(layer, "interpolation", None) == "nearest":
@@ -117,7 +125,7 @@ def _step(layer):
     reach, stride = (_alike(layer, window) - 1) * dilation + 1, _alike(layer, layer.strides)
     overlap = max(reach - stride, 0)
     padded = overlap if layer.padding == "same" else 0
-    if isinstance(layer, layers.Conv2DTranspose):
+    if is_a(layer, "Conv2DTranspose"):
         before = padded // 2
         return _Step(growth=stride, first=before - reach + stride, last=before, lost=padded - overlap)
     return _Step(stride=stride, first=-(padded // 2), last=reach - 1 - padded // 2, lost=overlap - padded)
@@ -135,7 +143,7 @@ def _sides(network, steps):
     """Multiple and remainder of the sides that fit, and px that the output lacks on each side."""
     sides = {id(network.inputs[0]): (Fraction(1), Fraction(0))}  # a, b of every tensor, whose side is a n + b
     for layer, step in steps:
-        found = {sides[id(tensor)] for tensor in keras.tree.flatten(layer.input)}
+        found = {sides[id(tensor)] for tensor in inputs_of(layer)}
         if len(found) != 1:
             raise ValueError(f"what the layer {layer.name} joins must be of one size")
         ((scale, offset),) = found
@@ -155,7 +163,7 @@ def _seen(network, steps, pixels):
         if id(layer.output) in seen:
             low, high = seen[id(layer.output)]
             low, high = (low * step.stride + step.first) // step.growth, (high * step.stride + step.last) // step.growth
-            for tensor in keras.tree.flatten(layer.input):
+            for tensor in inputs_of(layer):
                 other = seen.get(id(tensor), (low, high))
                 seen[id(tensor)] = np.minimum(low, other[0]), np.maximum(high, other[1])
     return seen[id(network.inputs[0])]

@@ -1,13 +1,15 @@
-"""The layers of the networks. Their class names are keys in the files of weights."""
+"""The layers of the networks, with Keras's own. Their class names are keys in the files of weights."""
 
 import keras
-from keras import ops
+from keras import Input, Model, ops
+from keras.layers import Add, Concatenate, Conv2D, Conv2DTranspose, Cropping2D, MaxPooling2D
 
 from network import device, distribution
 from network.hashing import random_bytes
+from network.outline import EPSILON, MOMENTUM
 
-EPSILON = 1e-3  # batch norm, the framework's default and so the study's
-MOMENTUM = 0.99  # the study's
+__all__ = ["Add", "BatchNormDropout", "Concatenate", "Conv2D", "Conv2DTranspose", "Cropping2D", "Dropout", "Input"]
+__all__ += ["Interior", "MaxPooling2D", "Model", "Upsample"]
 
 # -- dropout and batch norm -------------------------------------------------------------------------------------
 # On a CPU stock dropout (a float32 uniform number per element) and stock batch norm (generic reductions) cost more

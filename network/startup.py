@@ -1,4 +1,7 @@
-"""What must be right before Keras is imported: backend, cluster, devices; then the backend is loaded, quietly."""
+"""What must be right before Keras is imported: backend, cluster, devices; then the backend is loaded, quietly.
+
+Only who predicts with OpenVINO goes without: `device.accelerator` then finds none.
+"""
 
 import importlib.util
 import json
@@ -8,14 +11,15 @@ import sys
 
 from files.atomic import DataError
 from files.shell import quiet_stderr
+from network import device
 
 INSTALL = {"tensorflow": "tensorflow", "jax": '"jax[cpu]"', "torch": "torch"}
 CLUSTER = 'TF_CONFIG must look like {"cluster": {"worker": ["host:1234"]}, "task": {"type": "worker", "index": 0}}'
 COUNTS = ("KERAS_DISTRIBUTION_NUM_PROCESSES", "KERAS_DISTRIBUTION_PROCESS_ID")
 
 
-def prepare(gpu, shared=False):
-    """Load the backend for the devices named by `gpu`, or all of them for a run that is `shared`.
+def prepare(gpu, shared=False, engine="keras"):
+    """Load the backend, if `engine` needs it, for the devices named by `gpu`, or for all in a run that is `shared`.
 
     Raises
     ------
@@ -29,22 +33,27 @@ def prepare(gpu, shared=False):
         check_cluster()
     else:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    without = device.has_openvino() and not device.may_have_accelerator() if engine == "auto" else engine == "openvino"
+    if not without:
+        load_backend(shared)
+    if gpu not in (None, "-1") and not shared and engine != "openvino" and not device.accelerator():
+        print(f"--gpu {gpu}: no such GPU is found here, so the CPU computes", file=sys.stderr, flush=True)
+
+
+def load_backend(shared=False):
+    """Import Keras and let its backend look for its devices."""
     check_backend(os.environ.get("KERAS_BACKEND") or "tensorflow")
     try:
         with quiet_stderr():
             import keras
 
             check_backend(keras.backend.backend())  # ~/.keras/keras.json can name another
-            from network import device
-
             if not (shared and keras.backend.backend() == "jax"):  # whose processes first find each other
                 device.accelerator()
     except DataError:
         raise
     except Exception as error:  # JAX says in many ways that it dislikes a variable of the environment
         raise DataError(f"Keras or its backend cannot be loaded: {str(error) or type(error).__name__}") from error
-    if gpu not in (None, "-1") and not shared and not device.accelerator():
-        print(f"--gpu {gpu}: no such GPU is found here, so the CPU computes", file=sys.stderr, flush=True)
 
 
 def check_backend(name):

@@ -1,5 +1,7 @@
 """The networks: the standard and the dilated U-net of the 2017 study, and the U-Net of 2015, each built by one loop.
 
+They are made of the layers of `layers`, of Keras, or of their namesakes in `outline`, which compute nothing.
+
 >>> network = build(filters=(4, 8), centre_dilations=(1, 2))
 >>> network.output_shape
 (None, None, None)
@@ -9,15 +11,11 @@
 (1, 388, 388)
 """
 
-import functools
-import json
 from math import sqrt
 
-import keras
-from keras.layers import Add, Concatenate, Conv2D, Conv2DTranspose, Cropping2D, MaxPooling2D
-
+from network import outline
 from network.field import field_of
-from network.layers import MOMENTUM, BatchNormDropout, Dropout, Interior, Upsample
+from network.outline import MOMENTUM
 
 FILTERS = (44, 88, 176)
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # and the dtype policy of each
@@ -36,6 +34,7 @@ def build(
     classes=2,
     precision="float32",
     seed=0,
+    kinds=None,
 ):
     """The U-net of the 2017 study, or a wider, deeper or shallower one of the same design.
 
@@ -59,6 +58,8 @@ def build(
         bfloat16 computes in bfloat16 and keeps float32 weights, statistics and softmax.
     seed : int
         Of the initial weights and the dropout masks.
+    kinds : module
+        `network.outline` for a network without Keras; by default `network.layers`.
 
     Returns
     -------
@@ -72,8 +73,8 @@ def build(
         If an argument is out of its range.
     """
     _check(filters=filters, centre_dilations=centre_dilations, dilate_rate=dilate_rate, classes=classes)
-    make = _Layers(precision, dropout, seed, bn_momentum)
-    inputs = keras.Input((None, None, 1), name="section")
+    make = _Layers(kinds, precision, dropout, seed, bn_momentum)
+    inputs = make.input()
     x, skips = inputs, []
     for level, width in enumerate(filters, 1):
         x = make.conv(x, width, f"down{level}_conv1")
@@ -81,7 +82,7 @@ def build(
         x = make.conv(x, width, f"down{level}_conv2", dilation=dilate_rate)
         skips.append(x)
         x = make.bn_drop(x, f"down{level}_bn2")
-        x = make(MaxPooling2D, x, f"down{level}_pool")
+        x = make("MaxPooling2D", x, f"down{level}_pool")
         x = make.drop(x, f"down{level}_drop")
     centre = []
     for i, dilation in enumerate(centre_dilations, 1):
@@ -90,18 +91,18 @@ def build(
         if i < len(centre_dilations):
             x = make.bn_drop(x, f"centre_bn{i}")
     if addition and len(centre) > 1:
-        x = make(Add, centre, "centre_sum")
+        x = make("Add", centre, "centre_sum")
     for level in range(len(filters), 0, -1):
         width = max(1, filters[level - 1] // 2)
-        x = make(Upsample, x, f"up{level}_upsample")
+        x = make("Upsample", x, f"up{level}_upsample")
         x = make.conv(x, width, f"up{level}_conv1")
-        x = make(Concatenate, [skips[level - 1], x], f"up{level}_concatenate")
+        x = make("Concatenate", [skips[level - 1], x], f"up{level}_concatenate")
         x = make.bn_drop(x, f"up{level}_bn1")
         x = make.conv(x, width, f"up{level}_conv2")
         x = make.batch_norm(x, f"up{level}_bn2")
         x = make.conv(x, width, f"up{level}_conv3")
     x = make.batch_norm(x, "head_bn")
-    return keras.Model(inputs, make.interior(x, classes), name="dilated_unet" if dilate else "standard_unet")
+    return make.model(inputs, make.interior(x, classes), "dilated_unet" if dilate else "standard_unet")
 
 
 def build_2015(
@@ -115,6 +116,7 @@ def build_2015(
     classes=2,
     precision="float32",
     seed=0,
+    kinds=None,
 ):
     """The U-Net of Ronneberger, Fischer & Brox 2015 (arXiv 1505.04597, figure 1): 23 convolutions at 4 levels.
 
@@ -131,7 +133,7 @@ def build_2015(
         Fraction dropped at the end of the contracting path.
     batch_norm : bool
         Batch norm behind every 3 x 3 convolution, which the paper (of the same year) does not have.
-    bn_momentum, classes, precision, seed
+    bn_momentum, classes, precision, seed, kinds
         As of `build`.
 
     Returns
@@ -147,25 +149,26 @@ def build_2015(
     network has a ReLU behind each up-convolution, the paper's figure has none, and neither has this one.
     """
     _check(filters=filters, levels=levels, classes=classes)
-    make = _Layers2015(precision, dropout, seed, bn_momentum, padding)
-    inputs = keras.Input((None, None, 1), name="section")
+    make = _Layers2015(kinds, precision, dropout, seed, bn_momentum, padding)
+    inputs = make.input()
     x, skips = inputs, []
     for level in range(1, levels + 1):
         x = make.two_convs(x, filters * 2 ** (level - 1), f"down{level}", batch_norm)
         if level == levels:
             x = make.drop(x, f"down{level}_drop")
         skips.append(x)
-        x = make(MaxPooling2D, x, f"down{level}_pool")
+        x = make("MaxPooling2D", x, f"down{level}_pool")
     x = make.two_convs(x, filters * 2**levels, "centre", batch_norm)
     x = make.drop(x, "centre_drop")
     for level in range(levels, 0, -1):
         width, skip = filters * 2 ** (level - 1), skips[level - 1]
         x = make.up_conv(x, width, f"up{level}_upconv")
         if padding == "valid":  # what comes up has lost 4, 16, 40, 88 px a side, from the lowest level up
-            skip = make(Cropping2D, skip, f"up{level}_crop", cropping=12 * 2 ** (levels - level) - 8)
-        x = make(Concatenate, [skip, x], f"up{level}_concatenate")
+            lost = 12 * 2 ** (levels - level) - 8
+            skip = make("Cropping2D", skip, f"up{level}_crop", cropping=((lost, lost), (lost, lost)))
+        x = make("Concatenate", [skip, x], f"up{level}_concatenate")
         x = make.two_convs(x, width, f"up{level}", batch_norm)
-    return keras.Model(inputs, make.interior(x, classes), name="unet2015")
+    return make.model(inputs, make.interior(x, classes), "unet2015")
 
 
 ARCHITECTURES = {"unet2017": build, "unet2015": build_2015}
@@ -178,14 +181,8 @@ def from_settings(settings, **more):
 
 
 def field_from_settings(settings):
-    """Receptive field of the same network, read off its twin with one filter a level, which is built in no time."""
-    narrow = 1 if settings.get("arch") == "unet2015" else [1] * len(settings.get("filters", FILTERS))
-    return _field(json.dumps({**settings, "filters": narrow}, sort_keys=True))
-
-
-@functools.cache
-def _field(settings):
-    return field_of(from_settings(json.loads(settings)))
+    """Receptive field of the same network."""
+    return field_of(from_settings(settings, kinds=outline))
 
 
 def with_logits(network):
@@ -194,6 +191,8 @@ def with_logits(network):
     Both float32, from one forward pass: a softmax cross-entropy is stable from logits only. For any network of
     `build` or `build_2015`; train this model, save and predict with `network`.
     """
+    import keras
+
     logits = keras.layers.Activation("linear", dtype="float32", name="logits")(network.get_layer("head_conv").output)
     return keras.Model(network.input, (network.output, logits), name=f"{network.name}_with_logits")
 
@@ -208,36 +207,44 @@ def _check(**settings):
 class _Layers:
     """The layers of one network: dtype policy, dropout rate, and a seed of its own for every layer."""
 
-    def __init__(self, precision, dropout, seed, bn_momentum, padding="same"):
-        self.dtype, self.padding = PRECISIONS[precision], padding
+    def __init__(self, kinds, precision, dropout, seed, bn_momentum, padding="same"):
+        if kinds is None:
+            from network import layers as kinds
+        self.kinds, self.dtype, self.padding = kinds, PRECISIONS[precision], padding
         self.rate, self.momentum = dropout, bn_momentum
         self.seeds = iter(range(seed * 1000, seed * 1000 + 1000))
 
     def __call__(self, kind, x, name, **settings):
-        return kind(dtype=self.dtype, name=name, **settings)(x)
+        return getattr(self.kinds, kind)(dtype=self.dtype, name=name, **settings)(x)
+
+    def input(self):
+        return self.kinds.Input((None, None, 1), name="section")
+
+    def model(self, inputs, outputs, name):
+        return self.kinds.Model(inputs, outputs, name=name)
 
     def initial(self, size, channels):
         """Only the 3 x 3 convolutions are He-normal in the study's script; the head has the framework's default."""
-        kind = keras.initializers.HeNormal if size == 3 else keras.initializers.GlorotUniform
-        return kind(next(self.seeds))
+        kind = "HeNormal" if size == 3 else "GlorotUniform"
+        return {"class_name": kind, "config": {"seed": next(self.seeds)}}
 
     def conv(self, x, width, name, *, size=3, dilation=1, activation="relu"):
-        options = {"padding": self.padding, "dilation_rate": dilation, "activation": activation}
-        initial = self.initial(size, x.shape[-1])
-        return self(Conv2D, x, name, filters=width, kernel_size=size, kernel_initializer=initial, **options)
+        options = {"padding": self.padding, "dilation_rate": (dilation, dilation), "activation": activation}
+        options |= {"kernel_size": (size, size), "kernel_initializer": self.initial(size, x.shape[-1])}
+        return self("Conv2D", x, name, filters=width, **options)
 
     def interior(self, x, classes):
         x = self.conv(x, classes, "head_conv", size=1, activation=None)
-        return Interior(dtype="float32", name="interior")(x)
+        return self.kinds.Interior(dtype="float32", name="interior")(x)
 
     def bn_drop(self, x, name):
-        return self(BatchNormDropout, x, name, rate=self.rate, seed=next(self.seeds), momentum=self.momentum)
+        return self("BatchNormDropout", x, name, rate=self.rate, seed=next(self.seeds), momentum=self.momentum)
 
     def batch_norm(self, x, name):
-        return self(BatchNormDropout, x, name, momentum=self.momentum)
+        return self("BatchNormDropout", x, name, momentum=self.momentum)
 
     def drop(self, x, name):
-        return self(Dropout, x, name, rate=self.rate, seed=next(self.seeds))
+        return self("Dropout", x, name, rate=self.rate, seed=next(self.seeds))
 
 
 class _Layers2015(_Layers):
@@ -245,7 +252,8 @@ class _Layers2015(_Layers):
 
     def initial(self, size, channels):
         """Standard deviation sqrt(2 / N), N the incoming connections of a neuron; not truncated, as HeNormal is."""
-        return keras.initializers.RandomNormal(stddev=sqrt(2 / (size * size * channels)), seed=next(self.seeds))
+        config = {"stddev": sqrt(2 / (size * size * channels)), "seed": next(self.seeds)}
+        return {"class_name": "RandomNormal", "config": config}
 
     def two_convs(self, x, width, name, norm):
         for number in (1, 2):
@@ -255,4 +263,5 @@ class _Layers2015(_Layers):
 
     def up_conv(self, x, width, name):
         initial = self.initial(1, x.shape[-1])  # with stride 2 each output pixel sees one input pixel
-        return self(Conv2DTranspose, x, name, filters=width, kernel_size=2, strides=2, kernel_initializer=initial)
+        options = {"kernel_size": (2, 2), "strides": (2, 2), "kernel_initializer": initial}
+        return self("Conv2DTranspose", x, name, filters=width, **options)

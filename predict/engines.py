@@ -7,21 +7,19 @@ numbers for 1.4 (float32) or 1.2 (bfloat16) times the processor's time (OpenVINO
 """
 
 import functools
-import importlib.util
 import sys
 
-import keras
 import numpy as np
 
 from data import DataError
-from network import device, layers
-
-PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}  # in the words of OpenVINO
+from network import device
+from network.field import inputs_of, is_a
+from network.outline import EPSILON
 
 
 def choose(asked):
     """The engine that was asked for, or for "auto" the fastest one present; a DataError if OpenVINO is not there."""
-    installed = importlib.util.find_spec("openvino") is not None
+    installed = device.has_openvino()
     if asked == "openvino" and not installed:
         raise DataError("--engine openvino needs OpenVINO: pip install -r requirements-openvino.txt")
     if asked == "auto":
@@ -34,8 +32,9 @@ def forward(network, engine, precision):
 
     Parameters
     ----------
-    network : keras.Model
-        Of `unet`, one channel. OpenVINO takes its numbers as they are now, always from the float32 weights.
+    network : keras.Model or outline.Model
+        Of `unet`, one channel. OpenVINO takes its numbers as they are now, always from the float32 weights. Keras
+        computes those of Keras only.
     engine : {"auto", "keras", "openvino"}
         "auto" is what `choose` says, but Keras for a network that OpenVINO is not told about, with a line on stderr.
     precision : {"float32", "bfloat16"}
@@ -43,7 +42,7 @@ def forward(network, engine, precision):
     """
     if choose(engine) == "openvino":
         try:
-            return _compiled(_openvino_model(network), precision)
+            return device.compiled(_openvino_model(network), precision)
         except DataError as error:
             if engine == "openvino":
                 raise
@@ -54,63 +53,58 @@ def forward(network, engine, precision):
 # -- OpenVINO ---------------------------------------------------------------------------------------------------
 
 
-def _openvino():
-    """OpenVINO, without the report to Google Analytics that it sends whenever it is imported."""
-    sys.modules.setdefault("openvino_telemetry", None)  # so that it takes its own stand-in for a missing module
-    import openvino
-
-    return openvino
-
-
-def _compiled(model, precision):
-    # Threads bound to cores wait for whatever else runs there: three times as long beside a training.
-    options = {"INFERENCE_PRECISION_HINT": PRECISIONS[precision], "ENABLE_CPU_PINNING": False}
-    compiled = _openvino().Core().compile_model(model, "CPU", options)
-    return lambda windows: compiled(np.ascontiguousarray(windows, np.float32))[0]
-
-
 def _openvino_model(network):
     """The network's inference graph: (B, rows, columns) -> interior (B, rows, columns), all three of any size."""
-    openvino = _openvino()
-    from openvino import opset13 as ops
-
+    openvino = device.openvino()
+    ops = openvino.opset13
     section = ops.parameter([-1, -1, -1], np.float32, name="section")
-    made = {id(network.input): ops.unsqueeze(section, [1])}
+    made = {id(network.inputs[0]): ops.unsqueeze(section, [1])}
     for layer in network.operations[1:]:
         if not _is_told(layer):
             raise DataError(f"--engine openvino cannot compute the layer {layer.name}, but --engine keras can.")
-        inputs = [made[id(tensor)] for tensor in keras.tree.flatten(layer.input)]
-        made[id(layer.output)] = LAYERS[type(layer)](ops, layer, *inputs)
-    return openvino.Model([made[id(network.output)]], [section], network.name)
+        inputs = [made[id(tensor)] for tensor in inputs_of(layer)]
+        made[id(layer.output)] = LAYERS[type(layer).__name__](ops, layer, *inputs)
+    return openvino.Model([made[id(network.outputs[0])]], [section], network.name)
+
+
+def tells(network):
+    """Whether OpenVINO can be told of every layer of a network."""
+    return all(map(_is_told, network.operations[1:]))
 
 
 def _is_told(layer):
     """Whether the graph below has this layer, with all of its settings."""
     usual = {"groups": 1, "data_format": "channels_last", "output_padding": None}
-    if isinstance(layer, (keras.layers.MaxPooling2D, keras.layers.Conv2DTranspose)):
+    if is_a(layer, "MaxPooling2D", "Conv2DTranspose"):
         usual |= {"padding": "valid", "dilation_rate": (1, 1)}
     return (
-        type(layer) in LAYERS
+        type(layer).__name__ in LAYERS
         and all(getattr(layer, name, value) == value for name, value in usual.items())
         and getattr(layer, "axis", -1) in (-1, 3)
-        and getattr(layer, "activation", keras.activations.relu) in (keras.activations.relu, keras.activations.linear)
+        and _activation(layer) in ("relu", "linear", None)
     )
+
+
+def _activation(layer):
+    """Its name: Keras has functions, and `linear` for None."""
+    activation = getattr(layer, "activation", None)
+    return getattr(activation, "__name__", activation)
 
 
 def _convolution(ops, layer, x):
     kernel = _numbers(layer.kernel).transpose(3, 2, 0, 1)  # (rows, columns, in, out) -> (out, in, rows, columns)
     padding = {"same": "same_upper", "valid": "valid"}[layer.padding]
     arguments = (x, np.ascontiguousarray(kernel), layer.strides, [0, 0], [0, 0])
-    if isinstance(layer, keras.layers.Conv2DTranspose):  # whose kernel is (rows, columns, out, in)
+    if is_a(layer, "Conv2DTranspose"):  # whose kernel is (rows, columns, out, in)
         x = ops.convolution_backprop_data(*arguments[:3], auto_pad=padding)
     else:
         x = ops.convolution(*arguments, layer.dilation_rate, auto_pad=padding)
     x = x if layer.bias is None else ops.add(x, _per_channel(layer.bias))
-    return ops.relu(x) if layer.activation is keras.activations.relu else x
+    return ops.relu(x) if _activation(layer) == "relu" else x
 
 
 def _batch_norm(ops, layer, x):
-    scale = _numbers(layer.gamma) / np.sqrt(_numbers(layer.moving_variance) + layers.EPSILON)
+    scale = _numbers(layer.gamma) / np.sqrt(_numbers(layer.moving_variance) + EPSILON)
     shift = _numbers(layer.beta) - _numbers(layer.moving_mean) * scale
     return ops.add(ops.multiply(x, _per_channel(scale)), _per_channel(shift))
 
@@ -130,7 +124,7 @@ def _crop(ops, layer, x):
 
 
 def _numbers(variable):
-    return keras.ops.convert_to_numpy(variable).astype(np.float32)
+    return np.asarray(variable, np.float32)
 
 
 def _per_channel(values):
@@ -138,14 +132,14 @@ def _per_channel(values):
 
 
 LAYERS = {
-    keras.layers.Add: lambda ops, layer, *xs: functools.reduce(ops.add, xs),
-    keras.layers.Concatenate: lambda ops, layer, *xs: ops.concat(list(xs), 1),
-    keras.layers.Conv2D: _convolution,
-    keras.layers.Conv2DTranspose: _convolution,
-    keras.layers.Cropping2D: _crop,
-    keras.layers.MaxPooling2D: _max_pooling,
-    layers.BatchNormDropout: _batch_norm,
-    layers.Dropout: lambda ops, layer, x: x,
-    layers.Interior: lambda ops, layer, x: ops.gather(ops.softmax(x, 1), np.int64(1), np.int64(1)),
-    layers.Upsample: _upsample,
+    "Add": lambda ops, layer, *xs: functools.reduce(ops.add, xs),
+    "Concatenate": lambda ops, layer, *xs: ops.concat(list(xs), 1),
+    "Conv2D": _convolution,
+    "Conv2DTranspose": _convolution,
+    "Cropping2D": _crop,
+    "MaxPooling2D": _max_pooling,
+    "BatchNormDropout": _batch_norm,
+    "Dropout": lambda ops, layer, x: x,
+    "Interior": lambda ops, layer, x: ops.gather(ops.softmax(x, 1), np.int64(1), np.int64(1)),
+    "Upsample": _upsample,
 }

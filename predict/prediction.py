@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
-import keras
 import numpy as np
 
 import data
 from data import DataError, Normalisation
 from files import atomic, rois
 from files.sections import memory_words, require_memory, size_words
-from network import device, unet
+from network import device, outline, startup, unet
 from predict import blocks, engines, intensity, tiling
 from score import origin
 
@@ -154,10 +153,15 @@ def _check(file, what, values, rules, keys):
             raise DataError(f"--weight_path: {file} must hold a valid {key} of the {what}. {found}")
 
 
-def load_network(path, precision="float32"):
-    """Network and record of `--weight_path`, or a DataError; built from the record, and only numbers are loaded."""
+def load_network(path, precision="float32", engine="keras"):
+    """Network and record of `--weight_path`, or a DataError; built from the record, and only numbers are loaded.
+
+    For the `engine` OpenVINO it is one of `outline`, unless Keras knows a layer that `outline` or OpenVINO does not.
+    """
     record, file = read_record(path), weight_file(path)
-    network = unet.from_settings(record["network"], precision=precision)
+    network = made_without_keras(record["network"]) if engines.choose(engine) == "openvino" else None
+    if network is None:
+        network = unet.from_settings(record["network"], precision=precision)
     try:
         network.load_weights(file)
     except Exception as error:  # h5py and Keras have a dozen kinds for a broken or foreign file
@@ -165,9 +169,19 @@ def load_network(path, precision="float32"):
         words = f"is broken, or holds weights of another architecture: {first}"
         raise DataError(f"--weight_path: {file} {words}") from error
     for variable in network.weights:
-        if not np.isfinite(keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32"))).all():
+        if not np.isfinite(np.asarray(variable, np.float32)).all():
             raise DataError(f"--weight_path: {file} holds NaN or infinite numbers, in {variable.path}.")
     return network, record
+
+
+def made_without_keras(settings):
+    """The network that a record describes, of `outline`; or None if somebody has added a layer that is not told."""
+    with contextlib.suppress(AttributeError):
+        network = unet.from_settings(settings, kinds=outline)
+        if engines.tells(network):
+            return network
+    startup.load_backend()
+    return None
 
 
 # -- prediction -------------------------------------------------------------------------------------------------
@@ -180,7 +194,7 @@ def section_predictor(
 
     Parameters
     ----------
-    network : keras.Model
+    network : keras.Model or outline.Model
     normalisation : data.Normalisation
         Of the TRAINING sections.
     engine, precision : str
@@ -226,7 +240,8 @@ def segmentation_of(records):
 
 def load_windows_predictor(weights, precision, engine, normalisation):
     """For a worker of `blocks`: `windows_predictor` of weights; `normalisation` as JSON."""
-    network, _ = load_network(weights, precision)
+    startup.prepare(None, engine=engine)
+    network, _ = load_network(weights, precision, engine)
     return windows_predictor(network, Normalisation.from_dict(json.loads(normalisation)), engine, precision)
 
 
@@ -242,7 +257,7 @@ def run(args):
     in_blocks = check_output(args)
     engine = engines.choose(args.engine)
     precision = device.choose_precision(args.precision, engine)
-    say(f"{device.describe(precision)}; engine: {engine}")
+    say(f"{device.describe(precision, engine)}; engine: {engine}")
     records = [read_record(path) for path in args.weight_path]
     source = data.resolve(args.image_path, "test", log=say)
     if in_blocks and isinstance(source, data.Stack):
@@ -305,7 +320,7 @@ def run_blocks(args, sections, record, norm, how):
 
 def run_sections(args, sections, records, norms, how):
     """`predict` to TIFF, section by section; of large ones only the prediction is in memory as a whole."""
-    networks = [load_network(path, how["precision"])[0] for path in args.weight_path]
+    networks = [load_network(path, how["precision"], how["engine"])[0] for path in args.weight_path]
     names = ", ".join(f"{network.name} of {path}" for network, path in zip(networks, args.weight_path, strict=True))
     say(f"{args.image_path}: {len(sections)} sections of {size_words(sections.shape)} px; {names}")
     for field in {unet.field_of(network) for network in networks}:

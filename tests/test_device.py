@@ -23,6 +23,7 @@ def test_an_accelerator_gets_several_updates_per_call(monkeypatch, asked, gpu, e
 def test_automatic_precision_is_bfloat16_where_the_processor_is_faster_with_it(monkeypatch, has, speedup, expected):
     monkeypatch.setattr(device, "accelerator", lambda: None)
     monkeypatch.setattr(device, "_cpu_field", lambda field: f"fpu {has} sse")
-    monkeypatch.setattr(device, "_speedup_of_bfloat16", lambda: speedup)
+    monkeypatch.setattr(device, "_speedup_of_bfloat16", lambda engine: speedup)
     assert device.choose_precision("auto") == (expected if TENSORFLOW else "float32")
+    assert device.choose_precision("auto", "openvino") == expected
     assert device.choose_precision("float32") == "float32"

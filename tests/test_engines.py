@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 
 import data
 from data import DataError
-from network import device, layers, unet
+from network import device, layers, outline, unet
 from predict import engines, prediction
 
 SHIPPED = sorted(path.stem for path in (ROOT / "weights").glob("isbi2012_*.json"))
@@ -69,15 +69,20 @@ def agreement(found, expected):
 
 @openvino
 @pytest.mark.parametrize("name", [pytest.param("dilated", marks=pytest.mark.jax), "standard", "2015", "2015 padded"])
-def test_openvino_agrees_with_keras_for_every_size_of_input(name):
+def test_openvino_agrees_with_keras_for_every_size_of_input_and_needs_no_keras(name, tmp_path):
     settings, shapes = NETWORKS[name]
-    network = trained_like(settings, windows_of(*shapes[0]))
+    network, without = trained_like(settings, windows_of(*shapes[0])), unet.from_settings(settings, kinds=outline)
+    network.save_weights(tmp_path / "x.weights.h5")
+    without.load_weights(tmp_path / "x.weights.h5")
+    assert (unet.field_of(without), without.name) == (unet.field_of(network), network.name)
     slow, fast = (engines.forward(network, engine, "float32") for engine in ("keras", "openvino"))
+    same = engines.forward(without, "openvino", "float32")
     for seed, shape in enumerate(shapes):
         windows = windows_of(*shape, seed=seed)
         expected, found = slow(windows), fast(windows)
         assert agreement(found, expected) >= AGREE
         np.testing.assert_allclose(found, expected, atol=1e-4)
+        assert np.array_equal(same(windows), found)
 
 
 @openvino
@@ -99,7 +104,7 @@ def test_openvino_in_bfloat16_is_near():
     settings, (_, shape) = NETWORKS["dilated"]
     windows = windows_of(*shape)
     network = trained_like(settings, windows)
-    exact, rounded = (engines.forward(network, "openvino", precision)(windows) for precision in engines.PRECISIONS)
+    exact, rounded = (engines.forward(network, "openvino", precision)(windows) for precision in device.PRECISIONS)
     assert rounded.dtype == np.float32
     np.testing.assert_allclose(rounded, exact, atol=0.15)
     assert np.sqrt(np.mean((rounded - exact) ** 2)) < 0.03
@@ -109,7 +114,7 @@ def test_openvino_in_bfloat16_is_near():
 def test_openvino_takes_the_float32_weights_of_a_bfloat16_network():
     settings, (shape, _) = NETWORKS["dilated"]
     windows = windows_of(*shape)
-    network, reduced = (trained_like(settings, windows, precision) for precision in engines.PRECISIONS)
+    network, reduced = (trained_like(settings, windows, precision) for precision in device.PRECISIONS)
     reduced.set_weights(network.get_weights())
     found, expected = (engines.forward(each, "openvino", "float32")(windows) for each in (reduced, network))
     np.testing.assert_array_equal(found, expected)
@@ -148,7 +153,7 @@ def test_convolutions_without_bias_and_one_sided_crops_are_told():
 @openvino
 def test_nothing_is_reported_to_anybody(tmp_path):
     """OpenVINO, when imported, writes an identifier into the home folder and sends an event to Google Analytics."""
-    code = "import sys; from predict import engines; engines._openvino().Core(); "
+    code = "import sys; from network import device; device.openvino().Core(); "
     code += "print([m for m in sys.modules if 'telemetry.' in m])"
     outside_ci = {k: v for k, v in os.environ.items() if k not in ("CI", "TF_BUILD", "JENKINS_URL")}
     how = {"cwd": ROOT, "env": outside_ci | {"HOME": str(tmp_path)}, "capture_output": True, "text": True}

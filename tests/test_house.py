@@ -19,7 +19,8 @@ ORDER = [
     *("score.evaluation", "score.report", "score.origin", "score.scores", "score.topology", "score.segments"),
     *("data", "figures", "augment", "clr_callback"),
     *("network.unet", "network.field", "network.layers", "network.losses", "network.optimizers"),
-    *("network.startup", "network.device", "network.distribution", "network.hashing", "network.mirror"),
+    *("network.startup", "network.device", "network.distribution", "network.hashing"),
+    *("network.outline", "network.mirror"),
     *("files.fetching", "files.labels", "files.omezarr", "files.rois", "files.writing", "files.stacks", "files.tiff"),
     *("files.sections", "files.synthetic", "files.atomic", "files.shell", "files.flags"),
 ]
@@ -28,7 +29,7 @@ DOOR = ("augment", "clr_callback", "data", "dilatedUnet", "figures", "start")
 FILES = [*ROOT.glob("*.py"), *(file for room in ROOMS for file in ROOT.glob(f"{room}/*.py") if file.stem != "__init__")]
 MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts): ast.parse(f.read_text()) for f in sorted(FILES)}
 WITHOUT_KERAS = [name for name in ORDER if name.startswith(("score.", "studies.", "files."))]
-WITHOUT_KERAS += ["data", "figures", "clr_callback", "predict.tiling", "predict.blocks"]
+WITHOUT_KERAS += ["data", "figures", "clr_callback", "predict.prediction"]
 
 
 def imports(tree, *, only_top_level=False):

@@ -5,12 +5,14 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import re
 import resource
 import shutil
 import weakref
 from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -20,8 +22,8 @@ from conftest import ROOT, cases
 import data
 import dilatedUnet
 from files import sections
-from network import unet
-from predict import intensity, prediction, tiling
+from network import outline, unet
+from predict import engines, intensity, prediction, tiling
 from score import origin
 
 RECORD = {"normalisation": {"mean": 120.0, "std": 45.0, "epsilon": 1e-10}}
@@ -422,6 +424,27 @@ def test_weights_come_back_as_they_were_in_the_precision_of_the_prediction(weigh
     assert network.get_layer("down1_conv1").compute_dtype == precision
 
 
+def test_predicting_with_openvino_imports_no_keras(suite, weights, tmp_path):
+    """In this process and in a worker, for labels and for the mean of two networks."""
+    pytest.importorskip("openvino", reason="needs OpenVINO: pip install -r requirements-openvino.txt")
+    for name in ("keras", "tensorflow", "jax", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not wanted')")
+    tifffile.imwrite(tmp_path / "stack.tif", section_of(64, 80))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    engine = ("--weight_path", weights, "--image_path", "stack.tif", "--engine", "openvino")
+    suite("predict", *engine, "--output", "a.zarr", "--workers", "1", env=environment)
+    suite("predict", *engine[:2], weights, *engine[2:], "--output", "a.tif", "--segment", "--tta", env=environment)
+    assert tifffile.imread(tmp_path / "a.tif").shape == (64, 80)
+
+
+@cases("gone", (outline, "Upsample"), (engines, "_is_told"))
+def test_a_layer_that_only_keras_knows_is_left_to_keras(weights, monkeypatch, gone):
+    pytest.importorskip("openvino", reason="needs OpenVINO: pip install -r requirements-openvino.txt")
+    assert isinstance(prediction.load_network(weights, engine="auto")[0], outline.Model)
+    monkeypatch.delattr(*gone) if gone[0] is outline else monkeypatch.setattr(*gone, lambda layer: False)
+    assert isinstance(prediction.load_network(weights, engine="auto")[0], keras.Model)
+
+
 def record_with(**changes):
     return lambda record, weights: record.write_text(json.dumps(json.loads(record.read_text()) | changes))
 
@@ -437,6 +460,15 @@ def bias_of(number):
         network.save_weights(weights)
 
     return change
+
+
+def elsewhere(record, weights):
+    """A file whose numbers are in another one."""
+    weights.rename(weights.with_name("other.h5"))
+    with h5py.File(weights, "w") as file:
+        file["layers"] = h5py.ExternalLink("other.h5", "layers")
+    with weights.open("ab") as file:
+        file.write(bytes(10**5))  # so that its size is no reason
 
 
 BROKEN = "is broken, or holds weights of another architecture"
@@ -474,6 +506,7 @@ BROKEN = "is broken, or holds weights of another architecture"
     (record_with(normalisation={"mean": 1, "std": -2, "epsilon": 0}), "normalisation must hold mean"),
     (bias_of(np.nan), "net.weights.h5 holds NaN or infinite numbers, in head_conv/bias"),
     (bias_of(np.inf), "net.weights.h5 holds NaN or infinite numbers, in head_conv/bias"),
+    (elsewhere, BROKEN),
     (lambda record, weights: weights.write_bytes(b""), "is broken"),
     (lambda record, weights: weights.write_bytes(b"no HDF5"), "is broken"),
     (lambda record, weights: weights.write_bytes(weights.read_bytes()[:9000]), "is broken"),

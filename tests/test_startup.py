@@ -37,7 +37,7 @@ def test_a_backend_that_cannot_start_is_one_sentence(refuses, monkeypatch):
         raise AssertionError  # as JAX does with JAX_PLATFORMS=cuda and no GPU
 
     monkeypatch.setattr("network.device.accelerator", fails)
-    refuses("Keras or its backend cannot be loaded: AssertionError", "predict")
+    refuses("Keras or its backend cannot be loaded: AssertionError", "predict", "--engine", "keras")
 
 
 def test_a_device_is_chosen_before_keras_is_imported_and_one_that_is_not_there_is_said(monkeypatch, capsys):
