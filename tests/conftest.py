@@ -1,12 +1,13 @@
 """What the tests share: the real data where it is, small stacks, and the command line as a user calls it."""
 
+import contextlib
 import csv
 import json
 import os
 import re
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -94,6 +95,17 @@ def cases(names, *rows):
     return pytest.mark.parametrize(names, rows)
 
 
+@contextlib.contextmanager
+def file_limit(size):
+    """No file may become larger than that: as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def history(folder):
     """The rows of a run's history.csv; a column is left out of the rows where it is empty."""
     with open(folder / "history.csv", newline="") as file:
@@ -128,25 +140,6 @@ def refuses(call):
         return said[0]
 
     return refuse
-
-
-@pytest.fixture
-def suite(tmp_path):
-    """`python dilatedUnet.py ...` in a folder of its own, in a process of its own."""
-
-    def call(*words, code=0, **options):
-        done = subprocess.run(
-            [sys.executable, ROOT / "dilatedUnet.py", *map(str, words)],
-            cwd=options.pop("cwd", tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=600,
-            **options,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    return call
 
 
 def ome_zarr(

@@ -7,10 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import file_limit
 
 from files import atomic
 from files.atomic import DataError
+from files.writing import write_prediction
+from network import unet
+from predict import prediction
+from train.record import Journal, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 DEAD = 2**22 + 1  # beyond Linux's largest process number
@@ -38,6 +44,23 @@ def test_whatever_happens_the_old_file_stays_and_no_partial_one(tmp_path, failur
     assert isinstance(failure, KeyboardInterrupt) or str(file) in str(caught.value)
     assert os.listdir(tmp_path) == [file.name] * bool(old)
     assert not old or file.read_text() == old
+
+
+WRITERS = {
+    "a.tif": lambda path: write_prediction(path, np.zeros((9, 64, 64)), count=9, shape=(64, 64), force=True),
+    "a.weights.h5": lambda path: prediction.save_weights(unet.build(filters=(9,)), path, {}),  # HDF5 would crash
+    "a.npz": lambda path: save_checkpoint(path, unet.build(filters=(9,)).weights, Journal()),
+    "a.json": lambda path: atomic.write_json(path, "x" * 99_999),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_leaves_the_old_file_and_no_partial_one(tmp_path, name):
+    """A real limit on the size of files."""
+    (tmp_path / name).write_text("old")
+    with file_limit(9000), pytest.raises(DataError, match=rf"{name} could not be written"):
+        WRITERS[name](tmp_path / name)
+    assert ((tmp_path / name).read_text(), os.listdir(tmp_path)) == ("old", [name])
 
 
 @pytest.mark.parametrize("force", [True, False])
@@ -90,10 +113,16 @@ def test_a_record_is_a_dict_or_one_sentence(tmp_path, text):
     assert str(caught.value).startswith(f"--resume: {file} ")
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_what_is_written_is_read_and_what_exists_or_cannot_be_written_is_named(tmp_path):
     record = {"name": "N\u00e4\udcff", "loss": [0.1, 1e-30], "none": None}
     atomic.write_json(tmp_path / "a.json", record)
     assert atomic.read_json(tmp_path / "a.json", "") == record
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file exists already"):
+        atomic.refuse_existing(tmp_path / "new", tmp_path / "file")
+    with pytest.raises(DataError, match="could not be written"):
+        atomic.make_writable(tmp_path / "good", tmp_path / "file" / "run")
+    assert os.listdir(tmp_path / "good") == []
 
 
 HOLDER = (
@@ -131,12 +160,3 @@ def test_an_output_is_no_input(tmp_path, monkeypatch):
             atomic.refuse_inputs("--output", output, "isbi2012", None, Path("folder"), str(tmp_path / "a.tif"))
     for output in ("b.tif", "new.tif", "folder/new.json", "folder/in/new.tif", "isbi2012"):
         atomic.refuse_inputs("--output", output, "isbi2012", None, Path("folder"), str(tmp_path / "a.tif"))
-
-
-def test_what_exists_or_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="file exists already"):
-        atomic.refuse_existing(tmp_path / "new", tmp_path / "file")
-    with pytest.raises(DataError, match="could not be written"):
-        atomic.make_writable(tmp_path / "good", tmp_path / "file" / "run")
-    assert os.listdir(tmp_path / "good") == []

@@ -70,7 +70,8 @@ def compiled_warp(arrays, made):
     return ops.convert_to_numpy(image)[..., 0], ops.convert_to_numpy(mask)
 
 
-RUNS = pytest.mark.parametrize("run", [warp, compiled_warp], ids=["eager", "compiled"])
+RUNS = [*((made, warp) for made in SINGLE.values()), (SINGLE["everything"], compiled_warp)]
+RUNS = pytest.mark.parametrize(("made", "run"), RUNS, ids=[*SINGLE, "compiled"])
 
 
 def transformed(images, made, *, window=WINDOW, **changes):
@@ -138,15 +139,12 @@ def test_flips_and_quarter_turns_are_drawn_evenly(flips, turns, kinds):
     np.testing.assert_allclose(counts, 800 / kinds, rtol=0.3)
 
 
-def test_normalisation_is_that_of_the_raw_values():
+def test_the_image_is_normalised_as_the_raw_values_are_and_the_mask_keeps_its_values():
     images = stack()
     arrays = batch(images, images, RECIPES["none"])
     image, _ = warp(arrays, RECIPES["none"], mean=100.5, std=41.25)
     expected = (arrays["image"].astype(np.float32) - np.float32(100.5)) / np.float32(41.25)
     np.testing.assert_allclose(image, expected, rtol=1e-6, atol=1e-7)
-
-
-def test_the_mask_keeps_its_values_whatever_they_are():
     labels = np.random.default_rng(0).integers(0, 60000, (2, 70, 90)).astype(np.uint16)
     weights = labels.astype(np.float32) / 7
     for masks in (labels, weights):
@@ -186,7 +184,6 @@ def test_uint8_uint16_and_float32_give_the_same_bits(made):
 
 
 # --- one map
-@GEOMETRY
 @RUNS
 def test_image_and_mask_stay_registered_in_every_pixel(made, run):
     """On ramps, whose nearest value is the linear one, rounded; one along the rows, one along the columns."""
@@ -196,7 +193,6 @@ def test_image_and_mask_stay_registered_in_every_pixel(made, run):
     assert np.abs(image - mask).max() <= 0.5 + 1e-3
 
 
-@GEOMETRY
 @RUNS
 def test_the_warp_is_scipys_with_the_same_map_and_mirrored_borders(made, run):
     images, masks = stack(), stack(seed=1)
@@ -211,16 +207,6 @@ def test_the_warp_is_scipys_with_the_same_map_and_mirrored_borders(made, run):
         near_tie = (np.abs(place % 1 - 0.5) < 1e-4).any(axis=0)
         assert near_tie.mean() < 0.01
         np.testing.assert_array_equal(mask[k][~near_tie], nearest[~near_tie])
-
-
-@GEOMETRY
-def test_a_ramp_reads_back_the_map_to_a_thousandth_of_a_pixel(made):
-    ramps = np.indices((240, 260)).astype(np.float32)
-    for index in range(3):
-        one = replace(draw(made, index, seed=1, shape=(240, 260), window=WINDOW), origin=(90, 110))
-        both = [replace(one, section=axis) for axis in (0, 1)]
-        read, _ = warp(augment.collate(ramps, ramps, both, made), made)
-        np.testing.assert_allclose(read, source_map(one, WINDOW), atol=1e-3)
 
 
 def extreme_draws(made, window):
@@ -261,25 +247,16 @@ def test_the_margin_is_nothing_without_resampling_and_the_corners_for_any_angle(
 
 
 # --- each transform does what it says
-def test_rotation_is_anticlockwise_as_quarter_turns_are_three_by_30_degrees_making_one():
+def test_rotation_scale_shift_and_shear_do_what_they_say():
     image, crop = transformed(stack(), Recipe(max_rotation_deg=180), rotation_deg=90)
     np.testing.assert_allclose(image, np.rot90(crop), atol=0.02)
     third = augment.affine(rotation_deg=30)[:, :2]
     np.testing.assert_allclose(third @ third @ third, augment.affine(quarter_turns=1)[:, :2], atol=1e-6)
-
-
-def test_scale_magnifies_about_the_centre():
     rows = np.indices((96, 96))[0][None].astype(np.float32)
     image, crop = transformed(rows, Recipe(scale=(0.5, 2)), scale=2)
     np.testing.assert_allclose(image[:, 0], crop.mean() + (np.arange(WINDOW) - 23.5) / 2, atol=1e-4)
-
-
-def test_shift_moves_the_content_by_whole_pixels_exactly():
     image, crop = transformed(stack(), Recipe(max_shift_px=9), shift_px=(3, -5))
     np.testing.assert_array_equal(image[3:, :-5], crop[:-3, 5:])
-
-
-def test_shear_slides_the_columns():
     rows, columns = np.indices((2, 96, 96))[1:].astype(np.float32)
     made = Recipe(max_shear_deg=30)
     offset = (np.arange(WINDOW) - 23.5)[:, None] * np.tan(np.deg2rad(20))
@@ -288,16 +265,13 @@ def test_shear_slides_the_columns():
     np.testing.assert_allclose(*transformed(rows[:1], made, shear_deg=20), atol=1e-3)
 
 
-def test_the_elastic_grids_nodes_are_met_at_corners_sides_and_centre():
+def test_the_elastic_grid_is_met_at_its_nodes_which_are_independent_gaussians():
     grid = np.float32(np.random.default_rng(0).normal(size=(3, 3)))
     weights = augment.bicubic(49, 3)
     np.testing.assert_allclose((weights @ grid @ weights.T)[::24, ::24], grid, atol=1e-6)
     np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-6)  # a constant grid is a shift
     assert np.abs(np.diff(augment.bicubic(512, 3), axis=0)).max() < 0.01  # no jump, and none of slope:
     assert np.abs(np.diff(augment.bicubic(512, 3), 2, axis=0)).max() < 2e-4
-
-
-def test_row_and_column_displacements_are_independent_gaussians():
     grids = np.stack([draw(RECIPES["elastic"], i).grid for i in range(3000)])
     assert grids.shape == (3000, 2, 3, 3)
     assert grids.std() == pytest.approx(10, abs=0.2)
@@ -339,11 +313,6 @@ def gray_warp(z, contrast=1.0, brightness=0.0, gamma=1.0):
     return ops.convert_to_numpy(augment._change_gray(np.float32(z)[None, None], gray, made))[0, 0]
 
 
-def test_contrast_and_brightness_act_on_standardised_values():
-    z = np.linspace(-2, 4, 13)
-    np.testing.assert_allclose(gray_warp(z, contrast=1.3, brightness=-0.2), 1.3 * z - 0.2, atol=1e-5)
-
-
 @pytest.mark.parametrize("gamma", [0.5, 0.8, 1.25, 2.0])
 def test_gamma_is_a_power_law_that_keeps_level_and_slope_at_the_mean(gamma):
     z = np.linspace(-2, 3, 101)
@@ -356,7 +325,7 @@ def test_gamma_is_a_power_law_that_keeps_level_and_slope_at_the_mean(gamma):
     assert (np.diff(far) >= 0).all()
 
 
-def test_gray_values_change_as_drawn_and_only_the_images():
+def test_gray_values_change_as_drawn_linearly_or_by_gamma_and_only_the_images():
     made = replace(RECIPES["none"], brightness=0.3, contrast=0.25, gamma=0.25)
     images = stack()
     arrays = batch(images, images, made)
@@ -372,6 +341,8 @@ def test_gray_values_change_as_drawn_and_only_the_images():
         assert 0.8 <= gamma <= 1.25
         assert noise == 0
     assert np.ptp(arrays["gray"][:, :3], axis=0).min() > 0.1
+    z = np.linspace(-2, 4, 13)
+    np.testing.assert_allclose(gray_warp(z, contrast=1.3, brightness=-0.2), 1.3 * z - 0.2, atol=1e-5)
 
 
 @pytest.mark.parametrize("run", [lambda f: f, compiled], ids=["eager", "compiled"])
@@ -383,7 +354,7 @@ def test_noise_is_the_byte_sum_of_random_words(run):
     np.testing.assert_array_equal(np.round(noise * np.sqrt(21845) + 510), sums)
 
 
-def test_noise_is_nearly_gaussian_and_uncorrelated():
+def test_noise_is_nearly_gaussian_uncorrelated_and_as_strong_as_drawn():
     noise = ops.convert_to_numpy(augment._noise(np.int32([12, 13, 2**30]), 256)).astype(float)
     assert np.abs(noise.mean(axis=(1, 2))).max() < 0.02
     np.testing.assert_allclose(noise.std(axis=(1, 2)), 1, atol=0.01)
@@ -391,9 +362,6 @@ def test_noise_is_nearly_gaussian_and_uncorrelated():
     pairs = [(noise[0], noise[1]), (noise[1], noise[2]), (noise[:, 1:], noise[:, :-1])]
     pairs += [(noise[..., 1:], noise[..., :-1]), (noise[:, 1:, 1:], noise[:, :-1, :-1])]
     assert max(abs(np.mean(a * b)) for a, b in pairs) < 0.02
-
-
-def test_noise_has_the_strength_that_was_drawn():
     made = replace(RECIPES["none"], noise=0.5)
     flat = np.full((1, 64, 64), 100, np.uint8)
     arrays = batch(flat, flat, made, window=64)
@@ -405,24 +373,18 @@ def test_noise_has_the_strength_that_was_drawn():
 
 
 # --- keys
-def test_an_element_does_not_depend_on_the_batch_it_travels_in():
+def test_an_element_depends_on_seed_epoch_and_index_and_not_on_the_batch_it_travels_in():
     made = RECIPES["all"]
     together = warp(batch(stack(), stack(), made, indices=[2, 5, 7]), made)
     alone = warp(batch(stack(), stack(), made, indices=[5]), made)
     for a, b in zip(together, alone, strict=True):
         np.testing.assert_array_equal(a[1], b[0])
-
-
-@pytest.mark.parametrize("change", [{"seed": 4}, {"epoch": 2}, {"indices": range(6, 12)}], ids=str)
-def test_another_seed_epoch_or_index_is_another_draw(change):
-    first, second = (batch(stack(), stack(), RECIPES["all"], **kwargs) for kwargs in ({}, change))
-    for name in ("affine", "grid", "gray", "key", "image"):
-        assert not any(np.array_equal(a, b) for a, b in itertools.product(first[name], second[name])), name
-
-
-def test_keys_are_not_confused_with_each_other():
-    cases = itertools.product((0, 1, 2, 2**32), (0, 1, 2), (0, 1, 2))
-    assert len({draw(index=index, seed=seed, epoch=epoch).key for seed, epoch, index in cases}) == 36
+    for change in ({"seed": 4}, {"epoch": 2}, {"indices": range(6, 12)}):
+        first, second = (batch(stack(), stack(), RECIPES["all"], **kwargs) for kwargs in ({}, change))
+        for name in ("affine", "grid", "gray", "key", "image"):
+            assert not any(np.array_equal(a, b) for a, b in itertools.product(first[name], second[name])), name
+    keys = itertools.product((0, 1, 2, 2**32), (0, 1, 2), (0, 1, 2))
+    assert len({draw(index=index, seed=seed, epoch=epoch).key for seed, epoch, index in keys}) == 36
 
 
 def digest():
@@ -433,14 +395,11 @@ def digest():
     return hashlib.sha256(bits + image.tobytes() + mask.tobytes()).hexdigest()
 
 
-def test_another_process_makes_the_same_batch():
+def test_another_process_makes_the_same_batch_and_no_global_generator_is_read_or_moved():
     here = Path(__file__).resolve().parent
     code = f"import sys; sys.path[:0] = {[str(here), str(here.parent)]!r}; import test_augment as t; print(t.digest())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == digest()
-
-
-def test_no_global_generator_is_read_or_moved():
     np.random.seed(1)
     before = np.random.get_state()[1].copy()
     first = digest()
@@ -458,29 +417,23 @@ def test_recipes_share_their_crops_and_each_setting_its_own_numbers():
     np.testing.assert_array_equal(stronger.affine, full.affine)
 
 
-def test_sections_are_visited_evenly_in_an_order_of_their_own_each_time():
+def test_sections_are_visited_evenly_in_orders_of_their_own_and_every_place_is_reached():
     sections = (3, 4, 9, 11, 20)
     drawn = [[draw(index=i, epoch=epoch, sections=sections).section for i in range(20)] for epoch in range(3)]
     deals = [epoch[start : start + 5] for epoch in drawn for start in range(0, 20, 5)]
     assert all(sorted(deal) == list(sections) for deal in deals)
     assert len({tuple(deal) for deal in deals}) > 8
-
-
-def test_origins_reach_every_place_of_the_section():
     origins = {draw(index=i, shape=(10, 12), window=8).origin for i in range(300)}
     assert origins == set(itertools.product(range(3), range(5)))
 
 
 # --- the compiled warp, the preview, and what is refused
-def test_compiled_and_eager_warp_agree():
+def test_the_compiled_warp_is_the_eager_one_in_shape_type_and_value():
     made = RECIPES["all"]
     arrays = batch(stack(), stack(), made)
     (image, mask), (eager_image, eager_mask) = compiled_warp(arrays, made), warp(arrays, made)
     np.testing.assert_allclose(image, eager_image, atol=0.02)
     assert (mask == eager_mask).mean() > 0.9999  # a tie may round either way
-
-
-def test_shapes_and_types_of_batch_and_warp():
     made = RECIPES["all"]
     arrays = batch(stack(), (stack() > 9).astype(np.uint8), made, indices=range(2))
     side = WINDOW + 2 * augment.margin(made, WINDOW)
@@ -513,14 +466,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("field", REFUSED)
-def test_a_recipe_refuses_by_name_and_value(field):
-    for value in REFUSED[field]:
+def test_recipes_by_name_take_what_is_given_and_refuse_what_is_wrong_or_has_no_effect():
+    for field, value in ((field, value) for field, values in REFUSED.items() for value in values):
         with pytest.raises(ValueError, match=f"^{field} must .*Received: {re.escape(str(value))}"):
             augment.recipe("all", **{field: value})
-
-
-def test_recipes_by_name_take_what_is_given_and_nothing_that_has_no_effect():
     assert augment.recipe("all") == RECIPES["all"]
     assert augment.recipe("all", elastic_grid=None, scale=[0.9, 1]).scale == (0.9, 1)
     assert augment.recipe("affine", elastic_sd_px=4, elastic_grid=5).elastic_grid == 5
@@ -532,9 +481,6 @@ def test_recipes_by_name_take_what_is_given_and_nothing_that_has_no_effect():
             augment.recipe(name, **values)
     assert not RECIPES["none"].resamples
     assert all(RECIPES[n].quarter_turns for n in ("affine", "elastic", "all"))
-
-
-def test_coordinates_that_an_autocast_would_coarsen_are_refused():
     arrays = batch(stack(), stack(), RECIPES["none"])
     arrays["affine"] = ops.cast(arrays["affine"], "bfloat16")
     with pytest.raises(ValueError, match="affine must be float32"):

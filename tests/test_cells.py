@@ -7,14 +7,14 @@ import keras
 import numpy as np
 import pytest
 import tifffile
-from conftest import call_here, call_quietly, cases, history
+from conftest import call_here, call_quietly, history
 from keras import ops
 
 import augment
 import data
 import dilatedUnet
 from network import losses, unet
-from predict import prediction, tiling
+from predict import tiling
 from score import evaluation, scores, segments
 from train import run as training
 from train.feed import pixel_weights
@@ -69,28 +69,21 @@ def test_the_architecture_brings_the_papers_recipe_unless_a_flag_says_otherwise(
     assert (args.optimizer, args.momentum, args.batch_size, args.window) == ("sgd", 0.99, 1, 572)
     assert (args.loss, args.w0, args.sigma, args.augment) == ("weighted", 10.0, 5.0, "all")
     assert parsed("--arch unet2015 --optimizer adam").momentum == 0
-    assert parsed("--arch unet2015 --padding same").window == 512
-    assert parsed("--arch unet2015 --w0 0").w0 == 0
+    assert (parsed("--arch unet2015 --padding same").window, parsed("--arch unet2015 --w0 0").w0) == (512, 0)
     old = parsed("")
     assert (old.filters, old.dropout, old.window, old.loss) == ((44, 88, 176), 0.3, 512, "bce_dice")
     assert (old.optimizer, old.momentum, old.batch_size, old.clr_mode) == ("rmsprop", 0, 3, "triangular")
 
 
-@cases(
-    "window, words",
-    (62, "must be a multiple of 4 and at least 44. Received: 62; nearest: "),
-    (108, "must fit into the sections"),
-)
-def test_a_window_that_does_not_fit_is_refused(frames, window, words):
-    with pytest.raises(data.DataError, match=words):
-        training.load(dilatedUnet.parse(command(frames, f"--window {window}")))
-
-
-def test_the_window_may_be_larger_than_the_section_by_what_the_network_loses(frames):
+def test_the_window_may_be_larger_than_the_section_by_what_the_network_loses_and_others_are_refused(frames):
     """As 572 px for sections of 512 px: the context is mirrored, and the output lies within the section."""
     args = dilatedUnet.parse(command(frames, "--window 104"))
     (batch,) = next(training.feed_of(args, training.load(args)).training(0))
     assert batch["image"].shape[1] >= 104
+    rule = "must be a multiple of 4 and at least 44. Received: 62; nearest: "
+    for window, words in ((62, rule), (108, "must fit into the sections")):
+        with pytest.raises(data.DataError, match=words):
+            training.load(dilatedUnet.parse(command(frames, f"--window {window}")))
 
 
 def test_an_unpadded_network_sees_context_around_the_crop_mirrored_at_the_border():
@@ -193,8 +186,7 @@ def test_a_run_on_cells_scores_held_out_frames_and_predicts_labels(done, frames,
         **{"arch": "unet2015", "filters": 2, "levels": 2, "padding": "valid", "batch_norm": False},
         **{"dropout": 0.5, "classes": 2},
     }
-    assert record["held_out"]["sections"] == [6, 7]
-    assert record["held_out"]["cells"] == 6
+    assert (record["held_out"]["sections"], record["held_out"]["cells"]) == ([6, 7], 6)
     assert 0 <= record["held_out"]["seg"] <= record["held_out"]["mean_iou"] <= 1
     for name in ("weights.png", "held_out.png", "curves.png"):
         assert Path("r", name).exists(), name
@@ -218,16 +210,6 @@ def test_an_unpadded_network_resumes_exactly(done, frames, tmp_path):
     assert history(tmp_path / "r") == history(done / "r")
 
 
-@pytest.mark.slow
-def test_tiles_of_the_saved_network_equal_the_whole_section(done, frames):
-    network, record = prediction.load_network(done / "w/cells")
-    normalisation = data.Normalisation.from_dict(record["normalisation"])
-    section = data.read_stack(frames / "01").sections[0]
-    whole, tiled = (prediction.section_predictor(network, normalisation, tile=tile)(section) for tile in (None, 60))
-    assert whole.shape == section.shape
-    np.testing.assert_allclose(whole, tiled, atol=1e-5)
-
-
 def test_frames_without_a_mask_are_left_out(frames, tmp_path):
     (tmp_path / "SEG").mkdir()
     for i in (1, 4):
@@ -240,16 +222,11 @@ def test_frames_without_a_mask_are_left_out(frames, tmp_path):
     assert "pairs: 2 of 8 frames are labelled, the others are left out" in messages
 
 
-@pytest.mark.parametrize(("value", "words"), [(0.5, "float"), (-1, "-1")])
-def test_instance_labels_are_whole_numbers(tmp_path, value, words):
-    labels = np.zeros((2, 8, 8), np.float32 if value == 0.5 else np.int16)
-    labels[0, 0, 0] = value
-    tifffile.imwrite(tmp_path / "x.tif", labels)
-    with pytest.raises(data.DataError, match=f"must hold whole numbers.*{words}"):
-        data.read_instances(tmp_path / "x.tif")
-
-
-def test_instances_are_not_taken_for_membranes_by_mistake(frames):
+def test_instance_labels_are_whole_numbers_and_not_taken_for_membranes_by_mistake(frames, tmp_path):
+    for value, dtype, words in ((0.5, np.float32, "float"), (-1, np.int16, "-1")):
+        tifffile.imwrite(tmp_path / "x.tif", np.full((2, 8, 8), value, dtype))
+        with pytest.raises(data.DataError, match=f"must hold whole numbers.*{words}"):
+            data.read_instances(tmp_path / "x.tif")
     with pytest.raises(data.DataError, match="which --instances takes"):
         data.load_pair(frames / "01", frames / "01_ST/SEG")
 
@@ -275,8 +252,7 @@ def test_instances_are_scored_by_section_and_as_a_whole():
     half = labels.copy()
     half[1] = 0
     found = evaluation.score_instances(half, labels)
-    assert found["seg"] == 0.5
-    assert [one["seg"] for one in found["per_section"]] == [1, 0]
+    assert (found["seg"], [one["seg"] for one in found["per_section"]]) == (0.5, [1, 0])
 
 
 @pytest.mark.parametrize(("flags", "words"), [("--report r", "goes without --report"), ("", "whole numbers")])

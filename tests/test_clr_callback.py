@@ -36,11 +36,16 @@ def fit(made, *callbacks, epochs=1):
     return made.fit(X, Y, batch_size=4, epochs=epochs, callbacks=list(callbacks), verbose=0)
 
 
-def test_the_callback_and_the_schedule_are_kerass():
+def test_the_callback_and_the_schedule_are_kerass_and_a_foreign_schedule_is_refused():
     assert issubclass(CyclicLR, keras.callbacks.Callback)
     assert isinstance(CyclicLR().schedule(), keras.optimizers.schedules.LearningRateSchedule)
     with pytest.raises(AttributeError, match="CyclicRL"):
         clr.CyclicRL  # noqa: B018
+    with pytest.raises(ValueError, match="steps_per_execution=5"):
+        fit(model(steps_per_execution=5), CyclicLR())
+    decay = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    with pytest.raises(ValueError, match="constant learning rate"):
+        fit(model(keras.optimizers.SGD(decay)), CyclicLR())
 
 
 @cases(
@@ -58,10 +63,8 @@ def test_the_rate_rises_for_a_half_cycle_and_falls_for_one_its_height_scaled(opt
 
 def test_cosine_rises_then_ends_at_the_base_rate():
     rates = [clr.cosine(n, 0.1, 1.0, 11, warm_up=2) for n in range(11)]
-    assert rates[:2] == pytest.approx([1 / 3, 2 / 3])
-    assert rates[2] == pytest.approx(1.0)
-    assert rates[6] == pytest.approx(0.55)
-    assert rates[-1] == pytest.approx(0.1)
+    assert (rates[:2], rates[2]) == (pytest.approx([1 / 3, 2 / 3]), pytest.approx(1.0))
+    assert (rates[6], rates[-1]) == (pytest.approx(0.55), pytest.approx(0.1))
     np.testing.assert_allclose(clr.cosine(np.arange(11), 0.1, 1.0, 11, warm_up=2), rates)
     in_graph = [float(clr.Schedule(lambda n: clr.cosine(n, 0.1, 1.0, 11, warm_up=2))(n)) for n in range(11)]
     np.testing.assert_allclose(in_graph, rates, rtol=1e-6)
@@ -107,14 +110,6 @@ def test_the_schedule_in_the_graph_gives_the_same_weights(steps_per_execution):
     assert callback.history["learning_rate"] == pytest.approx([callback.rate(n) for n in range(20)])
 
 
-def test_a_foreign_schedule_and_several_updates_per_execution_without_the_own_one_are_refused():
-    with pytest.raises(ValueError, match="steps_per_execution=5"):
-        fit(model(steps_per_execution=5), CyclicLR())
-    decay = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
-    with pytest.raises(ValueError, match="constant learning rate"):
-        fit(model(keras.optimizers.SGD(decay)), CyclicLR())
-
-
 @cases(
     "wrong, words",
     ({"base_lr": 0.0}, "base_lr must be above 0. Received: 0.0"),
@@ -132,20 +127,14 @@ def test_wrong_arguments_are_refused_at_construction(wrong, words):
         CyclicLR(**wrong)
 
 
-def test_a_run_that_ends_in_mid_cycle_is_told():
+def test_a_run_that_ends_in_mid_cycle_is_told_and_the_range_test_suggests_rates_around_the_fall_of_the_loss():
     assert "WARNING" not in clr.describe_schedule(4000, 2000)
     assert "mid-cycle, 1000 updates" in clr.describe_schedule(5000, 2000)
-
-
-def test_the_range_test_suggests_rates_around_the_fall_of_the_loss():
     rates = np.geomspace(1e-6, 1.0, 101)
     losses = [1.0 if r < 1e-4 else max(0.2, 1 - 0.4 * np.log10(r / 1e-4)) if r < 1e-1 else 5.0 for r in rates]
     low, high = clr.suggest_range(rates, losses)
     assert 1e-4 < low < 1e-3
     assert 1e-3 < high <= 1e-1 / 2
     assert low < high
-
-
-def test_a_loss_that_never_fell_gives_no_suggestion():
     with pytest.raises(ValueError, match="never fell"):
         clr.suggest_range([1, 2, 3], [1.0, 2.0, 3.0])

@@ -1,8 +1,6 @@
 """Labels, pairs, normalisation, splits, and what `check` says."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +31,6 @@ def two_valued(membrane, interior, dtype="uint8"):
 
 
 # --- Finding ------------------------------------------------------------------------------------------------
-def test_import_is_light_and_without_keras():
-    heavy = {"keras", "tensorflow", "jax", "torch", "scipy", "tifffile", "matplotlib", "pooch", "PIL", "requests"}
-    code = f"import sys, data; print(*sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
-
-
 def test_folder_of_the_challenge_gives_each_role_its_file(tmp_path):
     files = {"image": "train-volume.tif", "mask": "train-labels.tif", "test": "test-volume.tif"}
     for role, name in files.items():
@@ -200,11 +191,13 @@ def test_names_that_do_not_pair_are_refused_with_the_first_that_differs(tmp_path
         load_pair(folder_of(tmp_path / "i", images), folder_of(tmp_path / "m", masks))
 
 
-def test_file_and_folder_are_paired_by_order(tmp_path):
+def test_file_and_folder_are_paired_by_order_and_invert_mask_reaches_the_pair(tmp_path):
     folder = folder_of(tmp_path / "m", ["3", "20", "100"])
     _, mask, messages = load_pair(image_stack((3, 6, 5)), folder)
     assert mask.names == ["3", "20", "100"]
     assert "pairs: sections and masks go together by their order" in messages
+    images = image_stack(INTERIOR.shape)
+    np.testing.assert_array_equal(load_pair(images, two_valued(255, 0), invert_mask=True)[1].sections, INTERIOR)
 
 
 @pytest.mark.parametrize("shape", [(29, 64, 64), (30, 64, 65)])
@@ -213,11 +206,6 @@ def test_images_and_masks_of_different_shapes_are_refused(shape):
     received = f"Received: {shape[0]} sections of 64 x {shape[2]} px"
     with pytest.raises(DataError, match=f"30 sections of 64 x 64 px. {received}"):
         load_pair(image_stack(), masks)
-
-
-def test_invert_mask_reaches_the_pair():
-    images = image_stack(INTERIOR.shape)
-    np.testing.assert_array_equal(load_pair(images, two_valued(255, 0), invert_mask=True)[1].sections, INTERIOR)
 
 
 @cases(
@@ -236,14 +224,6 @@ def test_window_must_fit_network_and_sections(window, shape, words):
 
 
 # --- Normalisation ------------------------------------------------------------------------------------------
-@given(st.lists(st.lists(st.floats(-1e6, 1e6), min_size=4, max_size=4), min_size=1, max_size=5), st.floats(-1e5, 1e5))
-def test_constants_are_those_of_all_pixels_at_once(rows, offset):
-    sections = np.array(rows).reshape(-1, 2, 2) + offset
-    norm = Normalisation.fit(sections)
-    assert norm.mean == pytest.approx(sections.mean(), rel=1e-9, abs=1e-6)
-    assert norm.std == pytest.approx(sections.std(), rel=1e-6, abs=1e-5)
-
-
 @given(st.floats(allow_nan=False, allow_infinity=False), st.floats(0, 1e300), st.floats(1e-12, 1))
 def test_constants_survive_json(mean, std, epsilon):
     norm = Normalisation(mean, std, epsilon)
@@ -255,8 +235,7 @@ def test_training_sections_become_zero_mean_and_unit_deviation(dtype):
     sections = image_stack((4, 32, 32), dtype).sections + np.array(50).astype(dtype)
     norm = Normalisation.fit(sections)
     done = norm(sections)
-    assert done.dtype == np.float32
-    assert done.mean(dtype=np.float64) == pytest.approx(0, abs=1e-5)
+    assert (done.dtype, done.mean(dtype=np.float64)) == (np.float32, pytest.approx(0, abs=1e-5))
     assert done.std(dtype=np.float64) == pytest.approx(1, abs=1e-5)
     np.testing.assert_allclose(done * norm.std + norm.mean, sections, atol=1e-3)
 
@@ -318,14 +297,11 @@ def test_folds_hold_every_section_out_once(count, draw):
     assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
 
 
-def test_holdout_of_thirty_is_the_last_six():
+def test_holdout_of_thirty_is_the_last_six_and_published_trains_and_validates_on_everything():
     split = split_sections(30, "holdout", gap=2, inner=3)
     assert (split.held_out, split.gap, split.inner) == (tuple(range(24, 30)), (22, 23), (19, 20, 21))
     assert split.train == tuple(range(19))
     assert split.describe() == "holdout: train on 0-18 (19), choose weights on 19-21, leave out 22-23, hold out 24-29"
-
-
-def test_published_trains_and_validates_on_everything():
     split = split_sections(30, "published")
     assert split.train == split.inner == tuple(range(30))
     assert split.held_out == split.gap == ()
@@ -383,9 +359,6 @@ def test_splits_that_cannot_be_are_refused(count, protocol, options, words):
 @given(st.sets(st.integers(0, 500), min_size=1))
 def test_section_numbers_are_read_as_written(sections):
     assert data.parse_sections(data.format_sections(sections)) == tuple(sorted(sections))
-
-
-def test_section_numbers_as_people_type_them():
     assert data.parse_sections(" 0, 3 ,5 - 7") == (0, 3, 5, 6, 7)
 
 
@@ -414,7 +387,7 @@ def saying(lines, *words, problems=0):
         assert word in text, f"{word!r} is not in\n{text}"
 
 
-def test_check_says_what_the_files_are(tmp_path):
+def test_check_says_what_the_files_are_and_every_problem(tmp_path):
     voxel = {"imagej": True, "resolution": (250, 250), "metadata": {"axes": "ZYX", "spacing": 0.05, "unit": "um"}}
     sections = image_stack((10, 64, 72), "uint16").sections
     sections[3] = 7
@@ -426,9 +399,6 @@ def test_check_says_what_the_files_are(tmp_path):
     saying(lines, "values 0 to 199", "pixel 4 x 4 nm, section 50 nm", "warning: sections of a single gray value: 3")
     saying(lines, "0 = membrane, 255 = interior; interior 75.0%", "by their order")
     saying(lines, "holdout: train on 0-7 (8), hold out 8-9", "crops of 64 x 64 px")
-
-
-def test_check_says_every_problem_and_does_not_stop_at_the_first():
     lines = describe(image_stack((1, 60, 90)), mask_stack(np.zeros((1, 60, 91), np.uint8)), window=64)
     saying(lines, "must be like the images", "too few sections", "at most 56", problems=3)
     saying(lines, "voxel size unknown", "60 x 90 px is no multiple of 8: prediction mirrors the borders", problems=3)
@@ -464,7 +434,7 @@ def test_check_and_the_constants_look_at_a_large_section_in_strips(monkeypatch):
 
 
 # --- The real files -----------------------------------------------------------------------------------------
-def test_real_labels_are_78_percent_interior(isbi):
+def test_the_real_stack_is_78_percent_interior_and_check_has_nothing_to_complain_about(isbi):
     images, masks, messages = load_pair(isbi, isbi)
     assert images.voxel_nm == masks.voxel_nm == (50.0, 4.0, 4.0)
     assert images.sections.shape == (30, 512, 512)
@@ -472,9 +442,6 @@ def test_real_labels_are_78_percent_interior(isbi):
     assert not any(line.startswith("warning") for line in messages)
     inside, membrane = (images.sections[masks.sections == value].mean() for value in (1, 0))
     assert inside > membrane + 30
-
-
-def test_check_of_the_real_stack_has_nothing_to_complain_about(isbi):
     lines = describe(isbi / "train-volume.tif", isbi / "train-labels.tif")
     saying(lines, "30 sections of 512 x 512 px, uint8", "train on 0-23 (24), hold out 24-29", "whole sections")
     assert not any(line.startswith("warning") for line in lines)
@@ -482,8 +449,7 @@ def test_check_of_the_real_stack_has_nothing_to_complain_about(isbi):
 
 def test_real_instance_masks_are_recognised_and_paired(hela):
     instances = read_stack("dic-hela", what="mask")
-    assert instances.source == str(hela / "01_ST" / "SEG")
-    assert instances.sections.dtype == np.uint16
+    assert (instances.source, instances.sections.dtype) == (str(hela / "01_ST" / "SEG"), np.uint16)
     with pytest.raises(DataError, match="looks like an instance mask"):
         read_labels("dic-hela")
     borders = Stack(instances.sections > 0, names=instances.names, source=instances.source)

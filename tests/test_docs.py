@@ -60,17 +60,13 @@ COMMANDS = [(name, *command) for name, text in TEXTS.items() for command in comm
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_every_link_leads_to_a_file_and_a_heading_of_the_repository(name):
+def test_every_link_file_heading_and_test_of_the_repository_that_a_page_names_is_there(name):
     for target in links(TEXTS[name]):
         path, _, anchor = target.partition("#")
         place = Path(os.path.normpath(ROOT / Path(name).parent / path)) if path else ROOT / name
         assert place.exists(), target
         assert place.is_relative_to(ROOT), target
         assert not anchor or anchor in anchors(place.read_text()), target
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_every_file_and_test_of_the_repository_that_a_page_names_is_there(name):
     for path, test in re.findall(rf"`((?:{ROOMS})/[\w./-]+\.(?:py|md|png|txt|csv|ipynb))(?:::(\w+))?`", TEXTS[name]):
         assert (ROOT / path).exists(), path
         assert not test or f"def {test}(" in (ROOT / path).read_text(), f"{path}::{test}"
@@ -90,12 +86,9 @@ def test_every_command_is_one_that_the_program_takes(name, program, words):
         assert not [word for word in words if word.startswith("--") and f'"{word}"' not in source]
 
 
-def test_every_picture_is_shown_somewhere():
+def test_every_picture_is_shown_somewhere_and_the_first_page_is_one_page():
     shown = {os.path.normpath(Path(name).parent / target) for name, text in TEXTS.items() for target in links(text)}
     assert {f"images/{picture.name}" for picture in ROOT.glob("images/*")} <= shown
-
-
-def test_the_first_page_is_one_page():
     assert len(TEXTS["README.md"].splitlines()) <= 170
 
 

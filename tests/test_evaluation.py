@@ -50,11 +50,9 @@ def sections(stack):
 def test_json_holds_the_scores_asked_for_with_their_curves(files, labelled):
     found = numbers(files())
     assert set(found) & set(evaluation.SCORES) == set(evaluation.DEFAULT_SCORES)
-    assert found["sections"] == [0, 1, 2, 3, 4, 5]
-    assert found["thresholds"] == list(scores.THRESHOLDS)
+    assert (found["sections"], found["thresholds"]) == ([0, 1, 2, 3, 4, 5], list(scores.THRESHOLDS))
     curve = scores.v_scores(*labelled)["v_rand"]
-    assert found["v_rand"] == curve.value
-    assert found["best_thresholds"]["v_rand"] == curve.threshold
+    assert (found["v_rand"], found["best_thresholds"]["v_rand"]) == (curve.value, curve.threshold)
     assert found["curves"]["v_rand"] == curve.curve.tolist()
     assert found["per_section"]["v_rand"] == curve.per_section.tolist()
     found = numbers([*files(), "--scores", "warping_error, iou"])
@@ -72,7 +70,7 @@ def test_every_score_is_declared_beside_its_function():
         assert score.words.endswith(".")
 
 
-def test_pooled_scores_divide_once(labelled):
+def test_pooled_scores_divide_once_and_a_section_without_interior_has_no_value_while_the_others_count(labelled):
     found = evaluation.score_arrays(*labelled, which=("dice", "iou", "precision", "recall", "bce", "ece"))
     proposal, truth = labelled[0] > 0.5, labelled[1] > 0
     both = (proposal & truth).sum()
@@ -83,9 +81,6 @@ def test_pooled_scores_divide_once(labelled):
     assert found["bce"] == pytest.approx(np.mean(found["per_section"]["bce"]), rel=1e-9)
     assert found["ece"] == pytest.approx(scores.ece(*labelled))
     assert sum(found["calibration"]["pixels"]) == truth.size
-
-
-def test_a_section_without_interior_has_no_value_and_the_others_still_count(labelled):
     truth = labelled[1].copy()
     truth[2] = 0
     found = evaluation.score_arrays(labelled[0], truth)
@@ -324,11 +319,3 @@ def test_the_table_shows_value_threshold_and_published_results(files, capsys, la
     assert "4 sections: 2-5" in lines
     for name, board in report.PUBLISHED.items():
         assert list(board.values()) == sorted(board.values(), reverse=evaluation.SCORES[name].higher_is_better)
-
-
-def test_flags_name_their_defaults():
-    parser = argparse.ArgumentParser()
-    evaluation.add_arguments(parser)
-    words = " ".join(parser.format_help().split())
-    for flag in ("--sections", "--scores", "--json", "--report", "--image_path", "--force"):
-        assert "default" in words.split(f" {flag} ", 2)[-1].split(" --", 1)[0], flag

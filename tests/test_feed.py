@@ -55,11 +55,8 @@ def test_the_published_protocol_cuts_windows_from_two_montages_of_all_sections(f
     assert sum(map(len, first)) == 30
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     assert any((a != b).any() for a, b in zip(first, second, strict=True)), "other windows after every epoch"
-
-
-@pytest.mark.parametrize(("count", "shape"), [(30, (6, 5)), (12, (4, 3)), (9, (3, 3)), (7, (7, 1)), (1, (1, 1))])
-def test_a_montage_is_as_square_as_the_count_allows(count, shape):
-    assert feeds.montage_shape(count) == shape
+    for count, shape in ((30, (6, 5)), (12, (4, 3)), (9, (3, 3)), (7, (7, 1)), (1, (1, 1))):
+        assert feeds.montage_shape(count) == shape, "as square as the count allows"
 
 
 def test_a_batch_is_a_function_of_seed_epoch_and_index(fed):

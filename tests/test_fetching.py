@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import io
+import shutil
 import threading
 import time
 import zipfile
@@ -10,7 +11,6 @@ import zipfile
 import numpy as np
 import pytest
 import tifffile
-from conftest import cases
 
 from data import DataError, fetch, read_stack, resolve, sha256_pixels
 from files import atomic, fetching
@@ -115,6 +115,7 @@ MIRROR = [f"/mirror1/data/{name}" for name in NAMES]
 SOURCES = {  # what the archive, the first and the second mirror offer that is not official; what comes; what is asked
     "archive": ({}, None, None, [*NAMES, LABELS], ["/archive.zip"]),
     "archive, the same pixels in another container": (PACKED, None, None, [*NAMES, LABELS], ["/archive.zip"]),
+    "archive cut off": ({}, {}, None, NAMES, ["/archive.zip", *MIRROR]),
     "archive with wrong pixels": (WRONG_PIXEL, {}, None, [*NAMES, LABELS], ["/archive.zip", MIRROR[1]]),
     "archive with wrong labels, which no hash tells": (WRONG_SHAPE, None, None, NAMES, ["/archive.zip"]),
     "mirror": (None, {}, None, NAMES, ["/archive.zip", *MIRROR]),
@@ -127,6 +128,8 @@ def test_what_one_source_lacks_comes_from_the_next(web, case):
     archive, first, second, names, asked = SOURCES[case]
     if archive is not None:
         offer_archive(web, archive)
+    if case == "archive cut off":
+        web.cut.add("/archive.zip")
     for folder, changed in (("mirror1/data", first), ("mirror2", second)):
         if changed is not None:
             offer_mirror(web, folder, changed)
@@ -148,31 +151,17 @@ def test_cached_files_are_not_asked_for_again(web):
     assert {f"{LABELS}: kept unchecked, its hash is not known", "train-volume.tif: checked"} < set(web.said)
 
 
-def test_cut_off_archive_is_followed_by_the_mirror(web):
-    offer_archive(web, {})
-    offer_mirror(web, "mirror1/data", {})
-    web.cut.add("/archive.zip")
-    fetched(web)
-
-
-def test_cut_off_file_never_stays(web):
-    offer_mirror(web, "mirror1/data", {})
-    web.cut.add("/mirror1/data/train-labels.tif")
-    not_fetched(web, "put train-labels.tif, test-volume.tif into", left=["train-volume.tif"])
-
-
-def test_zip_cut_off_by_its_server_without_a_word_never_stays(web):
-    offer_archive(web, {})
-    web.files["/archive.zip"] = web.files["/archive.zip"][:-40]
-    not_fetched(web)
-    assert not web.cache.exists()
-
-
-def test_all_sources_failing_says_why_and_what_to_do(web):
+def test_nothing_that_is_cut_off_or_not_the_published_file_stays_and_it_is_said_why_and_what_to_do(web):
     web.files["/mirror2/train-volume.tif"] = b"II*\0 cut"
     reasons = ("archive.zip: 404", "mirror1/data: 404", "train-volume.tif is not the published file")
     not_fetched(web, *reasons, "put", "--image_path synthetic")
+    offer_archive(web, {})
+    web.files["/archive.zip"] = web.files["/archive.zip"][:-40]  # by its server, without a word
+    not_fetched(web)
     assert not web.cache.exists()
+    offer_mirror(web, "mirror1/data", {})
+    web.cut.add("/mirror1/data/train-labels.tif")
+    not_fetched(web, "put train-labels.tif, test-volume.tif into", left=["train-volume.tif"])
 
 
 def test_wrong_file_in_the_cache_is_replaced_but_not_lost_before(web):
@@ -186,8 +175,7 @@ def test_wrong_file_in_the_cache_is_replaced_but_not_lost_before(web):
 def test_file_that_is_there_needs_no_network_even_if_others_are_missing(web):
     web.cache.mkdir(parents=True)
     (web.cache / "test-volume.tif").write_bytes(OFFICIAL["test-volume.tif"])
-    assert resolve("isbi2012", "test") == web.cache / "test-volume.tif"
-    assert web.asked == []
+    assert (resolve("isbi2012", "test"), web.asked) == (web.cache / "test-volume.tif", [])
 
 
 def test_no_network_is_told_within_seconds(web):
@@ -197,24 +185,21 @@ def test_no_network_is_told_within_seconds(web):
     assert time.perf_counter() - start < 10
 
 
-@cases("named, words", ("file", "cannot be written"), ("~no-such-user/x", "nobody here is ~no-such-user"))
-def test_unwritable_cache_is_a_sentence(web, monkeypatch, tmp_path, named, words):
+def test_an_unwritable_cache_and_unknown_names_are_a_sentence(web, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("DILATED_UNET_DATA", str(tmp_path / named) if named == "file" else named)
-    with pytest.raises(DataError, match=words):
-        fetch("isbi2012", log=web.said.append)
+    for named, words in ((tmp_path / "file", "cannot be written"), ("~no-such-user/x", "nobody here is ~no-such-user")):
+        monkeypatch.setenv("DILATED_UNET_DATA", str(named))
+        with pytest.raises(DataError, match=words):
+            fetch("isbi2012", log=web.said.append)
+    for name in ("synthetic", "isbi2013", ""):
+        with pytest.raises(DataError, match="the data sets are isbi2012, dic-hela, phc-u373"):
+            fetch(name)
 
 
 def test_what_a_killed_download_left_goes(web):
     (web.cache / f".part{2**22 + 1}_{atomic.HOST}-fetched").mkdir(parents=True)
     offer_archive(web, {})
     fetched(web, [*NAMES, LABELS])
-
-
-@pytest.mark.parametrize("name", ["synthetic", "isbi2013", ""])
-def test_unknown_names_are_refused(name):
-    with pytest.raises(DataError, match="the data sets are isbi2012, dic-hela, phc-u373"):
-        fetch(name)
 
 
 @pytest.fixture
@@ -244,16 +229,12 @@ def test_cells_with_another_hash_never_stay(cells):
     assert not cells.cache.exists()
 
 
-def test_cells_that_are_there_are_used_as_they_are(cells):
+def test_cells_that_are_there_are_used_as_they_are_and_not_overwritten(cells):
     (cells.cache / "01").mkdir(parents=True)
     (cells.cache / "01_GT" / "SEG").mkdir(parents=True)
     assert resolve("dic-hela", "image") == cells.cache / "01"
-    assert resolve("dic-hela", "mask") == cells.cache / "01_GT" / "SEG"
-    assert cells.asked == []
-
-
-def test_what_was_there_before_is_not_overwritten(cells):
-    (cells.cache / "01").mkdir(parents=True)
+    assert (resolve("dic-hela", "mask"), cells.asked) == (cells.cache / "01_GT" / "SEG", [])
+    shutil.rmtree(cells.cache / "01_GT")
     (cells.cache / "01" / "mine.tif").write_text("mine")
     fetch("dic-hela", log=cells.said.append)
     assert [path.name for path in (cells.cache / "01").iterdir()] == ["mine.tif"]
@@ -264,7 +245,6 @@ def test_local_copy_has_the_published_pixels(isbi, monkeypatch):
     monkeypatch.setenv("DILATED_UNET_DATA", str(isbi.parent))
     for name, pixels in fetching.ISBI_FILES.items():
         stack = read_stack(isbi / name)
-        assert stack.sections.shape == fetching.ISBI_SHAPE
-        assert sha256_pixels(stack.sections) == pixels
+        assert (stack.sections.shape, sha256_pixels(stack.sections)) == (fetching.ISBI_SHAPE, pixels)
     monkeypatch.setattr(fetching, "_download", None)  # a download would fail
     assert fetch("isbi2012") == isbi

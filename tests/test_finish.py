@@ -18,13 +18,9 @@ def test_a_degenerate_prediction_is_told_from_a_good_one():
     assert finish.degenerate(np.float32(0.8 * truth + 0.1), truth) is None
 
 
-def test_a_prediction_that_is_not_finite_is_refused():
+def test_a_prediction_that_is_not_finite_is_refused_and_few_sections_are_spread_evenly():
     good = np.ones((4, 4), np.float32)
     assert finish.finite(good, 3) is good
     with pytest.raises(DataError, match="section 3 is not finite"):
         finish.finite(good * np.nan, 3)
-
-
-def test_few_sections_are_spread_evenly():
-    assert finish.some(range(10)) == [0, 1, 3, 5, 6, 8]
-    assert finish.some((4, 5)) == [4, 5]
+    assert (finish.some(range(10)), finish.some((4, 5))) == ([0, 1, 3, 5, 6, 8], [4, 5])

@@ -25,8 +25,7 @@ def test_a_network_starts_as_the_other_one_ended_but_for_a_head_of_other_classes
             ]
             assert all(same) == (classes == 2 or layer.name != "head_conv"), layer.name
         kept = [np.array_equal(a, b) for a, b in zip(ours.get_layer("head_conv").weights, before, strict=True)]
-        assert all(kept) == (classes == 3)
-        assert ("but for head_conv" in capsys.readouterr().err) == (classes == 3)
+        assert (all(kept), "but for head_conv" in capsys.readouterr().err) == (classes == 3, classes == 3)
 
 
 @pytest.mark.parametrize("flags", ["--filters 2,4", "--filters 2,3,4", "--filters 2,3 --dilate 0"])
@@ -65,8 +64,7 @@ def test_a_start_is_needed_once_and_a_refused_one_costs_nothing(train, finished)
     assert (done.code, files("run")) == (2, before)
     for path in Path.cwd().glob("start*"):
         path.unlink()
-    assert train(f"{flags} 2 --resume").code == 0
-    assert strict("run/run.json")["init_from"] == start
+    assert (train(f"{flags} 2 --resume").code, strict("run/run.json")["init_from"]) == (0, start)
 
 
 def test_a_run_laid_out_for_minutes_is_resumed_as_it_was_laid_out(train, monkeypatch, tmp_path):

@@ -13,18 +13,18 @@ TRUTH = np.array([[[1.0, 1.0], [0.0, 1.0]]], np.float32)
 INTERIOR = np.array([[[0.9, 0.6], [0.2, 0.5]]], np.float32)
 
 
-def test_soft_dice_is_twice_the_overlap_over_the_sums_with_smoothing_1_and_pools_the_batch():
+def test_loss_and_metric_are_those_worked_out_by_hand_and_finite():
     assert float(losses.soft_dice(TRUTH, INTERIOR)) == pytest.approx((2 * 2.0 + 1) / (3 + 2.2 + 1))
     two = np.stack([TRUTH[0], np.zeros_like(TRUTH[0])])
     guess = np.stack([TRUTH[0], np.ones_like(TRUTH[0])])
     assert float(losses.soft_dice(two, guess)) == pytest.approx((2 * 3 + 1) / (3 + 7 + 1))
-
-
-def test_bce_is_the_mean_over_pixels_in_nats_and_the_studys_loss_adds_the_dice():
     expected = -(math.log(0.9) + math.log(0.6) + math.log(0.8) + math.log(0.5)) / 4
     assert float(losses.bce(TRUTH, INTERIOR)) == pytest.approx(expected, rel=1e-5)
     total = expected + 1 - float(losses.soft_dice(TRUTH, INTERIOR))
     assert float(losses.bce_dice(TRUTH, INTERIOR)) == pytest.approx(total, rel=1e-5)
+    empty = np.zeros((2, 4, 4), np.float32)
+    assert float(losses.bce_dice(empty, empty)) == pytest.approx(0, abs=1e-6)
+    assert 15 < float(losses.bce(empty + 1, empty)) < 17
 
 
 @pytest.mark.parametrize("name", [*losses.LOSSES, "weighted"])
@@ -47,9 +47,3 @@ def test_what_is_not_labelled_counts_nowhere_in_a_loss(name):
     assert loss(logits, labelled) == pytest.approx(loss(logits, cut=np.s_[:1, :, :5]), rel=1e-5)
     assert loss(logits, labelled) == loss(other, labelled)
     assert math.isfinite(loss(logits, 0 * labelled))
-
-
-def test_an_empty_mask_predicted_empty_costs_nothing_and_a_sure_and_wrong_pixel_no_infinity():
-    empty = np.zeros((2, 4, 4), np.float32)
-    assert float(losses.bce_dice(empty, empty)) == pytest.approx(0, abs=1e-6)
-    assert 15 < float(losses.bce(empty + 1, empty)) < 17

@@ -1,7 +1,6 @@
 """OME-Zarr images: read section by section or in parts, and whatever is wrong with one is a sentence."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -154,34 +153,3 @@ def test_values_that_are_not_finite_are_refused(image):
     with pytest.raises(DataError, match="holds 1 NaN or infinite"):
         reader.slab(slice(0, 2), slice(0, 30), slice(0, 30))
     np.testing.assert_array_equal(reader.slab(slice(0, 2), slice(0, 8), slice(0, 8)), sections[:, :8, :8])
-
-
-@pytest.mark.parametrize("version", ["0.4", "0.5"])
-def test_a_chunk_of_a_prediction_is_whole_or_not(image, tmp_path, version):
-    with iter_sections(image(pixels(2, 30, 30), version)) as reader:
-        omezarr.create(tmp_path / "p.zarr", reader, (2, 30, 30), (1, 16, 16), {"made_of": {"a": 1}})
-    zarr.open_array(str(tmp_path / "p.zarr" / "0"), mode="r+")[:] = pixels(2, 30, 30)
-    chunks = [file for file in (tmp_path / "p.zarr" / "0").rglob("[0-9]") if file.is_file()]
-    assert len(chunks) == 8
-    assert all(map(omezarr.is_whole, chunks))
-    for damage in (b"", chunks[0].read_bytes()[:50], chunks[0].read_bytes() + b"0"):
-        chunks[1].write_bytes(damage)
-        assert not omezarr.is_whole(chunks[1])
-    assert not omezarr.is_whole(chunks[0].with_name("none"))
-    chunks[1].rename(chunks[1].with_suffix(".0123.partial"))
-    omezarr.remove_partials(tmp_path / "p.zarr")
-    assert sum(file.is_file() for file in (tmp_path / "p.zarr" / "0").rglob("*[0-9]*")) == 7
-    with iter_sections(tmp_path / "p.zarr") as reader:
-        assert reader.made_of == {"a": 1}
-
-
-def test_an_output_is_the_array_that_is_wanted(image, tmp_path):
-    with iter_sections(image(pixels(2, 30, 30))) as reader:
-        omezarr.create(tmp_path / "p.zarr", reader, (2, 30, 30), (1, 16, 16), {})
-    omezarr.check_array(tmp_path / "p.zarr", (2, 30, 30), (1, 16, 16))
-    changed(tmp_path / "p.zarr" / "0" / "zarr.json", shape=[3000, 30, 30])
-    with pytest.raises(DataError, match=r"Received: .*3000"):
-        omezarr.check_array(tmp_path / "p.zarr", (2, 30, 30), (1, 16, 16))
-    shutil.rmtree(tmp_path / "p.zarr" / "0")
-    with pytest.raises(DataError, match="cannot be read"):
-        omezarr.check_array(tmp_path / "p.zarr", (2, 30, 30), (1, 16, 16))

@@ -37,7 +37,7 @@ def written(labelled, tmp_path_factory):
     return path.parent, path.read_text(encoding="utf-8")
 
 
-def test_the_report_needs_no_network_and_escapes_names_from_outside(written):
+def test_the_report_needs_no_network_escapes_names_and_says_what_every_picture_shows(written):
     page = Page(written[1])
     assert page.open == []
     sources = [attrs["src"] for tag, attrs in page.tags if "src" in attrs]
@@ -47,24 +47,20 @@ def test_the_report_needs_no_network_and_escapes_names_from_outside(written):
     assert all(attrs["href"].startswith("#") for tag, attrs in page.tags if "href" in attrs)
     assert not re.search(r"https?:|url\(|@import", re.sub(r'src="[^"]*"', "", written[1]))
     assert "&lt;script&gt;.tif against a&amp;b" in written[1]
-
-
-def test_every_picture_says_what_it_shows(written):
     alts = [attrs["alt"] for tag, attrs in Page(written[1]).tags if tag == "img"]
     assert all(len(alt) > 15 for alt in alts)
     assert sum("cells split" in alt for alt in alts) == 5
 
 
-def test_the_worst_section_comes_first_and_the_numbers_are_those_of_the_table(written, labelled):
+def test_the_worst_section_comes_first_the_numbers_are_those_of_the_table_and_figures_lie_beside_as_png(
+    written, labelled
+):
     curve = scores.v_rand(labelled[0][1:], labelled[1][1:])
     order = [int(number) for number in re.findall(r'<section id="s(\d+)"', written[1])]
     assert order == [1 + int(k) for k in np.argsort(curve.per_section)]
     assert f"<td>{curve.value:.5f}</td>" in written[1]
     for score in evaluation.SCORES.values():
         assert f"<dt>{report.title(score)}</dt>" in written[1]
-
-
-def test_the_figures_lie_beside_the_page_as_png(written):
     names = sorted(path.name for path in written[0].iterdir())
     sheets = [f"section-{k:03d}.png" for k in range(1, 6)]
     assert names == ["curves-errors.png", "curves-scores.png", "curves-warping.png", "report.html", *sheets]
@@ -87,8 +83,7 @@ def test_a_report_of_any_scores_without_raw_and_with_an_empty_section_is_a_page_
     truth[1] = 0
     result = evaluation.score_arrays(prediction, truth, which)
     page = report.write(tmp_path / "r", result, prediction, truth).read_text()
-    assert page.count("<figure>") == 2 * 3 + charts
-    assert len(list((tmp_path / "r").glob("curves*"))) == charts
+    assert (page.count("<figure>"), len(list((tmp_path / "r").glob("curves*")))) == (2 * 3 + charts, charts)
 
 
 @pytest.mark.slow

@@ -38,11 +38,16 @@ def test_a_stream_that_is_gone_or_full_ends_as_other_programs_do(line, code, wor
     assert (done.returncode, done.stderr) == (code, words)
 
 
-def test_what_is_to_be_written_is_written_though_nobody_reads(small, tmp_path):
+def test_what_is_to_be_written_is_written_though_nobody_reads_and_ctrl_c_while_importing_is_no_traceback(
+    small, tmp_path
+):
     labels, numbers = small / "labels.tif", tmp_path / "numbers.json"
     line = f"suite evaluate --prediction '{labels}' --mask_path '{labels}' --scores dice --json '{numbers}' | true"
     assert shell(line, PYTHONUNBUFFERED="1").returncode == 141
     assert '"dice"' in numbers.read_text()
+    (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt")
+    done = shell("suite --help", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
@@ -67,9 +72,3 @@ def test_a_signal_has_its_exit_code(main, code):
     done = subprocess.run([sys.executable, "-c", ENDS.format(main)], cwd=ROOT, capture_output=True, timeout=120,
                           env=os.environ | {"MPLBACKEND": "nonsense"})  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
-
-
-def test_ctrl_c_while_the_program_is_being_imported_is_no_traceback(tmp_path):
-    (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt")
-    done = shell("suite --help", PYTHONPATH=str(tmp_path))
-    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "")

@@ -143,43 +143,15 @@ def test_tiles_equal_the_whole_exactly_where_the_halo_covers_the_receptive_radiu
     np.testing.assert_array_equal(found, whole(section, pooled_network, halo))
 
 
-def test_the_test_network_has_the_radius_it_claims():
-    blank = np.zeros((1, 160, 160), np.float32)
-    reach = 0
-    for offset in range(8):
-        impulse = blank.copy()
-        impulse[0, 80 + offset, 80 + offset] = 1000.0
-        changed = np.argwhere(pooled_network(impulse)[0] != pooled_network(blank)[0])
-        reach = max(reach, np.abs(changed - 80 - offset).max())
-    assert RADIUS - 8 <= reach <= RADIUS
-
-
-def test_a_halo_below_the_receptive_radius_shows_at_the_seams_but_not_in_the_middle_of_tiles():
+def test_a_halo_below_the_receptive_radius_shows_at_the_seams_and_tiles_keep_the_pooling_grid():
     section = pixels((128, 128)) / 1000
     difference = np.abs(stitched(section, pooled_network, 96, 16) - whole(section, pooled_network, 16))
     assert difference.max() > 0
     assert difference[RADIUS - 16 : 64 - (RADIUS - 16), RADIUS - 16 : 64 - (RADIUS - 16)].max() == 0
-
-
-def test_tile_origins_off_the_pooling_grid_would_change_the_prediction():
-    """The same tiles on a grid of 2 are wrong for a network of stride 8."""
-    section = pixels((128, 128)) / 1000
-    expected = whole(section, pooled_network, 40)
-    np.testing.assert_array_equal(stitched(section, pooled_network, 120, 40), expected)
-    assert not np.allclose(stitched(section, pooled_network, 120, 42, multiple=2), expected)
-
-
-@pytest.mark.parametrize("tile", [20, 26, 46])
-@pytest.mark.parametrize("shape", [(61, 40), (33, 90)])
-def test_unpadded_tiles_meet_exactly(shape, tile):
-    section = pixels(shape) / 1000
-    found = stitched(section, unpadded_network, tile, SHRINK, 2, SHRINK, batch=2)
-    np.testing.assert_array_equal(found, whole(section, unpadded_network, SHRINK, multiple=2, shrink=SHRINK))
-
-
-def test_the_2015_tile_of_572_keeps_the_pooling_grid_though_388_is_no_multiple_of_16():
     rows, _ = tiling.Grid((1500, 388), (572, 572), 92, 16).cuts
     assert [cut.start for cut in rows] == [0, 384, 768, 1152]
+    with pytest.raises(ValueError, match=r"predict must return the shape \(1, 16, 16\). Received: \(1, 12, 12\)"):
+        stitched(pixels((16, 16)), identity(2), 16, 0)
 
 
 @settings(max_examples=100, deadline=None)
@@ -196,11 +168,6 @@ def test_every_call_has_the_same_shape_and_type_and_no_more_tiles_than_allowed(b
     assert {(tiles.shape, tiles.dtype.name) for tiles in calls} == {((len(calls[0]), 6, 7), "uint8")}
     assert len(calls[0]) <= batch
     assert 8 <= sum(map(len, calls)) < 8 + len(calls)
-
-
-def test_a_prediction_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"predict must return the shape \(1, 16, 16\). Received: \(1, 12, 12\)"):
-        stitched(pixels((16, 16)), identity(2), 16, 0)
 
 
 # -- the choice of tiles -----------------------------------------------------------------------------------------
@@ -332,7 +299,7 @@ def test_sections_alive_do_not_grow_with_the_stack(count):
     assert threading.current_thread() not in stack.threads
 
 
-def test_what_is_handed_over_is_not_kept_and_no_more_is_made_when_the_caller_stops():
+def test_what_is_handed_over_is_not_kept_no_more_is_made_when_the_caller_stops_and_errors_arrive_in_their_turn():
     stack = Stack(10)
     items = tiling.ahead(stack)
     for _ in range(2):
@@ -342,8 +309,6 @@ def test_what_is_handed_over_is_not_kept_and_no_more_is_made_when_the_caller_sto
     items.close()
     assert stack.read <= 3
 
-
-def test_an_error_while_reading_arrives_after_the_sections_before_it():
     def sections():
         yield np.zeros((2, 2))
         raise OSError("page 1 is truncated")

@@ -103,10 +103,16 @@ def test_the_network_is_the_one_asked_for(flags, expected):
     assert ("centre_sum" in [layer.name for layer in network.layers]) == ("--addition 0" not in flags)
 
 
-def test_the_seed_makes_the_network():
+def test_the_seed_makes_the_network_training_warps_and_validation_sees_windows_as_they_are(small):
     one, two, three = (trainee(f"--seed {seed}").network.get_layer("down1_conv1").kernel for seed in (1, 1, 2))
     assert np.array_equal(one, two)
     assert not np.array_equal(one, three)
+    args, images = parse("--augment all"), tifffile.imread(small / "images.tif")
+    made, stack = trainee("--augment all"), data.Stack(images, None, [], "")
+    assert made.recipe == augment.RECIPES["all"]
+    feed = training.feed_of(args, Stacks(stack, stack, None, training.split_of(args, 10), made.normalisation))
+    _, mask = made(feed.windows_at([(2, 5, 7)]), training=False)
+    assert np.array_equal(np.asarray(mask)[0], images[2, 5:37, 7:39].astype(np.float32))
 
 
 @cases(
@@ -124,14 +130,4 @@ def test_the_seed_makes_the_network():
 def test_the_augmentation_is_the_one_asked_for(flags, field, value):
     args = parse(flags)
     recipe, preset = training.recipe_of(args), augment.RECIPES[args.augment]
-    assert getattr(recipe, field) == value
-    assert asdict(recipe) | {field: None} == asdict(preset) | {field: None}
-
-
-def test_training_warps_and_validation_sees_windows_as_they_are(small):
-    args, images = parse("--augment all"), tifffile.imread(small / "images.tif")
-    made, stack = trainee("--augment all"), data.Stack(images, None, [], "")
-    assert made.recipe == augment.RECIPES["all"]
-    feed = training.feed_of(args, Stacks(stack, stack, None, training.split_of(args, 10), made.normalisation))
-    _, mask = made(feed.windows_at([(2, 5, 7)]), training=False)
-    assert np.array_equal(np.asarray(mask)[0], images[2, 5:37, 7:39].astype(np.float32))
+    assert (getattr(recipe, field), asdict(recipe) | {field: None}) == (value, asdict(preset) | {field: None})

@@ -44,7 +44,7 @@ def shapes(network, *size):
     return {layer.name: spec.shape[1:] for layer, spec in zip(layers, specs, strict=True)}
 
 
-def test_the_published_network_has_the_parameters_of_the_papers_figure(published):
+def test_the_published_network_is_that_of_the_papers_figure_in_parameters_shapes_and_activations(published):
     def conv(size, incoming, outgoing):
         return (size * size * incoming + 1) * outgoing
 
@@ -52,15 +52,9 @@ def test_the_published_network_has_the_parameters_of_the_papers_figure(published
     down += conv(3, 256, 512) + conv(3, 512, 512) + conv(3, 512, 1024) + conv(3, 1024, 1024)
     up = sum(conv(2, 2 * n, n) + conv(3, 2 * n, n) + conv(3, n, n) for n in (512, 256, 128, 64))
     assert published.count_params() == down + up + conv(1, 64, 2) == 31_030_658
-
-
-def test_every_layer_of_the_published_network_has_the_shape_of_the_papers_figure(published):
     expected = {name: (side, side, channels) for name, side, channels in GOLDEN}
     assert shapes(published, 572, 572) == expected
     assert published.compute_output_shape((1, 572, 572, 1)) == (1, 388, 388)
-
-
-def test_the_published_network_has_23_convolutions_all_but_the_last_and_the_up_convolutions_with_relu(published):
     convs = [layer for layer in published.layers if hasattr(layer, "kernel")]
     assert len(convs) == 23
     linear = {layer.name for layer in convs if layer.activation is not keras.activations.relu}
@@ -94,7 +88,7 @@ def test_weights_are_a_function_of_the_seed_and_differ_from_layer_to_layer():
         assert not any((one == w).any() for w in kernels if w is not one and w.shape == one.shape)
 
 
-def test_the_two_deepest_maps_of_the_contracting_path_are_dropped_out_and_the_skip_is_one_of_them():
+def test_the_two_deepest_maps_of_the_contracting_path_are_dropped_out_and_the_skip_is_one_of_them_its_centre_kept():
     network = unet.build_2015(filters=2, levels=3)
     dropped = [layer.name for layer in network.layers if isinstance(layer, layers.Dropout)]
     assert dropped == ["down3_drop", "centre_drop"]
@@ -103,9 +97,6 @@ def test_the_two_deepest_maps_of_the_contracting_path_are_dropped_out_and_the_sk
     x = image(1, 100, 100, 1)
     assert (np.asarray(network(x)) == np.asarray(network(x))).all()
     assert (np.asarray(network(x, training=True)) != np.asarray(network(x, training=True))).any()
-
-
-def test_the_centre_of_a_skip_is_kept():
     crops = {level: unet.build_2015(filters=1).get_layer(f"up{level}_crop").cropping for level in (1, 2, 3, 4)}
     assert crops == {4: ((4, 4),) * 2, 3: ((16, 16),) * 2, 2: ((40, 40),) * 2, 1: ((88, 88),) * 2}
 
