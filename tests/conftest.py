@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +94,14 @@ def call_here(capsys, *words, main=None):
 def cases(names, *rows):
     """A test for every row of a table with these columns."""
     return pytest.mark.parametrize(names, rows)
+
+
+def python(*words, code=0, **options):
+    """Python in a process of its own, in the folder of the suite, which ends with that exit code."""
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 600} | options
+    done = subprocess.run([sys.executable, *map(str, words)], **options)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
 
 
 @contextlib.contextmanager

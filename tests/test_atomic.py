@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import file_limit
+from conftest import ROOT, file_limit
 
 from files import atomic
 from files.atomic import DataError
@@ -18,7 +18,6 @@ from network import unet
 from predict import prediction
 from train.record import Journal, save_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 DEAD = 2**22 + 1  # beyond Linux's largest process number
 
 

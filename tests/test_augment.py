@@ -4,14 +4,13 @@
 import hashlib
 import itertools
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from conftest import python
 from keras import ops
 from scipy import ndimage
 
@@ -333,9 +332,8 @@ def test_gray_values_change_as_drawn_linearly_or_by_gamma_and_only_the_images():
     np.testing.assert_array_equal(mask, arrays["image"])
     for k, (contrast, brightness, gamma, noise) in enumerate(arrays["gray"]):
         z = (arrays["image"][k] - 127.0) / 74
-        np.testing.assert_allclose(
-            image[k], gray_warp(z.ravel(), contrast, brightness, gamma).reshape(z.shape), atol=1e-4
-        )
+        expected = gray_warp(z.ravel(), contrast, brightness, gamma).reshape(z.shape)
+        np.testing.assert_allclose(image[k], expected, atol=1e-4)
         assert 0.8 <= contrast <= 1.25
         assert -0.3 <= brightness <= 0.3
         assert 0.8 <= gamma <= 1.25
@@ -398,8 +396,7 @@ def digest():
 def test_another_process_makes_the_same_batch_and_no_global_generator_is_read_or_moved():
     here = Path(__file__).resolve().parent
     code = f"import sys; sys.path[:0] = {[str(here), str(here.parent)]!r}; import test_augment as t; print(t.digest())"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == digest()
+    assert python("-c", code).stdout.strip() == digest()
     np.random.seed(1)
     before = np.random.get_state()[1].copy()
     first = digest()

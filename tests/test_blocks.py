@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, cases, file_limit, ome_zarr
+from conftest import ROOT, cases, file_limit, ome_zarr, python
 
 import data
 from files import atomic, omezarr
@@ -253,8 +253,7 @@ here.predict(Path({str(source)!r}), network=test_blocks.load_mortal, **{options!
 """
     folders = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "tests"))
     environment = os.environ | {"DIES_AFTER": str(after), "PYTHONPATH": folders}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    python("-c", code, code=-signal.SIGKILL, env=environment)
 
 
 @pytest.mark.parametrize(("tta", "versions", "after", "lost"), [("none", 1, 13, 0), ("8", 8, 200, 56)])

@@ -1,7 +1,6 @@
 """Labels, pairs, normalisation, splits, and what `check` says."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from PIL import Image
 import data
 from data import DataError, Normalisation, Stack, describe, load_pair, read_labels, read_stack, resolve, split_sections
 
-ROOT = Path(data.__file__).parent
 INTERIOR = np.array([[[1, 1, 0], [1, 1, 1]], [[0, 1, 1], [1, 1, 1]]], bool)
 
 

@@ -1,21 +1,17 @@
 """The command line: flags, defaults, contradictions, exit codes, and what must not be imported to parse them."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import tifffile
-from conftest import cases
+from conftest import cases, python
 
 import dilatedUnet
 from dilatedUnet import parse
 from files import fetching
 from files.shell import Terminated
 
-ROOT = Path(__file__).resolve().parent.parent
 STANDARD, DILATED = (
     f"--lr 0.00001 --max_lr 0.01 --epochs 500 {network} --weight_path weights/{name}_unet.weights --addition 1"
     for name, network in (("standard", "--dilate_rate 1 --dilate 0"), ("dilated", "--dilate_rate 2 --dilate 1"))
@@ -62,10 +58,9 @@ def test_the_help_opens_with_commands_lists_the_verbs_and_says_what_every_flag_o
 def test_help_imports_nothing_heavy(tmp_path):
     """What makes `--help` slow is what it imports; a time would depend on the machine."""
     code = (
-        "import contextlib as c, sys, dilatedUnet\nwith c.suppress(SystemExit): dilatedUnet.main(['train', '--help'])\n"
+        "import contextlib as c, sys, dilatedUnet\nwith c.suppress(SystemExit): dilatedUnet.main(['train', '--help'])"
     )
-    code += "print('LOADED', *sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = python("-c", code + "\nprint('LOADED', *sys.modules)")
     assert "--dilate_rate" in done.stdout
     loaded = {module.split(".")[0] for module in done.stdout.split("LOADED")[1].split()}
     assert "dilatedUnet" in loaded
@@ -86,9 +81,8 @@ OUT_OF_RANGE = f"""--epochs 0, --epochs ten, --lr 0, --lr -1, --lr nan, --lr inf
 def test_a_number_out_of_range_is_refused_with_its_flag_and_range(refuses, flags):
     *_, flag, value = flags.split()
     said = refuses(f"argument {flag}: must be", *flags.split())
-    assert re.search(
-        rf"(above|at least) \S+ and at most \S+\. Received: {value[:70]}|a whole number. Received: ten", said
-    )
+    rule = rf"(above|at least) \S+ and at most \S+\. Received: {value[:70]}|a whole number. Received: ten"
+    assert re.search(rule, said)
 
 
 REFUSED = {  # what is said of which flags
@@ -243,9 +237,7 @@ def test_a_bug_shows_its_traceback(call, monkeypatch):
     ("sections", "3 sections of 64 x 80 px", "mask"),
     ("challenge", "255 = interior", "problem"),
 )
-def test_check_says_what_the_files_are_and_of_images_alone_nothing_of_masks(
-    call, small, tmp_path, flags, said, not_said
-):
+def test_check_says_what_the_files_are_and_of_images_alone_no_masks(call, small, tmp_path, flags, said, not_said):
     for folder in ("challenge", "sections"):
         (tmp_path / folder).mkdir()
     for ours, theirs in (("images.tif", "train-volume.tif"), ("labels.tif", "train-labels.tif")):

@@ -7,17 +7,15 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, python
 
 import dilatedUnet
 import figures
 
-ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "docs" / "first-steps.ipynb"
 
 
@@ -96,25 +94,14 @@ def script(notebook):
     """The code of a notebook as a Python program; `!` lines as processes that must end well."""
     cells = [cell["source"] for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
     text = "\n".join("".join(lines) for lines in cells).replace("\\\n", " ")
-    return re.sub(
-        r"^!python (.*)$", r"subprocess.run([sys.executable, *shlex.split('\1')], check=True)", text, flags=re.M
-    )
+    call = r"subprocess.run([sys.executable, *shlex.split('\1')], check=True)"
+    return re.sub(r"^!python (.*)$", call, text, flags=re.M)
 
 
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     program = script(NOTEBOOK).replace("runs/first-steps", str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, "-c", f"import shlex, subprocess, sys\n{program}"],
-        **{
-            "cwd": ROOT,
-            "env": os.environ | {"MPLBACKEND": "agg"},
-            "capture_output": True,
-            "text": True,
-            "timeout": 600,
-        },
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = python("-c", f"import shlex, subprocess, sys\n{program}", env=os.environ | {"MPLBACKEND": "agg"})
     own, shipped = map(float, re.findall(r"^V_rand +(\S+)", done.stdout, re.MULTILINE))
     assert 0.5 < own <= 1
     assert 0.9 < shipped <= 1

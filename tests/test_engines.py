@@ -2,13 +2,11 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, cases
+from conftest import ROOT, cases, python
 from scipy.ndimage import gaussian_filter
 
 import data
@@ -145,9 +143,7 @@ def test_nothing_is_reported_to_anybody(tmp_path):
     code = "import sys; from network import device; device.openvino().Core(); "
     code += "print([m for m in sys.modules if 'telemetry.' in m])"
     outside_ci = {k: v for k, v in os.environ.items() if k not in ("CI", "TF_BUILD", "JENKINS_URL")}
-    how = {"cwd": ROOT, "env": outside_ci | {"HOME": str(tmp_path)}, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", code], **how, timeout=120)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert python("-c", code, env=outside_ci | {"HOME": str(tmp_path)}).stdout.strip() == "[]"
     assert not (tmp_path / "intel").exists()
 
 
@@ -161,7 +157,7 @@ def test_nothing_is_reported_to_anybody(tmp_path):
     ("keras", True, None, "keras"),
     ("openvino", False, None, None),
 )
-def test_auto_is_openvino_where_it_is_installed_and_there_is_no_accelerator(
+def test_auto_is_openvino_where_it_is_installed_without_an_accelerator(
     monkeypatch, asked, installed, accelerator, chosen
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)

@@ -1,14 +1,12 @@
 """What the figures show is what they were given; files are whole, small and replaced as a whole."""
 
 import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, call_here, cases
+from conftest import call_here, cases, python
 from PIL import Image
 
 import figures
@@ -154,10 +152,8 @@ def test_a_factor_shows_the_mean_and_the_spread_of_every_level_alike_in_every_pa
     np.testing.assert_array_equal(lines(training)["3"].get_xydata(), [[1, 0.9], [2, 0.5], [3, 0.3]])
     shade = training.collections[0].get_paths()[0].vertices
     assert {(1, 0.8), (1, 1.0), (2, 0.5), (3, 0.2)} <= {(x, round(y, 6)) for x, y in shade}
-    three, four, same = (
-        (line.get_color(), line._unscaled_dash_pattern, line.get_marker())
-        for line in (lines(training)["3"], lines(training)["4"], lines(validation)["4"])
-    )
+    drawn = (lines(training)["3"], lines(training)["4"], lines(validation)["4"])
+    three, four, same = ((one.get_color(), one._unscaled_dash_pattern, one.get_marker()) for one in drawn)
     assert three != four == same
     (axes,) = draw("factor", {"loss": {"": ([1, 2, 3], [5.0, 0.5, 0.1], [1.0, 0.6, 0.3])}}, xlabel="sections").axes
     assert axes.get_legend() is None
@@ -242,9 +238,7 @@ def test_figures_leave_matplotlib_s_global_state_alone(tmp_path):
         "figures.sheet({'a': np.eye(2)}, sys.argv[1]);"
         "print(before == matplotlib.rcParams.copy(), 'matplotlib.pyplot' in sys.modules)"
     )
-    run = [sys.executable, "-W", "error", "-c", probe, str(tmp_path / "picture.png")]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False"]
+    assert python("-W", "error", "-c", probe, tmp_path / "picture.png").stdout.split() == ["True", "False"]
 
 
 # -- the command line -------------------------------------------------------------------------------------------

@@ -2,13 +2,10 @@
 
 import ast
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import ROOT, python
 
 # A file imports only from places further down this list, so there is no circle anywhere.
 ORDER = [
@@ -74,10 +71,9 @@ def test_the_command_line_imports_the_standard_library_only_until_the_flags_are_
 def test_scores_studies_files_and_figures_import_without_keras_and_some_without_anything_heavy():
     code = "import importlib, sys\nfor name in sys.argv[1:]:\n importlib.import_module(name); print(name, *sys.modules)"
     names = LIGHT + [name for name in WITHOUT_KERAS if name in MODULES]
-    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == len(names)
-    for i, (name, *loaded) in enumerate(map(str.split, done.stdout.splitlines())):
+    lines = python("-c", code, *names).stdout.splitlines()
+    assert len(lines) == len(names)
+    for i, (name, *loaded) in enumerate(map(str.split, lines)):
         assert not {module.split(".")[0] for module in loaded} & (HEAVY if i < len(LIGHT) else KERAS), name
 
 

@@ -210,7 +210,7 @@ def test_segment_writes_a_label_per_cell(predict):
     ("--threshold 0.3", {"threshold": 0.8}, 800, 0.3, "uint16"),
     ("", {}, 1024, 0.5, "uint32"),
 )
-def test_segment_takes_the_threshold_of_the_record_and_has_room_for_all_cells_that_fit(
+def test_segment_takes_the_recorded_threshold_and_has_room_for_all_cells(
     monkeypatch, tmp_path, words, record, side, threshold, kind
 ):
     from score import segments

@@ -52,9 +52,7 @@ def test_the_report_needs_no_network_escapes_names_and_says_what_every_picture_s
     assert sum("cells split" in alt for alt in alts) == 5
 
 
-def test_the_worst_section_comes_first_the_numbers_are_those_of_the_table_and_figures_lie_beside_as_png(
-    written, labelled
-):
+def test_the_worst_section_comes_first_with_the_numbers_of_the_table_and_png_beside(written, labelled):
     curve = scores.v_rand(labelled[0][1:], labelled[1][1:])
     order = [int(number) for number in re.findall(r'<section id="s(\d+)"', written[1])]
     assert order == [1 + int(k) for k in np.argsort(curve.per_section)]

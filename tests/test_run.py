@@ -172,9 +172,7 @@ def test_another_setting_is_refused_by_name_on_resume(again, tmp_path, flags, wo
     assert files(tmp_path) == before
 
 
-def test_an_older_run_elsewhere_whose_paths_are_spelled_otherwise_goes_on_and_keeps_its_scores(
-    again, tmp_path, monkeypatch
-):
+def test_an_older_run_whose_paths_are_spelled_otherwise_goes_on_and_keeps_its_scores(again, tmp_path, monkeypatch):
     """A record without a flag that came later and without sittings; the last epoch's scoring dies."""
     (tmp_path / "runs").rename(tmp_path / "moved")
     shutil.copy("images.tif", "copied.tif")
@@ -299,7 +297,7 @@ def test_a_run_that_dies_at_the_worst_moments_ends_as_if_it_had_not(train, monke
 @pytest.mark.jax
 def test_adam_with_averaged_weights_resumes_exactly(train, monkeypatch, tmp_path):
     flags = (
-        f"{HOLDOUT} --augment elastic --optimizer adam --ema 0.5 --clr_mode cosine --max_lr 1e-2 --steps_per_epoch 1"
+        HOLDOUT + " --augment elastic --optimizer adam --ema 0.5 --clr_mode cosine --max_lr 1e-2 --steps_per_epoch 1"
     )
     assert train(f"{flags} --run_dir whole").code == 0
     with monkeypatch.context() as patch:
@@ -429,9 +427,7 @@ def test_held_out_and_gap_sections_touch_neither_weights_nor_normalisation_nor_h
     ("holdout --train_sections 0-2,5 --inner_sections 1", (0, 1, 2), (5,), (8, 9)),
     ("kfold --folds 5 --fold 1 --inner_sections 0", (0, 1, 4, 5, 6, 7, 8, 9), (), (2, 3)),
 )
-def test_sections_are_split_as_the_flags_say_and_by_default_an_eighth_chooses_the_weights(
-    words, train, inner, held_out
-):
+def test_sections_are_split_as_the_flags_say_and_by_default_an_eighth_chooses(words, train, inner, held_out):
     split = training.split_of(dilatedUnet.parse(["--protocol", *words.split()]), 10)
     assert (split.train, split.inner, split.held_out) == (train, inner, held_out)
     args = dilatedUnet.parse(["--protocol", "holdout"])

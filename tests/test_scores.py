@@ -2,17 +2,14 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter, deque
 from itertools import product
 from math import log
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
-from conftest import cases
+from conftest import ROOT, cases, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -21,7 +18,6 @@ from skimage import measure
 
 from score import scores, segments, topology
 
-ROOT = Path(__file__).parents[1]
 GOLDEN_SECTIONS = [0, 7, 14, 21, 26, 29]
 CHALLENGE = ("v_rand", "v_info", "rand_error", "pixel_error")
 SIX_DIGITS = 6e-7  # half a unit of the sixth digit, as the golden values are printed, and a little
@@ -119,12 +115,10 @@ def naive_pairs(pixels):
 
 def naive_info(pixels):
     n = len(pixels)
-    truth, proposal, joint = (
-        [-sum(c / n * log(c / n) for c in Counter(keys).values())]
-        for keys in zip(*[(i, j, (i, j)) for i, j in pixels], strict=True)
-    )
-    whole = truth[0] + proposal[0]
-    return 2 * (whole - joint[0]) / whole if whole > 1e-12 else 0.0
+    keys = zip(*[(i, j, (i, j)) for i, j in pixels], strict=True)
+    truth, proposal, joint = (-sum(c / n * log(c / n) for c in Counter(key).values()) for key in keys)
+    whole = truth + proposal
+    return 2 * (whole - joint) / whole if whole > 1e-12 else 0.0
 
 
 RING8 = [(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1) if (r, c) != (0, 0)]
@@ -437,15 +431,10 @@ def test_segment_floods_from_the_seeds_that_are_large_enough_and_v_rand_chooses_
 
 
 # --- speed and imports
-SCORE_A_TINY_STACK = (
-    "import numpy as np; from score import scores; print(scores.v_rand(np.eye(8)[None], [np.ones((8, 8))]).value)"
-)
-
-
 def score_a_tiny_stack(before="", **options):
-    run = [sys.executable, "-c", before + SCORE_A_TINY_STACK]
-    done = subprocess.run(run, capture_output=True, text=True, **options)
-    assert float(done.stdout or "nan") == pytest.approx(scores.v_rand(np.eye(8)[None], [np.ones((8, 8))]).value), done
+    one = "scores.v_rand(np.eye(8)[None], [np.ones((8, 8))]).value"
+    done = python("-c", f"{before}import numpy as np; from score import scores; print({one})", **options)
+    assert float(done.stdout) == pytest.approx(eval(one))
     return done.stderr
 
 
@@ -461,5 +450,5 @@ def test_scoring_works_where_nothing_can_be_cached(tmp_path):
 
 
 def test_scoring_works_without_numba_and_says_that_it_is_slow():
-    said = score_a_tiny_stack("import sys; sys.modules['numba'] = None\n", cwd=ROOT)
+    said = score_a_tiny_stack("import sys; sys.modules['numba'] = None\n")
     assert "numba is not installed" in said

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, cases
+from conftest import ROOT, cases, python
 
 LIST = "reproduce table --list"
 ENDS = "import atexit, os, signal, sys, time\nfrom files import shell\n{}\nsys.exit(shell.ends(main))"
@@ -16,9 +16,8 @@ KILL = "os.kill(os.getpid(), signal.{})"
 def shell(line, **environment):
     """A line for the shell, in which `suite` is the program; its exit code, stdout and stderr."""
     command = f"suite() {{ '{sys.executable}' dilatedUnet.py \"$@\"; }}; set -o pipefail; {line}"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120
-    )
+    options = {"cwd": ROOT, "env": os.environ | environment, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run(["bash", "-c", command], **options)
     assert "Traceback" not in done.stderr
     return done
 
@@ -38,9 +37,7 @@ def test_a_stream_that_is_gone_or_full_ends_as_other_programs_do(line, code, wor
     assert (done.returncode, done.stderr) == (code, words)
 
 
-def test_what_is_to_be_written_is_written_though_nobody_reads_and_ctrl_c_while_importing_is_no_traceback(
-    small, tmp_path
-):
+def test_what_is_to_be_written_is_though_nobody_reads_and_ctrl_c_while_importing_is_no_traceback(small, tmp_path):
     labels, numbers = small / "labels.tif", tmp_path / "numbers.json"
     line = f"suite evaluate --prediction '{labels}' --mask_path '{labels}' --scores dice --json '{numbers}' | true"
     assert shell(line, PYTHONUNBUFFERED="1").returncode == 141
@@ -69,6 +66,5 @@ def test_a_terminal_without_the_letters_gets_escapes(encoding):
     ("def main():\n import matplotlib\n return matplotlib.get_backend() != 'agg'", 0),
 )
 def test_a_signal_has_its_exit_code(main, code):
-    done = subprocess.run([sys.executable, "-c", ENDS.format(main)], cwd=ROOT, capture_output=True, timeout=120,
-                          env=os.environ | {"MPLBACKEND": "nonsense"})  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+    done = python("-c", ENDS.format(main), code=code, env=os.environ | {"MPLBACKEND": "nonsense"})
+    assert (done.stdout, done.stderr) == ("", "")

@@ -24,7 +24,6 @@ from files.writing import write_mask, write_prediction
 
 VOXEL = (50.0, 4.0, 4.0)
 COLOURS = np.array([np.arange(256), np.zeros(256), np.arange(256)]).astype(np.uint16) * 257
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def gray(shape=(6, 40, 36), dtype="uint8", seed=0):

@@ -49,9 +49,8 @@ def test_stack_is_named_and_read_only_and_the_test_stack_is_another(monkeypatch)
     with pytest.raises(ValueError, match="read-only"):
         resolve("synthetic", "image").sections[0] = 0
     assert (resolve("synthetic", "test").sections != images.sections).any()
-    np.testing.assert_array_equal(
-        resolve("synthetic", "test_mask").sections, synthetic(2, (64, 64), 1_000_003)[1].sections
-    )
+    expected = synthetic(2, (64, 64), 1_000_003)[1].sections
+    np.testing.assert_array_equal(resolve("synthetic", "test_mask").sections, expected)
 
 
 @pytest.mark.parametrize("wrong", [{"sections": 0}, {"size": (0, 5)}, {"seed": -1}])

@@ -15,24 +15,18 @@ TINY = {"filters": (4, 6, 8), "centre_dilations": (1, 2, 4)}
 TINY_2015 = {"arch": "unet2015", "filters": 4, "levels": 3, "padding": "same"}
 
 # Name, height relative to the input, channels: spec of the study, layer by layer.
-GOLDEN = [
-    ("down1_conv1", 1, 44), ("down1_bn1", 1, 44), ("down1_conv2", 1, 44), ("down1_bn2", 1, 44),
-    ("down1_pool", 2, 44), ("down1_drop", 2, 44),
-    ("down2_conv1", 2, 88), ("down2_bn1", 2, 88), ("down2_conv2", 2, 88), ("down2_bn2", 2, 88),
-    ("down2_pool", 4, 88), ("down2_drop", 4, 88),
-    ("down3_conv1", 4, 176), ("down3_bn1", 4, 176), ("down3_conv2", 4, 176), ("down3_bn2", 4, 176),
-    ("down3_pool", 8, 176), ("down3_drop", 8, 176),
-    ("centre_conv1", 8, 176), ("centre_bn1", 8, 176), ("centre_conv2", 8, 176), ("centre_bn2", 8, 176),
-    ("centre_conv3", 8, 176), ("centre_bn3", 8, 176), ("centre_conv4", 8, 176), ("centre_bn4", 8, 176),
-    ("centre_conv5", 8, 176), ("centre_bn5", 8, 176), ("centre_conv6", 8, 176), ("centre_sum", 8, 176),
-    ("up3_upsample", 4, 176), ("up3_conv1", 4, 88), ("up3_concatenate", 4, 264), ("up3_bn1", 4, 264),
-    ("up3_conv2", 4, 88), ("up3_bn2", 4, 88), ("up3_conv3", 4, 88),
-    ("up2_upsample", 2, 88), ("up2_conv1", 2, 44), ("up2_concatenate", 2, 132), ("up2_bn1", 2, 132),
-    ("up2_conv2", 2, 44), ("up2_bn2", 2, 44), ("up2_conv3", 2, 44),
-    ("up1_upsample", 1, 44), ("up1_conv1", 1, 22), ("up1_concatenate", 1, 66), ("up1_bn1", 1, 66),
-    ("up1_conv2", 1, 22), ("up1_bn2", 1, 22), ("up1_conv3", 1, 22),
-    ("head_bn", 1, 22), ("head_conv", 1, 2),
-]  # fmt: skip
+GOLDEN = """
+    down1_conv1 1 44, down1_bn1 1 44, down1_conv2 1 44, down1_bn2 1 44, down1_pool 2 44, down1_drop 2 44,
+    down2_conv1 2 88, down2_bn1 2 88, down2_conv2 2 88, down2_bn2 2 88, down2_pool 4 88, down2_drop 4 88,
+    down3_conv1 4 176, down3_bn1 4 176, down3_conv2 4 176, down3_bn2 4 176, down3_pool 8 176, down3_drop 8 176,
+    centre_conv1 8 176, centre_bn1 8 176, centre_conv2 8 176, centre_bn2 8 176, centre_conv3 8 176, centre_bn3 8
+    176, centre_conv4 8 176, centre_bn4 8 176, centre_conv5 8 176, centre_bn5 8 176, centre_conv6 8 176,
+    centre_sum 8 176, up3_upsample 4 176, up3_conv1 4 88, up3_concatenate 4 264, up3_bn1 4 264, up3_conv2 4 88,
+    up3_bn2 4 88, up3_conv3 4 88, up2_upsample 2 88, up2_conv1 2 44, up2_concatenate 2 132, up2_bn1 2 132,
+    up2_conv2 2 44, up2_bn2 2 44, up2_conv3 2 44, up1_upsample 1 44, up1_conv1 1 22, up1_concatenate 1 66,
+    up1_bn1 1 66, up1_conv2 1 22, up1_bn2 1 22, up1_conv3 1 22, head_bn 1 22, head_conv 1 2
+"""
+GOLDEN = [(name, int(a), int(b)) for name, a, b in map(str.split, GOLDEN.split(","))]
 
 
 def test_the_published_variants_have_the_published_parameters_he_normal_but_for_the_glorot_uniform_head():

@@ -9,22 +9,17 @@ from network import layers, unet
 from predict import tiling
 
 # Name, side for an input of 572 px, channels: figure 1 of arXiv 1505.04597.
-GOLDEN = [
-    ("down1_conv1", 570, 64), ("down1_conv2", 568, 64), ("down1_pool", 284, 64),
-    ("down2_conv1", 282, 128), ("down2_conv2", 280, 128), ("down2_pool", 140, 128),
-    ("down3_conv1", 138, 256), ("down3_conv2", 136, 256), ("down3_pool", 68, 256),
-    ("down4_conv1", 66, 512), ("down4_conv2", 64, 512), ("down4_drop", 64, 512), ("down4_pool", 32, 512),
-    ("centre_conv1", 30, 1024), ("centre_conv2", 28, 1024), ("centre_drop", 28, 1024),
-    ("up4_upconv", 56, 512), ("up4_crop", 56, 512), ("up4_concatenate", 56, 1024),
-    ("up4_conv1", 54, 512), ("up4_conv2", 52, 512),
-    ("up3_upconv", 104, 256), ("up3_crop", 104, 256), ("up3_concatenate", 104, 512),
-    ("up3_conv1", 102, 256), ("up3_conv2", 100, 256),
-    ("up2_upconv", 200, 128), ("up2_crop", 200, 128), ("up2_concatenate", 200, 256),
-    ("up2_conv1", 198, 128), ("up2_conv2", 196, 128),
-    ("up1_upconv", 392, 64), ("up1_crop", 392, 64), ("up1_concatenate", 392, 128),
-    ("up1_conv1", 390, 64), ("up1_conv2", 388, 64),
-    ("head_conv", 388, 2),
-]  # fmt: skip
+GOLDEN = """
+    down1_conv1 570 64, down1_conv2 568 64, down1_pool 284 64, down2_conv1 282 128, down2_conv2 280 128,
+    down2_pool 140 128, down3_conv1 138 256, down3_conv2 136 256, down3_pool 68 256, down4_conv1 66 512,
+    down4_conv2 64 512, down4_drop 64 512, down4_pool 32 512, centre_conv1 30 1024, centre_conv2 28 1024,
+    centre_drop 28 1024, up4_upconv 56 512, up4_crop 56 512, up4_concatenate 56 1024, up4_conv1 54 512,
+    up4_conv2 52 512, up3_upconv 104 256, up3_crop 104 256, up3_concatenate 104 512, up3_conv1 102 256,
+    up3_conv2 100 256, up2_upconv 200 128, up2_crop 200 128, up2_concatenate 200 256, up2_conv1 198 128,
+    up2_conv2 196 128, up1_upconv 392 64, up1_crop 392 64, up1_concatenate 392 128, up1_conv1 390 64, up1_conv2
+    388 64, head_conv 388 2
+"""
+GOLDEN = [(name, int(a), int(b)) for name, a, b in map(str.split, GOLDEN.split(","))]
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +73,8 @@ def test_weights_are_gaussian_with_the_standard_deviation_of_their_incoming_conn
 
 
 def test_weights_are_a_function_of_the_seed_and_differ_from_layer_to_layer():
-    first, again, other = (
-        [np.asarray(w) for w in unet.build_2015(filters=2, levels=2, dropout=0.0, seed=seed).weights]
-        for seed in (1, 1, 2)
-    )
+    made = (unet.build_2015(filters=2, levels=2, dropout=0.0, seed=seed) for seed in (1, 1, 2))
+    first, again, other = ([np.asarray(w) for w in network.weights] for network in made)
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     kernels = [w for w in first if w.ndim > 1]
     for one in [w for w in other if w.ndim > 1] + kernels:
