@@ -103,7 +103,6 @@ def source_map(one, window):
     return result + np.array(one.origin)[:, None, None]
 
 
-# --- exact pixels
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 def test_a_crop_alone_is_the_sections_pixels_bit_for_bit(dtype):
     images = stack(dtype=dtype) * dtype(3) / 3 if dtype == np.float32 else stack(dtype=dtype)
@@ -182,7 +181,6 @@ def test_uint8_uint16_and_float32_give_the_same_bits(made):
             np.testing.assert_array_equal(a, b)
 
 
-# --- one map
 @RUNS
 def test_image_and_mask_stay_registered_in_every_pixel(made, run):
     """On ramps, whose nearest value is the linear one, rounded; one along the rows, one along the columns."""
@@ -245,7 +243,6 @@ def test_the_margin_is_nothing_without_resampling_and_the_corners_for_any_angle(
     assert np.abs(grids).max() == pytest.approx(10 * augment.CLIP_SD), "clipped where the margin ends"
 
 
-# --- each transform does what it says
 def test_rotation_scale_shift_and_shear_do_what_they_say():
     image, crop = transformed(stack(), Recipe(max_rotation_deg=180), rotation_deg=90)
     np.testing.assert_allclose(image, np.rot90(crop), atol=0.02)
@@ -305,7 +302,6 @@ def test_context_beyond_the_border_is_mirrored_however_far(shape, margin):
         np.testing.assert_array_equal(source, padded[rows, columns])
 
 
-# --- gray values
 def gray_warp(z, contrast=1.0, brightness=0.0, gamma=1.0):
     made = Recipe(brightness=0.5, contrast=0.5, gamma=1.0)
     gray = np.float32([[contrast, brightness, gamma, 0]])
@@ -370,7 +366,6 @@ def test_noise_is_nearly_gaussian_uncorrelated_and_as_strong_as_drawn():
     assert (mask == 100).all()
 
 
-# --- keys
 def test_an_element_depends_on_seed_epoch_and_index_and_not_on_the_batch_it_travels_in():
     made = RECIPES["all"]
     together = warp(batch(stack(), stack(), made, indices=[2, 5, 7]), made)
@@ -424,7 +419,6 @@ def test_sections_are_visited_evenly_in_orders_of_their_own_and_every_place_is_r
     assert origins == set(itertools.product(range(3), range(5)))
 
 
-# --- the compiled warp, the preview, and what is refused
 def test_the_compiled_warp_is_the_eager_one_in_shape_type_and_value():
     made = RECIPES["all"]
     arrays = batch(stack(), stack(), made)

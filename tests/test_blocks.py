@@ -27,7 +27,6 @@ FIELD = SimpleNamespace(multiple=4, shrink=0, remainder=0, radius=7)
 NM = (40.0, 4.0, 8.0)
 
 
-# -- networks in numpy, which workers import from here -----------------------------------------------------------
 def load(weights, precision):
     """A maximum over 4 x 4 px, and those above it and on its right; zeros beyond the input.
 
@@ -83,7 +82,6 @@ def load_keras(weights, precision):
     return prediction.load_windows_predictor(weights, precision, "keras", json.dumps(normalisation))
 
 
-# -- a folder with an image, weights and a prediction ------------------------------------------------------------
 def pixels(*shape, dtype=np.uint8, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape).astype(dtype)
 
@@ -142,7 +140,6 @@ def here(tmp_path):
     return Place(tmp_path)
 
 
-# -- the same numbers --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("tta", "batch_size"), [("none", 1), ("none", 3), ("4", 1), ("7", 3), ("8", 1)])
 @pytest.mark.parametrize("shape", [(96, 80), (101, 43), (7, 210), (17, 19)])
 @pytest.mark.parametrize("halo", [0, 8])
@@ -181,7 +178,6 @@ def test_a_block_is_no_deeper_than_its_pixels_may_be_many(here, monkeypatch):
     assert here.said[-1] == "12 blocks"  # 2 x 2 tiles, three sections deep
 
 
-# -- OME-Zarr ----------------------------------------------------------------------------------------------------
 def attributes_of(path, version):
     """Metadata of an image, from the place where its version has it."""
     attributes = zarr.open_group(str(path), mode="r").attrs.asdict()
@@ -242,7 +238,6 @@ def test_without_the_extra_the_error_says_what_to_install(here, monkeypatch):
         omezarr.open_zarr(path)
 
 
-# -- kills and resumption ----------------------------------------------------------------------------------------
 def kill(here, source, after, **options):
     """Predict in a process of its own, which dies after so many windows."""
     code = f"""
@@ -374,7 +369,6 @@ def test_an_image_that_is_no_prediction_is_kept(here, flag):
     np.testing.assert_array_equal(np.stack(list(omezarr.open_zarr(here.output))), sections)
 
 
-# -- workers -----------------------------------------------------------------------------------------------------
 @pytest.fixture
 def distributed():
     """The module; what it leaves in the environment goes afterwards."""
@@ -462,7 +456,6 @@ def test_a_scheduler_that_cannot_be_reached_is_said_to_be(here, monkeypatch, dis
     assert not here.output.exists()
 
 
-# -- the network of the suite ------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_a_network_of_the_suite_gives_the_same_bits_as_section_by_section(here):
     from network import unet

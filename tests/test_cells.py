@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tifffile
-from conftest import call_here, call_quietly, history
+from conftest import call_here, call_quietly
 from keras import ops
 
 import augment
@@ -201,13 +201,6 @@ def test_a_run_on_cells_scores_held_out_frames_and_predicts_labels(done, frames,
     scored = call_here(capsys, *scored, "--sections", "6-7", "--json", "s.json")
     assert scored.code == 0, scored.err
     assert json.loads(Path("s.json").read_text())["seg"] == pytest.approx(record["held_out"]["seg"])
-
-
-@pytest.mark.slow
-def test_an_unpadded_network_resumes_exactly(done, frames, tmp_path):
-    for more in ("--epochs 1", "--resume"):
-        call_quietly(tmp_path, command(frames, f"--run_dir r {more}"))
-    assert history(tmp_path / "r") == history(done / "r")
 
 
 def test_frames_without_a_mask_are_left_out(frames, tmp_path):

@@ -28,7 +28,6 @@ def two_valued(membrane, interior, dtype="uint8"):
     return mask_stack(np.where(INTERIOR, interior, membrane).astype(dtype))
 
 
-# --- Finding ------------------------------------------------------------------------------------------------
 def test_folder_of_the_challenge_gives_each_role_its_file(tmp_path):
     files = {"image": "train-volume.tif", "mask": "train-labels.tif", "test": "test-volume.tif"}
     for role, name in files.items():
@@ -50,8 +49,6 @@ def test_the_test_part_of_a_data_set_has_a_name(role, test_role, monkeypatch):
     with pytest.raises(DataError, match="--prediction must be a file or a folder"):
         resolve("synthetic", "prediction")
 
-
-# --- Labels -------------------------------------------------------------------------------------------------
 
 TWO_VALUES = [(0, 1, "uint8"), (0, 255, "uint8"), (False, True, "bool"), (0, -1, "int8"), (1, 2, "uint16")]
 
@@ -149,7 +146,6 @@ def test_what_is_not_labelled_is_no_cell_and_no_background():
         data.read_instances(mask_stack(PARTLY), ignore=0)
 
 
-# --- Pairs --------------------------------------------------------------------------------------------------
 def folder_of(folder, names):
     """Section i is black at pixel i."""
     folder.mkdir()
@@ -221,7 +217,6 @@ def test_window_must_fit_network_and_sections(window, shape, words):
         data.check_window(image_stack(shape), window)
 
 
-# --- Normalisation ------------------------------------------------------------------------------------------
 @given(st.floats(allow_nan=False, allow_infinity=False), st.floats(0, 1e300), st.floats(1e-12, 1))
 def test_constants_survive_json(mean, std, epsilon):
     norm = Normalisation(mean, std, epsilon)
@@ -261,7 +256,6 @@ def test_wrong_constants_are_refused(wrong):
         Normalisation.from_dict(wrong)
 
 
-# --- Splits -------------------------------------------------------------------------------------------------
 def contiguous(sections):
     return list(sections) == list(range(sections[0], sections[0] + len(sections)))
 
@@ -377,7 +371,6 @@ def test_montage_lays_sections_row_by_row_in_the_order_drawn():
     np.testing.assert_array_equal(picture[2:4, :3], sections[1])
 
 
-# --- What the files are -------------------------------------------------------------------------------------
 def saying(lines, *words, problems=0):
     text = "\n".join(lines)
     assert sum(line.startswith("problem: ") for line in lines) == problems, text
@@ -431,7 +424,6 @@ def test_check_and_the_constants_look_at_a_large_section_in_strips(monkeypatch):
     saying(lines, "problem: the stack and its masks would take 0.037 MB of memory", problems=1)
 
 
-# --- The real files -----------------------------------------------------------------------------------------
 def test_the_real_stack_is_78_percent_interior_and_check_has_nothing_to_complain_about(isbi):
     images, masks, messages = load_pair(isbi, isbi)
     assert images.voxel_nm == masks.voxel_nm == (50.0, 4.0, 4.0)

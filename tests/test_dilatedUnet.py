@@ -23,7 +23,6 @@ def flags_of(verb):
     return {action.dest: action for action in actions if action.dest != "help"}
 
 
-# -- verbs, flags, defaults
 @pytest.mark.parametrize(("words", "dilate", "rate"), [(STANDARD, 0, 1), (DILATED, 1, 2)])
 def test_the_published_commands_parse_word_for_word(words, dilate, rate):
     args = parse(words.split())
@@ -66,9 +65,6 @@ def test_help_imports_nothing_heavy(tmp_path):
     assert "dilatedUnet" in loaded
     heavy = {"keras", "tensorflow", "jax", "torch", "scipy", "skimage", "matplotlib", "PIL", "tifffile", "pooch"}
     assert not loaded & {*heavy, "numba", "numpy"}
-
-
-# -- refusals
 
 
 OUT_OF_RANGE = f"""--epochs 0, --epochs ten, --lr 0, --lr -1, --lr nan, --lr inf, --lr {"1" * 401}, --seed {"1" * 401},
@@ -143,7 +139,6 @@ def test_bad_usage_is_refused_in_one_sentence_that_names_the_flag(refuses, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-# -- recipes
 def differing(a, b):
     """The settings in which two command lines differ."""
     a, b = (vars(parse(words.split())) for words in (a, b))
@@ -202,7 +197,6 @@ def test_predict_takes_the_shipped_network_and_says_so_unless_another_is_named(c
     assert prediction.read_record(taken[0][0])["network"]["dilate"] is False
 
 
-# -- exit codes
 @cases(
     "error, code, words",
     (OSError(28, "No space left on device"), 2, "No space left on device"),
@@ -227,7 +221,6 @@ def test_a_bug_shows_its_traceback(call, monkeypatch):
         call("check")
 
 
-# -- check, fetch
 @cases(
     "flags, said, not_said",
     ("SMALL/images.tif --mask_path SMALL/labels.tif", "uint8, 255 = interior, holdout: train on 0-7", "problem"),

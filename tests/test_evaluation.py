@@ -46,7 +46,6 @@ def sections(stack):
     return evaluation.Sections(reader, range(len(stack)))
 
 
-# --- scores
 def test_json_holds_the_scores_asked_for_with_their_curves(files, labelled):
     found = numbers(files())
     assert set(found) & set(evaluation.SCORES) == set(evaluation.DEFAULT_SCORES)
@@ -89,7 +88,6 @@ def test_pooled_scores_divide_once_and_a_section_without_interior_has_no_value_w
     json.dumps(found, allow_nan=False)
 
 
-# --- what is read
 @pytest.fixture
 def partly(labelled):
     """The prediction, labels of which the right part is unlabelled (-1), and that of section 1 as a whole."""
@@ -243,7 +241,6 @@ def test_numbers_of_cells_are_what_is_stored_whatever_is_shown(files, labelled):
     assert numbers([*given, "--instances"])["mean_iou"] == 1
 
 
-# --- which images were predicted
 def origin_of(images, labels, given=None):
     """What is said of a prediction of these images: warnings, or a refusal."""
     made_of = {"pixels_sha256": data.sha256_pixels(images)}
@@ -308,7 +305,6 @@ def test_a_raw_image_given_as_a_prediction_is_warned_of(challenge, capsys, predi
     assert sum(words in warning for warning in warnings) == 1
 
 
-# --- output
 def test_the_table_shows_value_threshold_and_published_results(files, capsys, labelled):
     evaluate([*files(), "--sections", "2-5", "--scores", "v_rand,warping_error"])
     lines = capsys.readouterr().out.splitlines()

@@ -89,7 +89,6 @@ def test_a_picture_is_small_not_blank_on_white_and_replaces_the_old_file_with_th
     assert DRAWINGS[name](tmp_path / "again").read_bytes() == path.read_bytes()
 
 
-# -- curves -----------------------------------------------------------------------------------------------------
 def test_curves_hold_the_history_against_epochs_from_one_and_ring_the_kept_weights(draw):
     loss, dice, rate = draw("curves", HISTORY).axes
     for axes, name in ((loss, "loss"), (dice, "dice")):
@@ -169,7 +168,6 @@ def test_score_curves_name_and_ring_the_best_threshold(higher, value, threshold,
     assert axes.get_ylabel() == f"{'score, higher' if higher else 'error, lower'} is better"
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------
 def test_a_preview_outlines_the_mask_in_its_window_and_nothing_where_the_mask_is_constant(tmp_path):
     masks = np.stack([disc(), np.ones_like(disc())])
     picture = pixels(figures.preview(np.full((2, 64, 64), 100.0), masks, tmp_path / "preview.png"))
@@ -230,7 +228,6 @@ def test_an_animation_runs_through_the_stack_sections_left_masks_right(tmp_path)
             assert np.abs(frame[::4, 260::4] - masks[index] * 255).max() < 9
 
 
-# -- house ------------------------------------------------------------------------------------------------------
 def test_figures_leave_matplotlib_s_global_state_alone(tmp_path):
     probe = (
         "import sys, figures, matplotlib, numpy as np; before = matplotlib.rcParams.copy();"
@@ -239,9 +236,6 @@ def test_figures_leave_matplotlib_s_global_state_alone(tmp_path):
         "print(before == matplotlib.rcParams.copy(), 'matplotlib.pyplot' in sys.modules)"
     )
     assert python("-W", "error", "-c", probe, tmp_path / "picture.png").stdout.split() == ["True", "False"]
-
-
-# -- the command line -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

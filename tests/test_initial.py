@@ -36,35 +36,29 @@ def test_another_network_is_refused_by_its_flags(train, refuses, finished, small
     refuses("--init_from: gone.weights.h5 does not exist", *files, "--init_from", "gone")
 
 
-def test_a_fine_tuned_run_has_its_own_normalisation_and_names_where_it_started(train, finished, small, tmp_path):
+def test_a_fine_tuned_run_has_its_own_normalisation_names_its_start_and_needs_it_once(train, finished):
     """The weights of a first update at a rate of nearly nothing are those that it started from."""
-    weights = finished / "weights/x"
-    flags = "--clr_mode none --lr 1e-12 --epochs 1 --steps_per_epoch 1 --train_sections 0-2 --run_dir run"
-    done = train(f"{HOLDOUT} {flags} --inner_sections 0 --bn_momentum 0", "--init_from", weights)
+    for suffix in (".weights.h5", ".json"):
+        shutil.copy(finished / f"weights/x{suffix}", f"start{suffix}")
+    flags = f"{HOLDOUT} --inner_sections 0 --clr_mode none --lr 1e-12 --steps_per_epoch 1 --train_sections 0-2"
+    flags += " --bn_momentum 0 --run_dir run --init_from start --epochs"
+    done = train(f"{flags} 1")
     assert done.code == 0, done.err
-    run, there = strict("run/run.json"), prediction.read_record(weights)
+    run, there = strict("run/run.json"), prediction.read_record("start")
     assert run["normalisation"] != there["normalisation"]
-    assert run["init_from"] == strict("run/best.json")["init_from"] == initial._origin(weights)
+    assert run["init_from"] == strict("run/best.json")["init_from"] == initial._origin(Path("start"))
     network, record = prediction.load_network("run/best")
     assert record["network"]["bn_momentum"] == 0
-    theirs = prediction.load_network(weights)[0]
+    theirs = prediction.load_network("start")[0]
     for layer in network.layers:
         if hasattr(layer, "kernel"):
             np.testing.assert_allclose(layer.kernel, theirs.get_layer(layer.name).kernel, atol=1e-6)
-
-
-def test_a_start_is_needed_once_and_a_refused_one_costs_nothing(train, finished):
-    for suffix in (".weights.h5", ".json"):
-        shutil.copy(finished / f"weights/x{suffix}", f"start{suffix}")
-    flags = f"{HOLDOUT} --inner_sections 0 --run_dir run --init_from start --epochs"
-    assert train(f"{flags} 1").code == 0
-    start, before = strict("run/run.json")["init_from"], files("run")
-    assert start["sha256"]
+    before = files("run")
     done = train(f"{flags} 1 --force --filters 2,4")
-    assert (done.code, files("run")) == (2, before)
+    assert (done.code, files("run")) == (2, before), "what is refused costs nothing"
     for path in Path.cwd().glob("start*"):
         path.unlink()
-    assert (train(f"{flags} 2 --resume").code, strict("run/run.json")["init_from"]) == (0, start)
+    assert (train(f"{flags} 2 --resume").code, strict("run/run.json")["init_from"]) == (0, run["init_from"])
 
 
 def test_a_run_laid_out_for_minutes_is_resumed_as_it_was_laid_out(train, monkeypatch, tmp_path):

@@ -83,7 +83,6 @@ def expected(section, **options):
     return prediction.section_predictor(network_of(), NORMALISATION, **options)(section)
 
 
-# -- sizes and tiles ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", [(513, 700), (100, 90), (8, 8), (1, 3)])
 def test_a_section_of_any_size_is_predicted(predict, shape):
     section = section_of(*shape)
@@ -151,7 +150,6 @@ def test_flags_that_contradict_each_other_are_refused(refuses, weights, tmp_path
     assert not list(tmp_path.glob("x.*"))
 
 
-# -- averaging, masks, labels ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("words", "name"), [(("--tta",), "8"), (("--tta", "4"), "4"), (("--tta", "7"), "7")])
 def test_tta_is_the_mean_over_turned_and_mirrored_versions(predict, words, name):
     section, every = section_of(60, 44), []
@@ -223,7 +221,6 @@ def test_segment_takes_the_recorded_threshold_and_has_room_for_all_cells(
     assert (asked, tifffile.imread(out).dtype) == ([threshold], kind)
 
 
-# -- what goes in ------------------------------------------------------------------------------------------------
 def test_the_training_normalisation_is_used_and_not_the_stacks_own(predict):
     section = section_of(64, 72) // 2
     results = []
@@ -275,7 +272,6 @@ def test_a_section_that_cannot_fit_into_memory_is_refused_before_it_is_predicted
     assert "the prediction of a section of 64 x 64 px would take" in done.err
 
 
-# -- gray values -------------------------------------------------------------------------------------------------
 def looks(dtype=np.uint8, seed=0, size=300):
     """Skewed gray values, as of membranes; the same pixels whatever the type."""
     return (255 * np.random.default_rng(seed).beta(3, 2, (2, size, size))).astype(np.uint8).astype(dtype)
@@ -341,7 +337,6 @@ def test_the_shipped_weights_know_the_gray_values_that_they_were_trained_on(isbi
         assert record["intensity"]["dark_lines"] == intensity.dark_lines(sections[[0, 15, -1]])
 
 
-# -- outputs -----------------------------------------------------------------------------------------------------
 def test_an_existing_output_is_replaced_with_force_only(predict):
     section = section_of(32, 40)[None]
     Path("out.tif").write_bytes(b"precious")
@@ -371,7 +366,6 @@ def test_a_section_that_cannot_be_read_leaves_no_output(predict, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["stack.tif"]
 
 
-# -- weights and their record ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["x", "x.weights", "x.weights.h5", "x.h5"])
 def test_every_spelling_of_a_weight_path_means_one_file(name):
     assert prediction.weight_file(f"weights/{name}") == Path("weights/x.weights.h5")

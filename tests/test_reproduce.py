@@ -112,7 +112,6 @@ def cells(out, row, metric):
     return next(line for line in lines if line[0] == row and line[2].startswith(metric))
 
 
-# -- rows
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_row_is_a_command_line_of_the_suite_and_says_what_it_costs(quick):
     for table in tables(quick):
@@ -230,7 +229,6 @@ def test_the_rows_of_2015_have_the_papers_values_beside_them():
     assert [found[1][key] for key in published] == ["sgd", 0.99, 1, False, "valid", "7"]
 
 
-# -- bad usage
 @cases(
     "words, sentence",
     (["table", "lr"], "lr is a factor of study"),
@@ -283,7 +281,6 @@ def test_a_damaged_file_of_records_is_refused_in_one_sentence_before_any_run(rep
         refused(reproduced, "results/table.json", "table", flag)
 
 
-# -- runs
 def test_the_commands_are_listed_with_their_cost_and_nothing_is_run(reproduced):
     code, out, _, calls = reproduced(*ONE, "--list")
     assert (code, calls) == (0, [])
@@ -459,7 +456,6 @@ def test_a_run_is_the_suite_in_a_process_of_its_own_with_jax_s_compilations_kept
         assert Path("said").read_text() == f"--lr 0.1 {expected}\n"
 
 
-# -- comparison with what was published
 def rising(step=0.001, **first):
     """Values that rise from seed to seed."""
     return lambda args: {key: value + step * args.seed for key, value in first.items()}
@@ -529,7 +525,6 @@ def test_a_finished_run_without_the_number_is_not_reproduced(reproduced):
     assert "train loss MISSED" in err, "the 9.0 of the record's last epoch"
 
 
-# -- verdicts
 def dilation(effect):
     """V_rand of the dilated rows differs by `effect`, plus a little that differs from seed to seed."""
     base, other = rising(0.01, v_rand=0.95), rising(0.0102, v_rand=0.9498 + effect)
@@ -602,7 +597,6 @@ def test_cells_are_compared_by_their_mean_iou_and_the_learning_curve_by_what_mor
     assert re.search(r"- from 1 to 2 sections V_rand changes by \+0\.0000 .*: within noise", out)
 
 
-# -- records and rendering
 def test_rendering_trains_nothing_and_names_what_is_missing(reproduced):
     code, out, _, calls = reproduced("table", "--render")
     assert (code, calls) == (1, [])
@@ -703,7 +697,6 @@ def test_tables_have_as_many_cells_as_their_heads_and_quick_ones_say_so(reproduc
         assert ("(QUICK: " in out) == quick
 
 
-# -- figures
 @pytest.fixture
 def drawn(monkeypatch):
     """What `figures.factor` is given, by the name of the picture."""
@@ -747,7 +740,6 @@ def test_the_figures_are_real_pictures_and_replaced_by_force_only(reproduced):
     assert [reproduced(*words, *force)[0] for force in ([], ["--force"])] == [2, 0]
 
 
-# -- the seam to training
 def test_the_keys_that_are_read_are_the_keys_that_training_writes():
     source = "".join(path.read_text() for path in sorted((ROOT / "train").glob("*.py")))
     keys = "settings epochs finished final training_seconds held_out training_sections degenerate command commit"

@@ -1,7 +1,6 @@
 """A training run, whole: what it writes, exact resume, splits that do not leak, what goes wrong."""
 
 import contextlib
-import errno
 import itertools
 import json
 import random
@@ -39,7 +38,6 @@ class Killed(BaseException):
     """The process dies here, as far as the files can tell."""
 
 
-# -- a finished run ----------------------------------------------------------------------------------------------
 def test_a_run_writes_its_record_history_curves_checkpoint_and_weights_and_the_rates_of_the_pure_function(finished):
     run = {path.name for path in (finished / "runs/x").iterdir()}
     pictures = {"curves.png", "learning_rate.png", "held_out.png"}
@@ -120,7 +118,6 @@ def test_a_run_says_first_what_it_runs_on_and_at_the_start_where_the_weights_wil
     assert "\r" not in text
 
 
-# -- beside an earlier run ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("gone", ["", "runs", "weights", "weights runs/x/checkpoint.npz"])
 def test_a_run_and_its_weights_are_never_overwritten_without_force(again, tmp_path, gone):
     for path in map(tmp_path.joinpath, gone.split()):
@@ -229,8 +226,6 @@ def unfinish(path):
     path.write_text(json.dumps(strict(path) | {"finished": False}))
 
 
-# -- exact resume ------------------------------------------------------------------------------------------------
-
 EXACT = f"{HOLDOUT} --augment all --lr 1e-4 --max_lr 1e-2 --step_size 3"
 
 
@@ -251,50 +246,31 @@ def die_at(monkeypatch, where):
     monkeypatch.setattr(thing, name, dying)
 
 
-def full_at(monkeypatch, nth):
-    """The disk is full in the middle of the nth checkpoint."""
-    real, calls = np.savez, itertools.count(1)
-
-    def full(file, **named):
-        if next(calls) == nth:
-            file.write(b"half of it")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(file, **named)
-
-    monkeypatch.setattr(np, "savez", full)
-
-
 def test_a_run_that_dies_at_the_worst_moments_ends_as_if_it_had_not(train, monkeypatch, tmp_path):
     """Before the first checkpoint, in mid-epoch, between weights, their record and the checkpoint, after the end."""
-    assert train(f"{EXACT} --epochs 3 --run_dir whole").code == 0
+    exact = f"{EXACT} --optimizer adam --ema 0.5"
+    assert train(f"{exact} --epochs 3 --run_dir whole").code == 0
     deaths = [
         (2, (recorder, "save_checkpoint", 1, "before")),
         (2, (recorder.Recorder, "on_train_batch_end", 3, "before")),
         (2, (finish, "score", 1, "before")),
-        (3, "full disk"),
         (3, (recorder.Recorder, "save_weights", 1, "after")),
         (3, (records.Journal, "write_history", 1, "after")),
         (3, (recorder, "save_checkpoint", 1, "after")),
     ]
     for i, (epochs, where) in enumerate(deaths):
-        flags = f"{EXACT} --epochs {epochs} --run_dir parts {'--resume' * (i > 0)}"
+        flags = f"{exact} --epochs {epochs} --run_dir parts {'--resume' * (i > 0)}"
         with monkeypatch.context() as patch:
-            if where == "full disk":
-                full_at(patch, 1)
-                done = train(flags)
-                assert done.code == 2
-                assert "parts/checkpoint.npz could not be written: No space left on device" in done.err.splitlines()[-1]
-                assert not list(tmp_path.glob("parts/.*"))
-            else:
-                die_at(patch, where)
-                with pytest.raises(Killed):
-                    train(flags)
-    done = train(f"{EXACT} --epochs 3 --run_dir parts --resume")
+            die_at(patch, where)
+            with pytest.raises(Killed):
+                train(flags)
+    done = train(f"{exact} --epochs 3 --run_dir parts --resume")
     assert done.code == 0, done.err
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 @pytest.mark.jax
+@pytest.mark.skipif(TENSORFLOW, reason="the test above says more of TensorFlow")
 def test_adam_with_averaged_weights_resumes_exactly(train, monkeypatch, tmp_path):
     flags = (
         HOLDOUT + " --augment elastic --optimizer adam --ema 0.5 --clr_mode cosine --max_lr 1e-2 --steps_per_epoch 1"
@@ -351,7 +327,7 @@ def test_kill_9_at_random_moments_and_sigterm_leave_no_trace(small, tmp_path):
             return subprocess.Popen([*map(str, words)], **options)
 
     moments, done = random.Random(2017), 0
-    for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+    for how in (signal.SIGTERM, signal.SIGKILL):
         process = start("--run_dir", "parts", "--resume", "--epochs", 10_000)
         wait_for_epoch(tmp_path / "parts", done + moments.randint(1, 4), process)
         time.sleep(moments.random() * 0.2)
@@ -367,7 +343,6 @@ def test_kill_9_at_random_moments_and_sigterm_leave_no_trace(small, tmp_path):
     assert not [path for path in files(tmp_path) if ".part" in path.name or path.name.endswith(".lock")]
 
 
-# -- several processes -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("mine", "others"), [(None, False), (None, True), ("bad data", True)])
 def test_what_is_refused_in_one_process_ends_all(mine, others):
     def step():
@@ -384,7 +359,6 @@ def test_what_is_refused_in_one_process_ends_all(mine, others):
             training.together(spread, step)
 
 
-# -- what is held out, and how the end is scored -------------------------------------------------------------------
 def test_protocol_all_trains_on_every_section_keeps_the_last_weights_and_scores_nothing_as_held_out(train, small):
     done = train("--protocol all --run_dir run --weight_path w/all --tta 4 --lr 1e-3 --max_lr 1e-2")
     assert done.code == 0, done.err
@@ -435,7 +409,6 @@ def test_sections_are_split_as_the_flags_say_and_by_default_an_eighth_chooses(wo
         assert len(training.split_of(args, sections).inner) == chosen
 
 
-# -- learning ----------------------------------------------------------------------------------------------------
 def test_the_program_learns(train, tmp_path):
     flags = "--optimizer adam --lr 1e-2 --clr_mode none --epochs 3 --steps_per_epoch 12 --dropout 0.1 --run_dir run"
     done = train(f"{HOLDOUT} {flags}")
@@ -458,7 +431,6 @@ def test_a_network_that_learns_nothing_is_stopped_after_its_patience_and_said_to
     assert len(history(tmp_path / "run")) == 3
 
 
-# -- what goes wrong while training ------------------------------------------------------------------------------
 @cases(
     "flags, words, epochs",
     (f"{HOLDOUT} --lr 2e38", "not finite at update", 0),
@@ -476,7 +448,6 @@ def test_a_run_that_diverges_even_at_its_last_update_is_no_success(train, tmp_pa
     assert not [*tmp_path.glob("run/best*"), *tmp_path.glob("run/last*")]
 
 
-# -- other jobs --------------------------------------------------------------------------------------------------
 def test_the_preview_draws_what_the_network_will_see_and_trains_nothing(train, tmp_path):
     seen = Path("pictures/seen.png")
     done = train(f"{HOLDOUT} --augment all --augment_preview {seen}")
@@ -516,8 +487,6 @@ def test_tensorboard_logs_are_written_or_the_missing_package_is_named(train, tmp
         assert "--tensorboard needs the package tensorboard" in done.err.splitlines()[-1]
         assert not list(tmp_path.iterdir())
 
-
-# -- bad input ---------------------------------------------------------------------------------------------------
 
 GRAY = np.random.default_rng(0).integers(0, 256, (10, 64, 80), dtype=np.uint8)
 
@@ -616,7 +585,6 @@ def test_without_labels_nothing_is_learned_and_nothing_validated(small, partly):
     assert trainee.validate([*batches, empty]) == trainee.validate(batches)
 
 
-# -- the real stack ----------------------------------------------------------------------------------------------
 @pytest.mark.slow
 @cases("name, network", ("standard", "--dilate_rate 1 --dilate 0"), ("dilated", "--dilate_rate 2 --dilate 1"))
 def test_a_published_command_trains_on_the_real_stack_and_predicts_it(call, isbi, monkeypatch, tmp_path, name, network):
@@ -630,11 +598,9 @@ def test_a_published_command_trains_on_the_real_stack_and_predicts_it(call, isbi
     written = {path.name for path in (tmp_path / "weights").iterdir()}
     assert written == {f"{name}_unet.json", f"{name}_unet.weights.h5"}
     assert strict(f"weights/{name}_unet.json")["network"]["dilate"] == (name == "dilated")
-    if name == "standard":
-        return  # one prediction of thirty sections is enough
-    done = call("predict", "--weight_path", f"weights/{name}_unet.weights", "--output", "prediction.tif")
+    tifffile.imwrite("three.tif", tifffile.imread(isbi / "test-volume.tif")[:3])
+    done = call("predict", "--weight_path", f"weights/{name}_unet.weights", "--image_path", "three.tif")
     assert done.code == 0, done.err
     found = tifffile.imread("prediction.tif")
-    assert (found.shape, found.dtype) == ((30, 512, 512), np.float32)
+    assert (found.shape, found.dtype) == ((3, 512, 512), np.float32)
     assert 0 <= found.min() < found.max() <= 1
-    assert data.iter_sections("prediction.tif").voxel_nm == pytest.approx((50, 4, 4))

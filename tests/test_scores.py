@@ -41,8 +41,6 @@ def thick(labels):
     return np.array(eroded, np.float32)
 
 
-# --- naive references
-
 VALUES = [0.0, 0.05, 0.1, 0.2, 0.30000001, 0.45, 0.5, 0.55, 0.7, 0.8, 0.9, 1.0]
 
 
@@ -223,7 +221,6 @@ def test_warping_equals_the_naive_one(pair):
         assert (splits.sum(), mergers.sum()) == naive_warping(probability, reference, t)
 
 
-# --- golden values
 def test_tiny_case_of_the_reference_scorer():
     t = np.full((2, 8, 10), 255, np.uint8)
     t[0, :, 4] = 0
@@ -267,7 +264,6 @@ def test_golden_warping_error_of_the_thick_crop(labels, thick):
     assert (found.details["mergers"] == 0).all()
 
 
-# --- thresholds, float32
 def test_thresholds_accumulate_and_compare_strictly_in_double():
     assert (len(scores.THRESHOLDS), scores.THRESHOLDS[3]) == (11, 0.30000000000000004)
     assert scores.THRESHOLDS[-1] == 0.9999999999999999
@@ -277,7 +273,6 @@ def test_thresholds_accumulate_and_compare_strictly_in_double():
     assert not segments.above(np.float64([0.7000000001]), 0.7), "doubles are rounded to float32 first"
 
 
-# --- known answers
 def blocks(rows=12, columns=12):
     """Four cells with walls one pixel wide."""
     truth = np.ones((rows, columns), np.uint8)
@@ -386,7 +381,6 @@ def test_stacks_that_do_not_fit_are_refused(shapes, words):
             score(*map(np.ones, shapes))
 
 
-# --- maps, segmentation
 def test_maps_mark_what_is_split_merged_missed_or_cut_and_forgive_a_shifted_wall():
     truth = np.ones((40, 60), np.uint8)
     truth[:, 20], truth[:, 40] = 0, 0
@@ -430,7 +424,6 @@ def test_segment_floods_from_the_seeds_that_are_large_enough_and_v_rand_chooses_
     assert scores.best_threshold(p, truth[None]) == scores.THRESHOLDS[7]
 
 
-# --- speed and imports
 def score_a_tiny_stack(before="", **options):
     one = "scores.v_rand(np.eye(8)[None], [np.ones((8, 8))]).value"
     done = python("-c", f"{before}import numpy as np; from score import scores; print({one})", **options)

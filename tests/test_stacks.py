@@ -41,8 +41,6 @@ def pages(path, sections, **options):
             writer.write(section, metadata=None, contiguous=False)
 
 
-# --- What is written is what is read ------------------------------------------------------------------------
-
 ENCODINGS = {
     "imagej": {"imagej": True, "metadata": {"axes": "ZYX"}},
     "imagej time": {"imagej": True, "metadata": {"axes": "TYX"}},
@@ -132,7 +130,6 @@ def test_description_names_axes_and_encoding_and_the_hash_is_of_the_pixels_in_c_
     assert (len(found), found) == (1, {expected})
 
 
-# --- Folders ------------------------------------------------------------------------------------------------
 def test_folder_is_read_in_natural_order(tmp_path):
     sections = gray((12, 8, 9))
     for i, section in enumerate(sections):
@@ -192,7 +189,6 @@ def test_natural_order_never_compares_words_with_numbers(names):
     assert sorted(backwards, key=natural_key) == ordered
 
 
-# --- Bad input ----------------------------------------------------------------------------------------------
 def refused(path, words, what="image"):
     with pytest.raises(DataError, match=words or None) as caught:
         read_stack(path, what=what)
@@ -257,6 +253,8 @@ def zeros_in_section_3(content, tif):
 GRAY = {"photometric": "minisblack"}
 PLAIN = {**GRAY, "metadata": None}
 IMAGEJ = {**GRAY, "imagej": True, "metadata": {"axes": "ZYX"}}
+WRONG_TAGS = [("ImageWidth", 0), ("ImageLength", 0), ("ImageWidth", 18), ("ImageWidth", 2**31), ("Compression", 65_432)]
+WRONG_TAGS += [("BitsPerSample", bits) for bits in (16, 4, 77)]
 NAN = gray(dtype="float32")
 NAN[4, 1, 2], NAN[4, 0, 0] = np.nan, np.inf
 
@@ -270,19 +268,10 @@ BAD_TIFF = {  # pixels, how tifffile writes them, what happens to the file, word
     "half of the pages": (gray(), PLAIN | {"rowsperstrip": 40}, cut(0.5), "cut off"),
     "the last bytes": (gray(), PLAIN, cut(0.995), "cut off"),
     "a damaged section": (gray(), PLAIN | {"compression": "zlib"}, zeros_in_section_3, r"section 3 \(a\[3\]\) is dam"),
-    "width 0": (gray(), PLAIN, with_tag("ImageWidth", 0), ""),
-    "height 0": (gray(), PLAIN, with_tag("ImageLength", 0), ""),
-    "no width": (gray(), PLAIN, without_tag("ImageWidth"), ""),
-    "no height": (gray(), PLAIN, without_tag("ImageLength"), ""),
-    "no offsets": (gray(), PLAIN, without_tag("StripOffsets"), ""),
+    **{f"{tag} {value}": (gray(), PLAIN, with_tag(tag, value), "") for tag, value in WRONG_TAGS},
+    **{f"no {tag}": (gray(), PLAIN, without_tag(tag), "") for tag in ("ImageWidth", "ImageLength", "StripOffsets")},
     "no lengths": (gray(), PLAIN | {"compression": "zlib"}, without_tag("StripByteCounts"), ""),
-    "half as wide": (gray(), PLAIN, with_tag("ImageWidth", 18), ""),
-    "2^31 wide": (gray(), PLAIN, with_tag("ImageWidth", 2**31), ""),
     "2^31 high": (gray(), PLAIN | {"compression": "zlib"}, with_tag("ImageLength", 2**31), ""),
-    "16 bit of 8": (gray(), PLAIN, with_tag("BitsPerSample", 16), ""),
-    "4 bit of 8": (gray(), PLAIN, with_tag("BitsPerSample", 4), ""),
-    "77 bit": (gray(), PLAIN, with_tag("BitsPerSample", 77), ""),
-    "a foreign compression": (gray(), PLAIN, with_tag("Compression", 65_432), ""),
     "a foreign photometric": (gray()[:1], PLAIN, with_tag("PhotometricInterpretation", 32_803), "CFA"),
     "ImageJ: 2 of 6": (gray(), IMAGEJ, words(b"images=6\nslices=6", b"images=2\nslices=2"), "6 pages"),
     "ImageJ: 9 of 6": (gray(), IMAGEJ, words(b"images=6\nslices=6", b"images=9\nslices=9"), ""),
@@ -383,7 +372,6 @@ def raised(error):
     raise error
 
 
-# --- One section at a time ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"tile": (64, 64), "compression": "lzw"}])
 def test_no_more_is_held_in_memory_than_is_asked_for(tmp_path, options):
     sections = gray((4, 512, 2048))
@@ -422,7 +410,6 @@ def test_what_cannot_fit_into_memory_is_refused_before_it_is_taken(tmp_path, mon
             np.testing.assert_array_equal(reader[2], sections[2])  # one section fits
 
 
-# --- Voxel size ---------------------------------------------------------------------------------------------
 def imagej(resolution=None, **metadata):
     return {"imagej": True, "resolution": resolution, "metadata": {"axes": "ZYX", **metadata}}
 
@@ -452,7 +439,6 @@ def test_voxel_size_is_read_in_nm(tmp_path, options, expected):
     assert found == (expected and tuple(nm and pytest.approx(nm, rel=1e-4) for nm in expected))
 
 
-# --- Writing ------------------------------------------------------------------------------------------------
 def test_prediction_is_float32_imagej_zyx_with_voxel_size(tmp_path):
     sections = gray((3, 20, 30), "float64")
     write_prediction(tmp_path / "new" / "p.tif", iter(sections), count=3, shape=(20, 30), voxel_nm=VOXEL)

@@ -170,7 +170,6 @@ def test_every_call_has_the_same_shape_and_type_and_no_more_tiles_than_allowed(b
     assert 8 <= sum(map(len, calls)) < 8 + len(calls)
 
 
-# -- the choice of tiles -----------------------------------------------------------------------------------------
 @settings(max_examples=100, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
@@ -227,7 +226,6 @@ def test_tiles_that_cannot_be_are_refused_by_argument_rule_and_value(field, aske
     assert words in str(caught.value)
 
 
-# -- turned and mirrored -----------------------------------------------------------------------------------------
 def test_transforms_are_distinct_turns_and_mirrorings_that_begin_with_the_identity():
     section = np.arange(6).reshape(2, 3)
     np.testing.assert_array_equal(tiling.transform(section, 1, False), [[2, 5], [1, 4], [0, 3]])
@@ -254,7 +252,6 @@ def test_the_average_is_that_of_predictions_of_turned_sections_turned_back(shape
     np.testing.assert_array_equal(averaged, np.add.accumulate(every)[-1] / np.float32(len(every)))
 
 
-# -- a stack, one section at a time ------------------------------------------------------------------------------
 class Watched(np.ndarray):
     """An array that can be held in a set."""
 
