@@ -104,6 +104,12 @@ def python(*words, code=0, **options):
     return done
 
 
+@pytest.fixture
+def suite(tmp_path):
+    """`python dilatedUnet.py ...` in a folder of its own, in a process of its own."""
+    return lambda *words, **options: python(ROOT / "dilatedUnet.py", *words, **{"cwd": tmp_path} | options)
+
+
 @contextlib.contextmanager
 def file_limit(size):
     """No file may become larger than that: as if the disk were full."""
