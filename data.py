@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from files import labels, omezarr
-from files.atomic import DataError, replacing
+from files.atomic import DataError, replacing, within
 from files.fetching import DATA_SETS, ISBI_ROLES, dataset_path, fetch
 from files.sections import (
     Stack,
@@ -29,6 +29,8 @@ from files.sections import (
     flag,
     format_sections,
     memory_words,
+    pixel_factors,
+    pixel_words,
     require_memory,
     shape_words,
     strips,
@@ -49,7 +51,8 @@ def resolve(name_or_path, role, *, log=print):
     ----------
     name_or_path : str, Path or Stack
         A data set's name (fetched where it is not cached), with "-test" after it its test part; a file, a folder of
-        sections, a folder that holds the challenge's files, or a Stack, which is returned as it is.
+        sections, a folder that holds the challenge's files, `file.h5:/array` or `folder.zarr:/array`, or a Stack, which
+        is returned as it is.
     role : {"image", "mask", "test", "test_mask"}
         Which part of a data set is meant; any other word only serves in messages.
 
@@ -68,7 +71,7 @@ def resolve(name_or_path, role, *, log=print):
             return synthetic(seed=SYNTHETIC_TEST_SEED * part.startswith("test"))[part.endswith("mask")]
         return dataset_path(name, part, log=log)
     typed = os.path.expanduser(name_or_path)
-    if not os.path.exists(typed):
+    if not os.path.exists(within(typed)[0]):
         raise DataError(_missing(typed, role))
     return _inside(Path(typed), role)
 
@@ -91,7 +94,7 @@ def _inside(path, role):
     return path
 
 
-def iter_sections(path, *, what="image", ids=False):
+def iter_sections(path, *, what="image", ids=False, channel=None):
     """Open a stack for reading section by section.
 
     Parameters
@@ -102,26 +105,28 @@ def iter_sections(path, *, what="image", ids=False):
         The role, for `resolve` and for messages.
     ids : bool
         The values are numbers of cells: what is stored, without the palette.
+    channel : int, optional
+        Which to read, from 0, where there are several.
 
     Returns
     -------
     StackReader
     """
     found = resolve(path, what)
-    if isinstance(found, Path) and omezarr.is_zarr(found):
-        return omezarr.open_zarr(found, what)
-    return open_stack(found, what, ids=ids)
+    if isinstance(found, Path) and omezarr.is_zarr(within(found)[0]):
+        return omezarr.open_zarr(found, what, channel)
+    return open_stack(found, what, ids=ids, channel=channel)
 
 
-def read_stack(path, *, what="image"):
-    """Read a whole stack into memory; `path` and `what` as in `iter_sections`.
+def read_stack(path, *, what="image", channel=None):
+    """Read a whole stack into memory; as `iter_sections` does.
 
     Raises
     ------
     DataError
         Where the file is missing, empty, cut off, not a TIFF or PNG, RGB, or holds NaN.
     """
-    return load(iter_sections(path, what=what))
+    return load(iter_sections(path, what=what, channel=channel))
 
 
 def synthetic(sections=30, size=(512, 512), seed=0):
@@ -195,7 +200,7 @@ def read_instances(path, *, ignore=None):
     return replace(stack, sections=cells), messages
 
 
-def load_pair(image_path, mask_path, *, invert_mask=False, instances=False, ignore=None):
+def load_pair(image_path, mask_path, *, invert_mask=False, instances=False, ignore=None, channel=None):
     """Read images and their masks, paired section by section.
 
     Two folders are paired by the stems of their files, where `man_seg007` goes with `t007` and `7_label` with
@@ -208,7 +213,7 @@ def load_pair(image_path, mask_path, *, invert_mask=False, instances=False, igno
         Native values, and what `read_labels` or `read_instances` gives, of the same shape.
     messages : list of str
     """
-    images = read_stack(image_path, what="image")
+    images = read_stack(image_path, what="image", channel=channel)
     read = read_instances if instances else functools.partial(read_labels, invert=invert_mask)
     masks, messages = read(mask_path, ignore=ignore)
     kept, order, said = labels.match(images, masks, instances)
@@ -430,10 +435,13 @@ def montage(sections, rows, columns, order):
 # --- What the files are -------------------------------------------------------------------------------------
 
 
-def describe(image_path, mask_path=None, *, window=512, windows=None, protocol="holdout", **meant):
+def describe(
+    image_path, mask_path=None, *, window=512, windows=None, protocol="holdout", channel=None, shipped_nm=None, **meant
+):
     """Say in plain words what the files are, and what training would do with them, section by section.
 
-    `window` None is the largest of the recipes' `windows`, by name, that fits; `meant` is what `load_pair` takes.
+    `window` None is the largest of the recipes' `windows`, by name, that fits; `shipped_nm` the voxel of the shipped
+    network's training sections; `meant` is what `load_pair` takes.
 
     Returns
     -------
@@ -441,8 +449,11 @@ def describe(image_path, mask_path=None, *, window=512, windows=None, protocol="
         Lines that begin with "warning:" want attention, those that begin with "problem:" would stop training.
         An image that cannot be read at all raises DataError.
     """
-    with iter_sections(image_path, what="image") as images:
+    with iter_sections(image_path, what="image", channel=channel) as images:
         lines, labelled = _image_lines(images), None
+        if pixel_factors(images.voxel_nm, shipped_nm):
+            known = pixel_words(shipped_nm)
+            lines += [f"  the shipped network was trained on {known}: predict --rescale resamples the stack"]
         if mask_path is not None:
             found, labelled = _mask_lines(images, mask_path, **meant)
             lines += found

@@ -128,10 +128,15 @@ def tta(what=""):
 
 
 BINARY = {"type": int, "choices": (0, 1), "metavar": "0|1", "default": 1}
-IMAGE = "TIFF stack, folder of sections, folder with the challenge's files, or a name: isbi2012, synthetic"
+IMAGE = (
+    "TIFF, MRC, HDF5 (file.h5:/array) or Zarr (folder.zarr:/array), folder of sections, folder with the challenge's "
+    "files, or a name: isbi2012, synthetic"
+)
+CHANNEL = flag("--channel", "channel of --image_path, from 0, where it has several", type=number(int, 0, 2**16))
 DATA = (
     flag("--image_path", IMAGE, default="isbi2012", metavar="PATH"),
     flag("--mask_path", "its labels, likewise (default: as --image_path)", metavar="PATH"),
+    CHANNEL,
     flag("--invert_mask", "labels mark the membrane, not the interior", action="store_true"),
     flag("--instances", "labels number the cells, 0 = background: cells, not membranes", action="store_true"),
     flag("--ignore_label", "label value that means 'not labelled': neither trains nor is scored", type=label_value),
@@ -280,9 +285,8 @@ PREDICT = {
             nargs="+",
             metavar="FILE",
         ),
-        flag(
-            "--image_path", "stack, folder, or a data set's name (its test stack)", default="isbi2012", metavar="PATH"
-        ),
+        flag("--image_path", "as in training; of a data set's name its test stack", default="isbi2012", metavar="PATH"),
+        CHANNEL,
         flag("--output", "float32 0..1; .zarr: by blocks", type=stack, default="prediction.tif", metavar="FILE.tif"),
         flag("--threshold", "write an 8-bit 0/255 mask of probability > threshold", type=fraction),
         flag("--segment", "write labels, one per cell, by seeded watershed", action="store_true"),
@@ -302,6 +306,11 @@ PREDICT = {
         flag("--batch_size", "tiles per call", type=up_to(BATCH), default=1),
         flag("--engine", ENGINE, default="auto", choices=("auto", "keras", "openvino")),
         flag("--normalise", NORMALISE, default="training", choices=("training", "own")),
+        flag(
+            "--rescale",
+            "look at the stack with the pixel size of the training sections; the output has the stack's size",
+            action="store_true",
+        ),
         *MACHINE,
         flag("--workers", "processes for an --output of .zarr; 0: this one (default: 1)", type=number(int, 0, 1024)),
         flag("--scheduler", "dask's scheduler instead, such as tcp://host:8786", metavar="ADDRESS"),
@@ -520,6 +529,7 @@ def run_fetch(args):
 
 def run_check(args):
     import data
+    from files.atomic import read_json
 
     images = data.resolve(args.image_path, "image")
     masks = data.resolve(args.mask_path or args.image_path, "mask")
@@ -528,6 +538,7 @@ def run_check(args):
     recipe = RECIPES.get(args.recipe, {})
     how = {"invert_mask": args.invert_mask, "instances": args.instances, "ignore": args.ignore_label}
     how["window"] = args.window or recipe.get("window")
+    how |= {"channel": args.channel, "shipped_nm": read_json(f"{SHIPPED}.json", "weights")["data"]["voxel_nm"]}
     how["protocol"] = recipe.get("protocol", "holdout")
     how["windows"] = {name: values["window"] for name, values in RECIPES.items()}
     lines = data.describe(images, masks, **how)

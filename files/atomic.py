@@ -171,13 +171,25 @@ def _take(descriptor):
 # --- What must not be overwritten ---------------------------------------------------------------------------
 
 
+def within(path):
+    """Split a source into the file or folder on the disk and the path inside of it: `x.h5:/raw` -> x.h5, raw.
+
+    One letter before the colon is a drive of Windows; and what exists as it is written has no inside.
+    """
+    text = os.path.expanduser(os.fspath(path))
+    found = re.fullmatch(r"(..+?):[/\\]+(.*)", text)
+    if not found or os.path.exists(text) or not os.path.exists(found[1]):
+        return text, ""
+    return found[1], found[2].replace("\\", "/").strip("/")
+
+
 def refuse_inputs(flag, output, *inputs):
     """Refuse an output that is an input, or exists in an input's folder, or would be one more section there."""
     target = Path(os.path.realpath(output))
     for given in inputs:
-        if not isinstance(given, (str, os.PathLike)) or not os.path.exists(os.path.expanduser(given)):
+        if not isinstance(given, (str, os.PathLike)) or not os.path.exists(within(given)[0]):
             continue  # a stack in memory, or a data set's name
-        source = Path(os.path.realpath(os.path.expanduser(given)))
+        source = Path(os.path.realpath(within(given)[0]))
         a_section = target.parent == source and target.suffix.lower() in (".tif", ".tiff", ".png")
         if a_section or (target.exists() and (target.samefile(source) or source in target.parents)):
             raise DataError(f"{flag} must not be an input, or a file in its folder. Received: {output}, input: {given}")

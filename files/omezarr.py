@@ -1,4 +1,4 @@
-"""OME-Zarr images in and out; metadata OME-NGFF 0.4 (zarr v2) and 0.5 (zarr v3).
+"""OME-Zarr images in and out, and plain arrays in; metadata OME-NGFF 0.4 (zarr v2) and 0.5 (zarr v3).
 
 https://ngff.openmicroscopy.org/specifications/
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from files import sections
-from files.atomic import DataError
+from files.atomic import DataError, within
 
 RECORD = "dilated_unet"  # the attribute of a prediction that says what it is made of
 
@@ -36,25 +36,28 @@ def is_zarr(path):
 class ZarrReader(sections.StackReader):
     """Sections of an OME-Zarr image, one in memory at a time, or parts of them.
 
-    `array` is level 0: axes of which one at most is longer than 1, then rows and columns. `multiscale` is metadata.
+    `array` is level 0: axes of which z and c may be longer than 1, then rows and columns. `multiscale` is metadata,
+    `channel` where c begins to be read.
     """
 
-    def __init__(self, path, array, multiscale, made_of):
-        self.array, self.multiscale = array, multiscale
+    def __init__(self, path, array, multiscale, made_of, channel):
+        self.array, self.multiscale, self.folder = array, multiscale, within(path)[0]
         axes = "".join(axis["name"] for axis in multiscale["axes"])
+        self.first = {axes.index("c"): channel} if "c" in axes else {}
         super().__init__(
             self._chunks,
-            (math.prod(array.shape[:-2]), *array.shape[-2:]),
+            (array.shape[axes.index("z")] if "z" in axes else 1, *array.shape[-2:]),
             array.dtype,
             source=path,
             voxel_nm=_voxel_nm(multiscale),
-            description=f"OME-Zarr, zarr v{array.metadata.zarr_format}, axes {axes}, chunks {array.chunks}",
+            description=f"Zarr v{array.metadata.zarr_format}, axes {axes}, chunks {array.chunks}",
             made_of=made_of,
         )
 
     def _chunks(self, index, rows, columns):
         """Read a part out of its chunks; one that is cut off is refused, for Blosc reads on behind its end."""
-        wanted = (*place(self.array.ndim, index), rows, columns)
+        lead = self.first | ({self.array.ndim - 3: index} if len(self) > 1 else {})
+        wanted = (*(lead.get(axis, 0) for axis in range(self.array.ndim - 2)), rows, columns)
         kinds = [type(codec).__name__ for codec in self.array.compressors]
         if kinds in (["Blosc"], ["BloscCodec"]) and self.array.shards is None:
             spans = (part if isinstance(part, slice) else slice(part, part + 1) for part in wanted)
@@ -63,9 +66,9 @@ class ZarrReader(sections.StackReader):
                 for span, side in zip(spans, self.array.chunks, strict=True)
             )
             for key in itertools.product(*keys):
-                file = Path(self.source, self.array.path, self.array.metadata.encode_chunk_key(key))
+                file = Path(self.folder, self.array.path, self.array.metadata.encode_chunk_key(key))
                 if file.exists() and not is_whole(file):
-                    raise EOFError(f"{file.relative_to(self.source)} is not as long as it says")
+                    raise EOFError(f"{file.relative_to(self.folder)} is not as long as it says")
         return self.array[wanted]
 
     def slab(self, sections, rows, columns):
@@ -83,37 +86,63 @@ def place(axes, index):
     return (0,) * (axes - 3) + (index,) * (axes > 2)
 
 
-def open_zarr(path, what="image"):
-    """Open level 0 of an OME-Zarr image as a ZarrReader; `what` is the role, for messages.
+def open_zarr(path, what="image", channel=None):
+    """Open level 0 of an OME-Zarr image, or a plain array, as a ZarrReader; `what` is the role, for messages.
 
-    A DataError says where the folder holds no image of OME-NGFF 0.4 or 0.5, or more than one gray stack.
+    A DataError says where the folder holds neither, or more than one gray stack.
     """
     with extra():
         import zarr
-    path = Path(path)
+    folder, inside = within(path)
     try:
-        group = zarr.open_group(str(path), mode="r")
-        attributes = group.attrs.asdict()
-        multiscale = attributes.get("ome", attributes)["multiscales"][0]
+        node = zarr.open(str(folder), mode="r", path=inside)
+        attributes = node.attrs.asdict()
+        if {"ome", "multiscales", "bioformats2raw.layout"}.isdisjoint(attributes):
+            path, array = _plain_array(path, what, node)
+            multiscale = _unknown_scale(array)
+        else:
+            multiscale = attributes.get("ome", attributes)["multiscales"][0]
+            array = node[multiscale["datasets"][0]["path"]]
         names = [str(axis["name"]) for axis in multiscale["axes"]]
-        array = group[multiscale["datasets"][0]["path"]]
         sizes = dict(zip(names, map(int, array.shape), strict=True))
         dtype, chunk_px = np.dtype(array.dtype), math.prod(array.chunks)
+    except DataError:
+        raise
     except Exception as error:  # zarr raises whatever it likes on metadata of the wrong types
         hint = "of a bioformats2raw folder give the image inside, such as its folder 0"
-        raise sections.refusal(what, path, f"is no image of OME-NGFF 0.4 or 0.5 ({hint}): {error!r}") from error
+        raise sections.refusal(what, path, f"is no array or OME-NGFF image 0.4 or 0.5 ({hint}): {error!r}") from error
     _check_axes(path, what, names, sizes, dtype)
+    channel = sections.channel_of(sizes.get("c", 1), channel, what, path)
     sections.require_memory(chunk_px * dtype.itemsize, f"{path}: a chunk of {array.chunks} px")
-    return ZarrReader(path, array, multiscale, _made_of(attributes))
+    return ZarrReader(path, array, multiscale, _made_of(attributes), channel)
+
+
+def _plain_array(path, what, node):
+    """Return an array of no OME-Zarr image, or the only stack of a group, and where it lies."""
+    if not hasattr(node, "members"):
+        return path, node
+    arrays = {name: array for name, array in node.members(max_depth=None) if hasattr(array, "shape")}
+    name = sections.only_stack(arrays, what, path)
+    return sections.inside(path, name), arrays[name]
+
+
+def _unknown_scale(array):
+    """Metadata of a plain array, whose axes may have names; their scale is not known."""
+    known = array.metadata.dimension_names if array.metadata.zarr_format == 3 else array.attrs.get("_ARRAY_DIMENSIONS")
+    names = [*known] if known and {*known} <= {*"tczyx"} else [*sections.guess_axes(array.shape)]
+    types = {"t": "time", "c": "channel"}
+    scale = [{"type": "scale", "scale": [1.0] * len(names)}]
+    axes = [{"name": name, "type": types.get(name, "space")} for name in names]
+    return {"axes": axes, "datasets": [{"path": array.path, "coordinateTransformations": scale}]}
 
 
 def _check_axes(path, what, names, sizes, dtype):
     """Refuse what is not one gray stack of sections along z."""
     ordered = names[-2:] == ["y", "x"] and ("z" not in names or names[-3] == "z") and len(sizes) == len(names)
-    longer = [name for name, length in sizes.items() if length > 1 and name not in ("z", "y", "x")]
+    longer = [name for name, length in sizes.items() if length > 1 and name not in tuple("czyx")]
     if not ordered or longer or min(sizes.values()) < 1 or dtype.kind not in "buif":
         found = f"axes {''.join(names)}, shape {tuple(sizes.values())}, type {dtype}"
-        rule = "one gray stack with axes zyx is needed, t and c before them at most of length 1"
+        rule = "one gray stack with axes zyx is needed, before them c, and t at most of length 1"
         raise sections.refusal(what, path, f"has {found}; {rule}")
 
 
@@ -195,8 +224,10 @@ def remove_partials(path):
 
 
 def array_shape(reader):
-    """Shape of level 0: with all axes of an OME-Zarr image, or else (S, H, W)."""
-    return reader.array.shape if isinstance(reader, ZarrReader) else reader.shape
+    """Shape of level 0: with all axes of an OME-Zarr image, of one channel, or else (S, H, W)."""
+    if not isinstance(reader, ZarrReader):
+        return reader.shape
+    return (1,) * (reader.array.ndim - 3) + reader.shape[3 - min(3, reader.array.ndim) :]
 
 
 def zarr_format(reader):

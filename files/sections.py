@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files.atomic import DataError
+from files.atomic import DataError, within
 
 FLAGS = {"image": "--image_path", "mask": "--mask_path", "test": "--image_path", "test_mask": "--mask_path"}
 MOST_SECTIONS = 2**20  # a header that speaks of more is damaged
@@ -108,6 +108,65 @@ class StackReader:
 
     def __exit__(self, *_):
         self.close()
+
+
+# --- Arrays with named axes ---------------------------------------------------------------------------------
+
+
+def guess_axes(shape):
+    """Return the axes that a shape without names most probably has: of four, the shorter end is the channel.
+
+    >>> guess_axes((30, 512, 512)), guess_axes((30, 512, 512, 2)), guess_axes((1, 3, 30, 512, 512))
+    ('zyx', 'zyxc', 'tczyx')
+    """
+    if len(shape) > 4:
+        return "t" * (len(shape) - 4) + guess_axes(shape[-4:])
+    return ("zyxc" if len(shape) == 4 and shape[-1] < shape[0] else "czyx")[4 - len(shape) :]
+
+
+def array_reader(array, axes, what, path, channel, **about):
+    """Open an array, read where it is indexed, whose axes have names such as tzyxc; sections run along z or t."""
+    sizes = dict(zip(axes, array.shape, strict=True))
+    along = [axis for axis, length in sizes.items() if axis not in "cyx" and length > 1]
+    if len(sizes) < len(axes) or not {*"yx"} <= {*sizes} or len(along) > 1 or array.dtype.kind not in "buif":
+        found = f"axes {''.join(axes)}, shape {tuple(array.shape)}, type {array.dtype}"
+        raise refusal(what, path, f"has {found}; one gray stack with axes zyx is needed")
+    chosen = channel_of(sizes.get("c", 1), channel, what, path)
+
+    def read(index, rows, columns):
+        place = {"c": chosen, "y": rows, "x": columns} | dict.fromkeys(along, index)
+        pixels = np.array(array[tuple(place.get(axis, 0) for axis in axes)])
+        return pixels if axes.index("y") < axes.index("x") else pixels.T
+
+    shape = (sizes[along[0]] if along else 1, sizes["y"], sizes["x"])
+    return StackReader(read, shape, array.dtype, source=path, **about)
+
+
+def channel_of(count, channel, what, path):
+    """Return the channel to read of so many; refuse one that is not there, and none where there are several."""
+    if channel is None and count > 1:
+        how = "--channel 0 takes the first" if flag(what) == "--image_path" else "save the one that is meant"
+        raise refusal(what, path, f"has {count} channels; {how}")
+    if channel is not None and channel >= count:
+        raise DataError(f"--channel must be below {count}, the number of channels of {path}. Received: {channel}")
+    return channel or 0
+
+
+def inside(path, name):
+    """Return the source that an array of a file, or of a group in it, is."""
+    return f"{path}{'/' if within(path)[1] else ':/'}{name}"
+
+
+def only_stack(arrays, what, path):
+    """Return the name of the only 3-D array of several, or of the only array; refuse with a list of them."""
+    stacks = [name for name in arrays if len(arrays[name].shape) == 3] or list(arrays)
+    if len(stacks) != 1:
+        stacks.sort(key=natural_key)
+        held = some([f"{name} ({' x '.join(map(str, arrays[name].shape))})" for name in stacks])
+        raise refusal(
+            what, path, f"holds {held}: name one as {inside(path, 'NAME')}" if held else "holds no stack of sections"
+        )
+    return stacks[0]
 
 
 # --- Words and numbers --------------------------------------------------------------------------------------
@@ -232,8 +291,37 @@ def voxel_words(voxel_nm):
     """
     if voxel_nm is None:
         return "voxel size unknown"
-    z, y, x = voxel_nm
-    return f"pixel {y:.4g} x {x:.4g} nm, section {f'{z:.4g} nm' if z else 'thickness unknown'}"
+    thickness = f"{voxel_nm[0]:.4g} nm" if voxel_nm[0] else "thickness unknown"
+    return f"pixel {pixel_words(voxel_nm)}, section {thickness}"
+
+
+def pixel_words(voxel_nm):
+    """Say a pixel size.
+
+    >>> pixel_words((50.0, 4.0, 4.0))
+    '4 x 4 nm'
+    """
+    return f"{voxel_nm[1]:.4g} x {voxel_nm[2]:.4g} nm"
+
+
+def pixel_factors(voxel_nm, trained_nm):
+    """Return how many pixels of the training a pixel's height and width are; None where about one, or not known.
+
+    >>> pixel_factors((50.0, 8.0, 4.0), (50.0, 4.0, 4.2)), pixel_factors((30.0, 4.3, 4.0), (None, 4.0, 4.0))
+    ((2.0, 0.952...), None)
+    """
+    if voxel_nm is None or trained_nm is None:
+        return None
+    factors = tuple(own / trained for own, trained in zip(voxel_nm[1:], trained_nm[1:], strict=True))
+    return factors if any(abs(factor - 1) > 0.1 for factor in factors) else None
+
+
+def is_voxel(found):
+    """Whether what a record holds is a voxel size, or that none is known."""
+    try:
+        return found is None or list(found) == list(voxel(*found))
+    except (TypeError, ValueError):
+        return False
 
 
 def voxel(z, y, x):

@@ -5,25 +5,43 @@ Whatever is wrong with somebody's file ends in a `DataError` of one sentence. `d
 
 import hashlib
 import math
+from pathlib import Path
 
 import numpy as np
 
-from files.atomic import DataError
-from files.sections import Stack, StackReader, colour_rule, natural_key, refusal, require_memory, shape_words, some
+from files.atomic import DataError, within
+from files.hdf5 import open_hdf5
+from files.mrc import open_mrc
+from files.sections import (
+    Stack,
+    StackReader,
+    channel_of,
+    colour_rule,
+    natural_key,
+    refusal,
+    require_memory,
+    shape_words,
+    some,
+)
 from files.tiff import open_tiff
 
 SUFFIXES = (".tif", ".tiff", ".png")
 
 
-def open_stack(found, what="image", *, ids=False):
+def open_stack(found, what="image", *, ids=False, channel=None):
     """Open a file, a folder of sections or a Stack as a StackReader.
 
     `what` is the role, for messages. With `ids` the values are numbers of cells, and stay what is stored: neither
-    a palette nor "0 is white" is applied.
+    a palette nor "0 is white" is applied. `channel` is needed where there are several.
     """
     if isinstance(found, Stack):
+        channel_of(1, channel, what, found.source)
         return _open_memory(found)
-    return _open_folder(found, what, ids) if found.is_dir() else _open_file(found, what, ids)
+    path, inside = Path(within(found)[0]), within(found)[1]
+    if inside and path.suffix.lower() not in HDF5:
+        raise refusal(what, found, "names an array inside of what holds none: that goes with HDF5 and Zarr")
+    how = {"ids": ids, "channel": channel}
+    return _open_folder(path, what, how) if path.is_dir() else _open_file(path, what, inside=inside, **how)
 
 
 def load(reader):
@@ -42,31 +60,33 @@ def _open_memory(stack):
     return StackReader(lambda *part: stack.sections[part], stack.shape, stack.dtype, **about)
 
 
-def _open_file(path, what, ids):
+def _open_file(path, what, **how):
     try:
-        return (_open_png if path.suffix.lower() == ".png" else open_tiff)(path, what, ids)
+        return READERS.get(path.suffix.lower(), open_tiff)(path, what, **how)
     except DataError:
         raise
+    except ModuleNotFoundError as error:
+        raise refusal(what, path, f"needs {error.name}: pip install -r requirements-formats.txt") from error
     except Exception as error:  # struct, index, key and codec errors on a damaged file
         words = getattr(error, "strerror", None) or f"it is damaged, cut off or no {path.suffix} file: {error}"
         raise refusal(what, path, f"cannot be read: {words}") from error
 
 
-def _open_folder(folder, what, ids):
+def _open_folder(folder, what, how):
     """Open the sections of a folder in natural order; the first file says what the others must be."""
     files = _sections_in(folder, what)
     stems = [file.stem for file in files]
     if len(files) == 1:
-        return _open_file(files[0], what, ids)
+        return _open_file(files[0], what, **how)
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}, key=natural_key):
         raise refusal(what, folder, f"holds two files of the same name: {some(twice)}")
-    with _open_file(files[0], what, ids) as first:
+    with _open_file(files[0], what, **how) as first:
         words = f"folder of {len(files)} files, {first.description}"
         about = {"voxel_nm": first.voxel_nm, "description": words, "names": stems, "source": folder}
     size, dtype = first.shape[1:], first.dtype
 
     def read(index, rows, columns):
-        with _open_file(files[index], what, ids) as reader:
+        with _open_file(files[index], what, **how) as reader:
             if (reader.shape, reader.dtype) != ((1, *size), dtype):
                 rule = f"; each file of its folder must hold one of {size[0]} x {size[1]} px, {dtype}"
                 raise refusal(what, files[index], f"holds {shape_words(reader)}, {reader.dtype}{rule}")
@@ -91,7 +111,7 @@ def _sections_in(folder, what):
 # --- PNG ----------------------------------------------------------------------------------------------------
 
 
-def _open_png(path, what, ids):
+def _open_png(path, what, ids=False, channel=None, **_):
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # large sections are no attack: what cannot fit is refused here
@@ -105,6 +125,7 @@ def _open_png(path, what, ids):
         raise refusal(what, path, f"is a film of {frames} pictures; each section must be a file")
     if pixels.ndim != 2:
         raise refusal(what, path, colour_rule(pixels.shape[-1]))
+    channel_of(1, channel, what, path)
     about = {"source": path, "description": f"PNG, mode {mode}"}
     return StackReader(lambda _, *part: pixels[part], (1, *pixels.shape), pixels.dtype, **about)
 
@@ -115,6 +136,14 @@ def _without_palette(picture):
         return picture
     colours = picture.convert("RGB")
     return colours.getchannel(0) if len({band.tobytes() for band in colours.split()}) == 1 else colours
+
+
+HDF5 = (".h5", ".hdf5", ".hdf")
+READERS = {
+    ".png": _open_png,
+    **dict.fromkeys(HDF5, open_hdf5),
+    **dict.fromkeys((".mrc", ".mrcs", ".map", ".rec", ".st"), open_mrc),
+}  # of everything else: TIFF
 
 
 def sha256_pixels(array):

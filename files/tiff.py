@@ -8,38 +8,50 @@ import struct
 
 import numpy as np
 
-from files.sections import NANOMETRES, StackReader, colour_rule, natural_key, refusal, size_words, some, voxel
+from files.sections import (
+    NANOMETRES,
+    StackReader,
+    channel_of,
+    colour_rule,
+    natural_key,
+    refusal,
+    size_words,
+    some,
+    voxel,
+)
 
 KINDS = {"frame", "imagej", "multipage", "ome", "shaped", "uniform"}  # of TIFF whose pages are all that there is
 
 
-def open_tiff(path, what, ids):
+def open_tiff(path, what, ids=False, channel=None, **_):
     import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs about broken files is raised here
     tif = tifffile.TiffFile(path)
     try:
-        return _tiff_reader(tif, path, what, ids)
+        return _tiff_reader(tif, path, what, ids, channel)
     except BaseException:
         tif.close()
         raise
 
 
-def _tiff_reader(tif, path, what, ids):
+def _tiff_reader(tif, path, what, ids, channel):
     if not len(tif.pages) or not tif.series:
         raise refusal(what, path, "is damaged or cut off: it holds no image")
-    shape = _tiff_shape(tif, path, what)
+    planes = _planes(tif, path, what, channel)
     series, page = tif.series[0], tif.pages[0]
-    _check_pages(tif, series, shape[0], path, what)
-    read, note = _as_shown(page, _tiff_pixels(tif, series, shape), path, what, ids)
+    size, count = series.shape[-2:], math.prod(series.shape[:-2])
+    _check_pages(tif, series, count, path, what)
+    pixels = _tiff_pixels(tif, series, (count, *size))
+    read, note = _as_shown(page, lambda i, *part: pixels(planes[i], *part), path, what, ids)
     words = ", ".join([f"axes {series.axes}", *_encoding(tif), *note])
     made_of = dict(re.findall(r"made_of_(\w+)=([^\s<]+)", page.description))  # as `writing` says it
     about = {"source": path, "voxel_nm": _voxel_nm(tif), "description": words, "made_of": made_of}
-    return StackReader(read, shape, series.dtype, close=tif.close, **about)
+    return StackReader(read, (len(planes), *size), series.dtype, close=tif.close, **about)
 
 
-def _tiff_shape(tif, path, what):
-    """Return (S, H, W); refuse what is not one gray stack."""
+def _planes(tif, path, what, channel):
+    """Return which plane of the file each section is; refuse what is not one gray stack."""
     series = tif.series[0]
     if len(tif.series) > 1:
         sizes = some(sorted({size_words(s.shape) for s in tif.series}, key=natural_key))
@@ -49,15 +61,16 @@ def _tiff_shape(tif, path, what):
         rule, count = colour_rule(dict(axes)["S"]), dict(axes)["S"]
         hint = f"; {count} sections need photometric='minisblack' when tifffile writes them"
         raise refusal(what, path, rule + hint * (series.axes[0] == "S"))
-    others = [(axis, n) for axis, n in axes[:-2] if n > 1]
+    others = [axis for axis, n in axes[:-2] if n > 1]
+    channels = dict(axes[:-2]).get("C", 1)
+    picks = channels > 1 and (channel is not None or len(others) > 1 or channels < 5)  # more are sections, badly named
     kind = series.dtype.kind if series.dtype is not None else ""
-    if len(others) > 1 or series.axes[-2:] != "YX" or kind not in tuple("buif"):
+    if len(others) - picks > 1 or series.axes[-2:] != "YX" or kind not in tuple("buif"):
         found = f"axes {series.axes}, shape {series.shape}, type {series.dtype}"
         raise refusal(what, path, f"has {found}; one gray stack with axes ZYX is needed")
-    if others and others[0][0] == "C" and others[0][1] < 5:
-        rule = f"has {others[0][1]} channels (axes {series.axes}); save one channel, or sections as Z"
-        raise refusal(what, path, rule)
-    return (math.prod(n for _, n in others), *series.shape[-2:])
+    chosen = channel_of(channels if picks else 1, channel, what, f"{path} (axes {series.axes})")
+    planes = np.arange(math.prod(series.shape[:-2])).reshape(series.shape[:-2])
+    return (planes.take(chosen, series.axes.index("C")) if picks else planes).ravel().tolist()
 
 
 def _check_pages(tif, series, count, path, what):

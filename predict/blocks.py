@@ -56,6 +56,7 @@ class Job(NamedTuple):
     how: tuple[tuple[str, str], ...]  # its keyword arguments
     shape: tuple[int, ...]  # of the output: all axes of an OME-Zarr image, or (S, H, W)
     chunks: tuple[int, ...]  # of one section each, and of what the first tile fills
+    channel: int | None  # of the image
     zarr_format: int
     grid: tuple  # the fields of a `tiling.Grid`
     block: tuple[int, int, int]  # sections, and tiles along the rows and columns
@@ -131,7 +132,7 @@ def _load(job):
         with _ONE_AT_A_TIME:
             return network(windows)
 
-    reader = data.iter_sections(Path(job.image))
+    reader = data.iter_sections(Path(job.image), channel=job.channel)
     return _part_reader(reader), predict, zarr.open_array(f"{job.output}/0", mode="r+")
 
 
@@ -201,6 +202,7 @@ def run(args, reader, field, *, load, weights, how, settings, log):
             how=tuple(how.items()),
             shape=shape,
             chunks=(1,) * (len(shape) - 2) + tuple(cuts[0].stop for cuts in grid.cuts),
+            channel=args.channel,
             zarr_format=omezarr.zarr_format(reader),
             grid=tuple(grid),
             block=block,

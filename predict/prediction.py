@@ -13,9 +13,9 @@ import numpy as np
 import data
 from data import DataError, Normalisation
 from files import atomic, rois
-from files.sections import memory_words, require_memory, size_words
+from files.sections import is_voxel, memory_words, require_memory, size_words
 from network import device, outline, startup, unet
-from predict import blocks, engines, intensity, tiling
+from predict import blocks, engines, intensity, rescale, tiling
 from score import origin
 
 FORMAT = "dilated-unet weights 1"
@@ -109,6 +109,7 @@ OTHERS = {
     "background": lambda value: value is None or _number(0, 1)(value),
     "smallest_cell_px": _whole(0, 2**31),
     "intensity": intensity.is_record,
+    "data": lambda value: type(value) is dict and is_voxel(value.get("voxel_nm")),
 }
 
 
@@ -266,13 +267,14 @@ def run(args):
     for flag, output in (("--output", args.output), ("--rois", args.rois)):
         if output:
             atomic.refuse_inputs(flag, output, source, *used)
-    with data.iter_sections(source) as sections:
+    with data.iter_sections(source, channel=args.channel) as sections:
         norms = normalisations(sections, records, args.normalise)
+        sizes = rescale.seen_sizes(sections, records, args.rescale, say)
         how = {"engine": args.engine, "precision": precision}
         if in_blocks:
             run_blocks(args, sections, records[0], norms[0], how)
         else:
-            run_sections(args, sections, records, norms, how)
+            run_sections(args, sections, records, norms, sizes, how)
     return 0
 
 
@@ -285,6 +287,7 @@ def check_output(args):
         (of_blocks and not in_blocks, "--resume, --scheduler and --workers go with an --output of .zarr", args.output),
         (masks and in_blocks, "--threshold and --segment go with a TIFF --output", args.output),
         (args.rois and not args.segment, "--rois goes with --segment", args.rois),
+        (args.rescale and in_blocks, "--rescale goes with a TIFF --output", args.output),
         (count > 1 and in_blocks, "--weight_path must be one for an --output of .zarr", count),
         (args.resume and args.force, "--resume goes on with a prediction, --force replaces it: choose one", "both"),
         (args.scheduler and args.workers is not None, "--workers is of no use with --scheduler", args.workers),
@@ -318,25 +321,27 @@ def run_blocks(args, sections, record, norm, how):
     say(f"{args.output}: 1 = interior")
 
 
-def run_sections(args, sections, records, norms, how):
+def run_sections(args, sections, records, norms, sizes, how):
     """`predict` to TIFF, section by section; of large ones only the prediction is in memory as a whole."""
     networks = [load_network(path, how["precision"], how["engine"])[0] for path in args.weight_path]
     names = ", ".join(f"{network.name} of {path}" for network, path in zip(networks, args.weight_path, strict=True))
     say(f"{args.image_path}: {len(sections)} sections of {size_words(sections.shape)} px; {names}")
-    for field in {unet.field_of(network) for network in networks}:
-        grid = tiling.choose(sections.shape[1:], field, max_tile=args.tile, halo=args.overlap)
-        say(f"sections of {size_words(sections.shape)} px: {grid.words}")
+    for field, size in {(unet.field_of(network), size) for network, size in zip(networks, sizes, strict=True)}:
+        grid = tiling.choose(size, field, max_tile=args.tile, halo=args.overlap)
+        say(f"sections of {size_words(size)} px: {grid.words}")
     large = math.prod(sections.shape[1:]) > LARGE_PX
     if large:
         say_memory(args, sections)
     how |= {"tile": args.tile, "overlap": args.overlap, "tta": args.tta, "batch": args.batch_size}
-    predict = mean_of([section_predictor(*one, **how) for one in zip(networks, norms, strict=True)])
+    predictors = (section_predictor(*one, **how) for one in zip(networks, norms, strict=True))
+    predict = mean_of([rescale.seen_at(*one) for one in zip(sizes, predictors, strict=True)])
     if large:
         predictions = (predict(Unread(sections, index)) for index in range(len(sections)))
     else:  # the next section is read while one is predicted, and predicted while one is written
         predictions = tiling.ahead(map(predict, tiling.ahead(sections)))
     weights = ",".join(quote(weight_file(path).name) for path in args.weight_path)
     made_of = {"pixels_sha256": origin.sha256(sections), "weights": weights, "normalise": args.normalise}
+    made_of |= {"rescaled": ",".join("{}x{}".format(*size) for size in sizes)} if args.rescale else {}
     about = {"count": len(sections), "shape": sections.shape[1:], "voxel_nm": sections.voxel_nm, "made_of": made_of}
     write(args, tiling.counted(predictions, "section", len(sections)), segmentation_of(records), **about)
     say(f"{args.output}: {len(sections)} sections, {'one number per cell' if args.segment else '1 = interior'}")
@@ -346,6 +351,7 @@ def say_memory(args, sections):
     """Say what a large section takes, and refuse one that does not fit."""
     bytes_per_px = 4 * min(2, len(args.weight_path)) + 40 * args.segment
     bytes_per_px += sections.dtype.itemsize if args.tta != "none" else 0
+    bytes_per_px += 12 * args.rescale
     needed = bytes_per_px * math.prod(sections.shape[1:])
     require_memory(needed, f"--image_path: the prediction of a section of {size_words(sections.shape)} px")
     say(f"each section takes about {memory_words(needed)} of memory, and the network its own")

@@ -18,7 +18,7 @@ import numpy as np
 
 import data
 from files import atomic
-from files.flags import label_value
+from files.flags import label_value, number
 from files.labels import require_ids
 from files.sections import size_words
 from score import origin, report, scores
@@ -48,6 +48,7 @@ def add_arguments(parser):
             ("--json", "FILE", "write every number to FILE (default: none is written)"),
             ("--report", "DIR", "write report.html and PNG figures to DIR (default: none is written)"),
             ("--image_path", "PATH", "raw sections to show in the report (default: none)"),
+            ("--channel", "N", "channel of --image_path, from 0, where it has several"),
             ("--force", None, "replace an existing FILE or report (default: refuse)"),
         ),
     }
@@ -56,6 +57,7 @@ def add_arguments(parser):
         for name, metavar, words in rows:
             kind = {"metavar": metavar} if metavar else {"action": "store_true"}
             kind |= {"type": label_value} if metavar == "VALUE" else {}
+            kind |= {"type": number(int, 0, 2**16)} if metavar == "N" else {}
             group.add_argument(name, help=words, required=name in ("--prediction", "--mask_path"), **kind)
 
 
@@ -64,6 +66,8 @@ def run(args):
     which = parse_scores(args.scores)
     if args.instances and (args.report or args.invert_mask or args.scores):
         raise data.DataError("--instances goes without --report, --invert_mask and --scores.")
+    if args.channel is not None and not args.image_path:
+        raise data.DataError(f"--channel goes with --image_path. Received: {args.channel}")
     refuse_existing(args)
     read = data.read_instances if args.instances else partial(data.read_labels, invert=args.invert_mask)
     labels, notes = read(args.mask_path, ignore=args.ignore_label)
@@ -76,7 +80,7 @@ def run(args):
     with contextlib.ExitStack() as files:
         fit = (sections, labels.sections.shape, notes, files)
         native = read_sections(args.prediction, "prediction", *fit, ids=args.instances)
-        raw = read_sections(args.image_path, "image", *fit) if args.image_path else None
+        raw = read_sections(args.image_path, "image", *fit, channel=args.channel) if args.image_path else None
         refuse_inputs(args, labels, native, raw)
         notes += origin.check(native, labels, raw, sections)
         sections, references, native, raw = with_labels(sections, references, native, raw)
@@ -172,16 +176,16 @@ class Sections:
         return self.convert(self.reader[self.chosen[place]])
 
 
-def read_sections(path, role, sections, shape, notes, files, *, ids=False):
+def read_sections(path, role, sections, shape, notes, files, **how):
     """Open a stack that must fit labels of the given shape (S, H, W); return the `Sections` wanted.
 
     A stack of as many sections as the labels is subset like them; one of exactly as many as were asked for is
-    taken to BE those, and `notes` says so. `files`, an ExitStack, closes it. `ids` as in `data.iter_sections`.
+    taken to BE those, and `notes` says so. `files`, an ExitStack, closes it. `how` as in `data.iter_sections`.
     """
     flag = data.flag(role)
-    if role == "prediction" and not os.path.exists(os.path.expanduser(path)):  # nor is it a data set's name
+    if role == "prediction" and not os.path.exists(atomic.within(path)[0]):  # nor is it a data set's name
         raise data.DataError(f"{flag}: {path} does not exist.")
-    reader = files.enter_context(data.iter_sections(path, what=role, ids=ids))
+    reader = files.enter_context(data.iter_sections(path, what=role, **how))
     if reader.shape[1:] != shape[1:]:
         sizes = " and ".join(size_words(found) for found in (reader.shape, shape))
         raise data.DataError(f"{flag} and --mask_path must have the same section size. Received: {sizes}")

@@ -105,7 +105,9 @@ class Place:
     def predict(self, source, *, network=load, field=FIELD, precision="float32", **flags):
         """The `predict` verb, in this process but for `workers`; returns the array of the output."""
         machine = {"output": str(self.output), "resume": False, "force": False, "scheduler": None, "workers": 0}
-        args = SimpleNamespace(**machine | {"batch_size": 1, "tta": "none", "tile": 32, "overlap": None} | flags)
+        args = SimpleNamespace(
+            **machine | {"batch_size": 1, "tta": "none", "tile": 32, "overlap": None, "channel": None} | flags
+        )
         how = {"settings": {"normalisation": {"mean": 1.0}}, "how": {"precision": precision}, "log": self.said.append}
         with data.iter_sections(source) as sections:
             blocks.run(args, sections, field, load=network, weights=self.weights, **how)

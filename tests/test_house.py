@@ -11,14 +11,22 @@ from conftest import ROOT, python
 ORDER = [
     *("dilatedUnet", "train.run", "train.finish", "train.recorder", "train.trainee", "train.feed"),
     *("train.initial", "train.record", "train.progress"),
-    *("predict.prediction", "predict.blocks", "predict.engines", "predict.intensity", "predict.tiling"),
+    *(
+        "predict.prediction",
+        "predict.blocks",
+        "predict.engines",
+        "predict.rescale",
+        "predict.intensity",
+        "predict.tiling",
+    ),
     *("studies.reproduce", "studies.records", "studies.rows", "studies.comparison", "studies.verdicts"),
     *("score.evaluation", "score.report", "score.origin", "score.scores", "score.topology", "score.segments"),
     *("data", "figures", "augment", "clr_callback"),
     *("network.unet", "network.field", "network.layers", "network.losses", "network.optimizers"),
     *("network.startup", "network.device", "network.distribution", "network.hashing"),
     *("network.outline", "network.mirror"),
-    *("files.fetching", "files.labels", "files.omezarr", "files.rois", "files.writing", "files.stacks", "files.tiff"),
+    *("files.fetching", "files.labels", "files.omezarr", "files.rois", "files.writing", "files.stacks"),
+    *("files.hdf5", "files.mrc", "files.tiff"),
     *("files.sections", "files.synthetic", "files.atomic", "files.shell", "files.flags"),
 ]
 ROOMS = ("train", "predict", "score", "studies", "network", "files")

@@ -140,6 +140,7 @@ def test_tile_overlap_and_batch_are_flags(predict, monkeypatch, tmp_path):
     ("--output x.tif --resume", "--scheduler and --workers go with an --output of .zarr. Received: x.tif"),
     ("--output x.zarr --threshold 0.5", "--threshold and --segment go with a TIFF"),
     ("--output x.zarr --segment", "--threshold and --segment go with a TIFF"),
+    ("--output x.zarr --rescale", "--rescale goes with a TIFF --output. Received: x.zarr"),
     ("--output x.zarr --resume --force", "choose one"),
     ("--output x.zarr --scheduler tcp://127.0.0.1:1 --workers 2", "--workers is of no use with --scheduler"),
     ("--output x.zarr --weight_path a b", "--weight_path must be one for an --output of .zarr. Received: 2"),
@@ -148,6 +149,53 @@ def test_tile_overlap_and_batch_are_flags(predict, monkeypatch, tmp_path):
 def test_flags_that_contradict_each_other_are_refused(refuses, weights, tmp_path, flags, words):
     refuses(words, "predict", "--image_path", ROOT / "weights", "--weight_path", weights, *flags.split())
     assert not list(tmp_path.glob("x.*"))
+
+
+@pytest.fixture
+def trained_at_4_nm(call, copied):
+    """`predict`, with a network trained on pixels of 4 x 4 nm, on a section with pixels of so many nm."""
+    prediction.add_to_record(copied / "net.weights", data={"voxel_nm": [50, 4, 4]})
+
+    def run(section, nm, *words):
+        size = {"resolution": [1e3 / side for side in nm[::-1]], "metadata": {"axes": "YX", "unit": "um"}} if nm else {}
+        tifffile.imwrite("stack.tif", section.astype(np.uint8), imagej=True, **size)
+        files = ("--weight_path", copied / "net.weights", "--image_path", "stack.tif", "--output", "out.tif")
+        return call("predict", *files, *FLOAT32, "--force", *words)
+
+    return run
+
+
+def test_rescaled_a_section_is_seen_as_in_training_and_comes_back_in_its_own_size(trained_at_4_nm):
+    def halved(array):
+        return array.reshape(64, 2, 96).mean(axis=1)
+
+    fine = section_of(128, 96)
+    wanted, away = halved(expected(fine)), {}
+    for words, said in (((), "warning: pixels are 8 x 4 nm"), (("--rescale",), "resampled to 128 x 96 px and back")):
+        assert said in trained_at_4_nm(halved(fine), (8, 4), *words).err
+        with data.iter_sections("out.tif") as found:
+            assert found.voxel_nm == pytest.approx((None, 8, 4))
+            away[words] = np.abs(found[0] - wanted).mean()
+    assert away["--rescale",] < away[()] / 2
+    assert trained_at_4_nm(halved(fine), (8, 4), "--rescale", "--segment").code == 0
+    assert tifffile.imread("out.tif").shape == (64, 96)
+
+
+@pytest.mark.parametrize(
+    ("nm", "words", "said"),
+    [
+        ((4.3, 4), "", None),
+        ((4.3, 4), "--rescale", "nothing is resampled"),
+        (None, "", None),
+        (None, "--rescale", "pixel size of the stack, and no file says it"),
+        ((100, 4), "", "warning: pixels are 100 x 4 nm, those of the training 4 x 4 nm"),
+        ((100, 4), "--rescale", "must change a section by at most 16 times. Received: 25 x 1"),
+    ],
+)
+def test_other_pixel_sizes_are_said_and_refused_where_they_make_no_sense(trained_at_4_nm, nm, words, said):
+    done = trained_at_4_nm(section_of(16, 24), nm, *words.split())
+    assert done.code == (2 if said and "warning" not in said and "nothing" not in said else 0), done.err
+    assert said in done.err if said else "pixels" not in done.err
 
 
 @pytest.mark.parametrize(("words", "name"), [(("--tta",), "8"), (("--tta", "4"), "4"), (("--tta", "7"), "7")])

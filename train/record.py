@@ -253,7 +253,7 @@ def check_apart(place, outputs, inputs):
     for path in outputs[3:5]:
         if resolved.count(os.path.realpath(path)) > 1:
             raise DataError(f"--weight_path must not be one of the run's own files. Received: {place.weights}")
-    files = [path for path in inputs if path and os.path.isfile(os.path.expanduser(path))]
+    files = [path for path in inputs if path and os.path.isfile(atomic.within(path)[0])]
     for path in outputs:
         atomic.refuse_inputs("--weight_path" if path in outputs[3:5] else "--run_dir", path, *files)
 

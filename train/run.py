@@ -172,6 +172,7 @@ def load(args):
     if masks == images and not args.mask_path:
         raise DataError(f"--mask_path must name the labels, for there are none beside {images}.")
     how = {"invert_mask": args.invert_mask, "instances": args.instances, "ignore": args.ignore_label}
+    how["channel"] = args.channel
     images, masks, messages = data.load_pair(images, masks, **how)
     for message in messages:
         say(message)
