@@ -293,7 +293,7 @@ def test_one_section_is_read_predicted_and_written_at_a_time(call, weights, monk
 
     stack = data.StackReader(read, (40, 32, 40), np.uint8, source="stack")
     monkeypatch.setattr(data, "resolve", lambda *_, **__: "stack")
-    monkeypatch.setattr(data, "iter_sections", lambda found: stack)
+    monkeypatch.setattr(data, "iter_sections", lambda found, **_: stack)
     monkeypatch.setattr(prediction, "write", lambda args, finished, *_, **__: written.extend(p.shape for p in finished))
     assert (call("predict", "--weight_path", weights).code, written) == (0, [(32, 40)] * 40)
     assert 1 <= most[0] <= 3
