@@ -180,5 +180,5 @@ def test_memory_does_not_grow_with_the_number_of_sections(tmp_path, write):
         path = write(folder, array, **options)
         return peak(lambda: [section.sum() for section in iter_sections(path)])
 
-    few, many = (min(read(count), read(count)) for count in (2, 64))  # a first one imports
+    few, many = (min(read(count), read(count)) for count in (2, 24))  # a first one imports
     assert many < 2 * few + 2**18
