@@ -64,10 +64,7 @@ def add_arguments(parser):
 def run(args):
     """Score what the parsed flags name; return 0. Bad input raises `data.DataError`."""
     which = parse_scores(args.scores)
-    if args.instances and (args.report or args.invert_mask or args.scores):
-        raise data.DataError("--instances goes without --report, --invert_mask and --scores.")
-    if args.channel is not None and not args.image_path:
-        raise data.DataError(f"--channel goes with --image_path. Received: {args.channel}")
+    refuse_contradictions(args)
     refuse_existing(args)
     read = data.read_instances if args.instances else partial(data.read_labels, invert=args.invert_mask)
     labels, notes = read(args.mask_path, ignore=args.ignore_label)
@@ -105,6 +102,14 @@ def run(args):
         print(note, file=sys.stderr if note.startswith("warning:") else sys.stdout)
     print("\n".join([text, *written]))
     return 0
+
+
+def refuse_contradictions(args):
+    """Refuse flags that are of no use with each other."""
+    if args.instances and (args.report or args.invert_mask or args.scores):
+        raise data.DataError("--instances goes without --report, --invert_mask and --scores.")
+    if args.channel is not None and not args.image_path:
+        raise data.DataError(f"--channel goes with --image_path. Received: {args.channel}")
 
 
 def parse_scores(text):
