@@ -128,13 +128,22 @@ def test_flips_and_quarter_turns_move_pixels_without_changing_them(made, window)
         np.testing.assert_array_equal(image, expected[:, ::-1] if columns else expected)
 
 
-@pytest.mark.parametrize(("flips", "turns", "kinds"), [(True, True, 8), (True, False, 4), (False, True, 4)])
-def test_flips_and_quarter_turns_are_drawn_evenly(flips, turns, kinds):
-    made = Recipe(flips=flips, quarter_turns=turns)
-    maps = [draw(made, i).affine[:, :2].ravel() for i in range(800)]
-    counts = np.unique(maps, axis=0, return_counts=True)[1]
-    assert len(counts) == kinds
-    np.testing.assert_allclose(counts, 800 / kinds, rtol=0.3)
+def test_flips_and_turns_are_drawn_evenly_and_angles_scales_and_shifts_fill_their_ranges():
+    for flips, turns, kinds in ((True, True, 8), (True, False, 4), (False, True, 4)):
+        made = Recipe(flips=flips, quarter_turns=turns)
+        maps = [draw(made, i).affine[:, :2].ravel() for i in range(800)]
+        counts = np.unique(maps, axis=0, return_counts=True)[1]
+        assert len(counts) == kinds
+        np.testing.assert_allclose(counts, 800 / kinds, rtol=0.3)
+    made = Recipe(max_rotation_deg=20, scale=(0.5, 2), max_shift_px=16)
+    maps = np.array([draw(made, i).affine for i in range(1000)], float)
+    log_scales = -np.log2(np.linalg.det(maps[:, :, :2])) / 2
+    angles = np.rad2deg(np.arctan2(maps[:, 0, 1], maps[:, 0, 0]))
+    for found, most in ((log_scales, 1), (angles, 20), (maps[:, 0, 2], 16), (maps[:, 1, 2], 16)):
+        assert -most * 1.0001 <= found.min() < -0.97 * most
+        assert 0.97 * most < found.max() <= most * 1.0001
+        assert abs(found.mean()) < 0.075 * most
+    assert abs(np.corrcoef(maps[:, :, 2].T)[0, 1]) < 0.15
 
 
 def test_the_image_is_normalised_as_the_raw_values_are_and_the_mask_keeps_its_values():
@@ -274,18 +283,6 @@ def test_the_elastic_grid_is_met_at_its_nodes_which_are_independent_gaussians():
     assert abs(grids.mean()) < 0.2
     correlation = np.corrcoef(grids.reshape(3000, 18).T) - np.eye(18)
     assert np.abs(correlation).max() < 0.1  # 5 standard deviations of 3000 independent pairs
-
-
-def test_drawn_angles_scales_and_shifts_fill_their_ranges():
-    made = Recipe(max_rotation_deg=20, scale=(0.5, 2), max_shift_px=16)
-    maps = np.array([draw(made, i).affine for i in range(1000)], float)
-    log_scales = -np.log2(np.linalg.det(maps[:, :, :2])) / 2
-    angles = np.rad2deg(np.arctan2(maps[:, 0, 1], maps[:, 0, 0]))
-    for found, most in ((log_scales, 1), (angles, 20), (maps[:, 0, 2], 16), (maps[:, 1, 2], 16)):
-        assert -most * 1.0001 <= found.min() < -0.97 * most
-        assert 0.97 * most < found.max() <= most * 1.0001
-        assert abs(found.mean()) < 0.075 * most
-    assert abs(np.corrcoef(maps[:, :, 2].T)[0, 1]) < 0.15
 
 
 @pytest.mark.parametrize("shape", [(20, 33), (1, 9), (2, 2), (50, 64)])

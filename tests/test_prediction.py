@@ -392,7 +392,11 @@ def test_an_existing_output_is_replaced_with_force_only(predict):
     np.testing.assert_array_equal(tifffile.imread("stack.tif"), section)
 
 
-def test_a_prediction_carries_the_voxel_size_over_and_says_of_which_pixels_and_weights_it_is_made(predict):
+def test_a_section_that_cannot_be_read_leaves_no_output_and_a_prediction_says_what_it_is_made_of(predict, tmp_path):
+    sections = np.stack([section_of(32, 40)] * 3).astype(np.float32)
+    sections[2, 0, 0] = np.nan
+    assert re.search(r"section 2 .*NaN", predict(sections, code=2).err.splitlines()[-1])
+    assert [path.name for path in tmp_path.iterdir()] == ["stack.tif"]
     sections = np.stack([section_of(32, 40, seed) for seed in range(2)])
     metadata = {"axes": "ZYX", "unit": "um", "spacing": 0.05}
     predict(sections, "--output", "new/out.tif", imagej=True, resolution=(250, 200), metadata=metadata)
@@ -402,17 +406,16 @@ def test_a_prediction_carries_the_voxel_size_over_and_says_of_which_pixels_and_w
         assert found.made_of["weights"] == "net.weights.h5"
 
 
-def test_a_section_that_cannot_be_read_leaves_no_output(predict, tmp_path):
-    sections = np.stack([section_of(32, 40)] * 3).astype(np.float32)
-    sections[2, 0, 0] = np.nan
-    assert re.search(r"section 2 .*NaN", predict(sections, code=2).err.splitlines()[-1])
-    assert [path.name for path in tmp_path.iterdir()] == ["stack.tif"]
-
-
-@pytest.mark.parametrize("name", ["x", "x.weights", "x.weights.h5", "x.h5"])
-def test_every_spelling_of_a_weight_path_means_one_file(name):
-    assert prediction.weight_file(f"weights/{name}") == Path("weights/x.weights.h5")
-    assert prediction.record_file(f"weights/{name}") == Path("weights/x.json")
+def test_every_spelling_of_a_weight_path_means_one_file_and_the_halo_of_the_study_is_the_receptive_radius():
+    for name in ("x", "x.weights", "x.weights.h5", "x.h5"):
+        files = prediction.weight_file(f"weights/{name}"), prediction.record_file(f"weights/{name}")
+        assert files == (Path("weights/x.weights.h5"), Path("weights/x.json"))
+    # 90 px, so 96; where the dilated network's 553 px would quadruple the work, less, and said
+    standard = tiling.choose((2000, 2000), unet.field_from_settings({"dilate": False, "dilate_rate": 1}))
+    assert (standard.halo, standard.exact) == (96, True)
+    dilated = tiling.choose((2000, 2000), unet.field_from_settings({}))
+    assert not dilated.exact
+    assert math.prod(dilated.tile) <= tiling.MAX_TILE**2
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -524,12 +527,3 @@ def test_the_room_reserved_for_weights_is_enough(tmp_path, filters):
     prediction.reserve(tmp_path / "room", network)
     prediction.save_weights(network, tmp_path / "net", {})
     assert (tmp_path / "net.weights.h5").stat().st_size <= (tmp_path / "room").stat().st_size
-
-
-def test_the_halo_of_the_study_is_the_receptive_radius():
-    """Standard network: 90 px, so 96; where the dilated network's 553 px would quadruple the work, less, and said."""
-    standard = tiling.choose((2000, 2000), unet.field_from_settings({"dilate": False, "dilate_rate": 1}))
-    assert (standard.halo, standard.exact) == (96, True)
-    dilated = tiling.choose((2000, 2000), unet.field_from_settings({}))
-    assert not dilated.exact
-    assert math.prod(dilated.tile) <= tiling.MAX_TILE**2

@@ -24,20 +24,17 @@ def test_an_environment_that_makes_no_sense_is_named(refuses, monkeypatch, name,
     refuses(words, "--distribute")
 
 
-def test_a_backend_that_is_not_installed_is_named_with_the_command_that_installs_it(refuses, monkeypatch):
-    from network import startup
-
-    monkeypatch.setenv("KERAS_BACKEND", "jax")
-    monkeypatch.setattr(startup.importlib.util, "find_spec", lambda name: None)
-    refuses('pip install "jax[cpu]"', "predict")
-
-
-def test_a_backend_that_cannot_start_is_one_sentence(refuses, monkeypatch):
+def test_a_backend_that_cannot_start_or_is_not_installed_is_one_sentence(refuses, monkeypatch):
     def fails():
         raise AssertionError  # as JAX does with JAX_PLATFORMS=cuda and no GPU
 
     monkeypatch.setattr("network.device.accelerator", fails)
     refuses("Keras or its backend cannot be loaded: AssertionError", "predict", "--engine", "keras")
+    from network import startup
+
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    monkeypatch.setattr(startup.importlib.util, "find_spec", lambda name: None)
+    refuses('pip install "jax[cpu]"', "predict")
 
 
 def test_a_device_is_chosen_before_keras_is_imported_and_one_that_is_not_there_is_said(monkeypatch, capsys):

@@ -14,6 +14,9 @@ def test_any_size_and_count(size):
         assert gray.shape == interior.shape == (sections, *size)
         assert gray.dtype == interior.dtype == np.uint8
         assert interior.max() <= 1
+    for wrong in ({"sections": 0}, {"size": (0, 5)}, {"seed": -1}):
+        with pytest.raises(DataError, match="must be >= 1"):
+            synthetic(**{"sections": 1, "size": (8, 8)} | wrong)
 
 
 def test_interior_is_about_78_percent_the_same_numbers_give_the_same_bytes_and_others_give_others():
@@ -51,9 +54,3 @@ def test_stack_is_named_and_read_only_and_the_test_stack_is_another(monkeypatch)
     assert (resolve("synthetic", "test").sections != images.sections).any()
     expected = synthetic(2, (64, 64), 1_000_003)[1].sections
     np.testing.assert_array_equal(resolve("synthetic", "test_mask").sections, expected)
-
-
-@pytest.mark.parametrize("wrong", [{"sections": 0}, {"size": (0, 5)}, {"seed": -1}])
-def test_senseless_sizes_are_refused(wrong):
-    with pytest.raises(DataError, match="must be >= 1"):
-        synthetic(**{"sections": 1, "size": (8, 8)} | wrong)

@@ -49,29 +49,19 @@ def sample(low, high):
 
 
 @cases(
-    "low, high, verdict",
-    (-0.004, 0.004, "confirmed"),
-    (-0.0026, 0.0051, "undecided"),  # narrower than the margin on both sides, and yet not within it
-    (-0.001, 0.008, "undecided"),
-    (-0.006, 0.006, "undecided"),
-    (0.001, 0.004, "confirmed"),  # there is a difference, of which none that matters
-    (0.001, 0.006, "refuted"),
-    (-0.9, -0.1, "refuted"),
-    (0.0, 0.0, "confirmed"),
+    "low, high, equal, holds",
+    (-0.004, 0.004, "confirmed", "within noise"),
+    (-0.0026, 0.0051, "undecided", "within noise"),  # narrower than the margin on both sides, and yet not within it
+    (-0.001, 0.008, "undecided", "within noise"),
+    (-0.006, 0.006, "undecided", "within noise"),
+    (0.001, 0.004, "confirmed", "confirmed"),  # there is a difference, of which none that matters
+    (0.001, 0.006, "refuted", "confirmed"),
+    (-0.9, -0.1, "refuted", "not confirmed"),
+    (0.0, 0.0, "confirmed", "within noise"),
 )
-def test_no_difference_is_confirmed_only_by_a_whole_interval_within_the_margin(low, high, verdict):
-    assert verdicts.no_difference([(sample(low, high), 0.005)]) == [verdict]
-
-
-@cases(
-    "low, high, verdict",
-    (0.1, 0.2, "confirmed"),
-    (-0.2, -0.1, "not confirmed"),
-    (-0.1, 0.2, "within noise"),
-    (0.0, 0.0, "within noise"),
-)
-def test_a_statement_holds_where_the_whole_interval_is_positive(low, high, verdict):
-    assert verdicts.holds([sample(low, high)]) == [verdict]
+def test_no_difference_is_a_whole_interval_within_the_margin_and_a_statement_one_above_zero(low, high, equal, holds):
+    assert verdicts.no_difference([(sample(low, high), 0.005)]) == [equal]
+    assert verdicts.holds([sample(low, high)]) == [holds]
 
 
 def test_what_holds_alone_may_be_noise_among_others_of_its_table():
