@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from files.atomic import DataError
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
@@ -102,6 +104,12 @@ def python(*words, code=0, **options):
     done = subprocess.run([sys.executable, *map(str, words)], **options)
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def refused(words, function, *args, **options):
+    """The call must end in the sentence that the program would say, which holds these words."""
+    with pytest.raises(DataError, match=words):
+        function(*args, **options)
 
 
 @pytest.fixture

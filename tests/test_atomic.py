@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, file_limit
+from conftest import ROOT, file_limit, refused
 
 from files import atomic
 from files.atomic import DataError
@@ -82,10 +82,8 @@ def test_a_link_stays_a_link_and_what_is_no_file_stays(tmp_path):
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "far").read_text() == "new"
     for path in (tmp_path, Path(os.devnull)):
-        with pytest.raises(DataError, match="cannot be replaced"):
-            atomic.write_text(path, "new")
-    with pytest.raises(DataError, match="--force"):
-        atomic.write_text(tmp_path / "far", "newer", force=False)
+        refused("cannot be replaced", atomic.write_text, path, "new")
+    refused("--force", atomic.write_text, tmp_path / "far", "newer", force=False)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows' processes cannot be asked for so")
@@ -117,10 +115,8 @@ def test_what_is_written_is_read_and_what_exists_or_cannot_be_written_is_named(t
     atomic.write_json(tmp_path / "a.json", record)
     assert atomic.read_json(tmp_path / "a.json", "") == record
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="file exists already"):
-        atomic.refuse_existing(tmp_path / "new", tmp_path / "file")
-    with pytest.raises(DataError, match="could not be written"):
-        atomic.make_writable(tmp_path / "good", tmp_path / "file" / "run")
+    refused("file exists already", atomic.refuse_existing, tmp_path / "new", tmp_path / "file")
+    refused("could not be written", atomic.make_writable, tmp_path / "good", tmp_path / "file" / "run")
     assert os.listdir(tmp_path / "good") == []
 
 

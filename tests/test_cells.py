@@ -3,18 +3,16 @@
 import json
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 import tifffile
-from conftest import call_here, call_quietly
+from conftest import call_here, call_quietly, refused
 from keras import ops
 
 import augment
 import data
 import dilatedUnet
 from network import losses, unet
-from predict import tiling
 from score import evaluation, scores, segments
 from train import run as training
 from train.feed import pixel_weights
@@ -82,8 +80,7 @@ def test_the_window_may_be_larger_than_the_section_by_what_the_network_loses_and
     assert batch["image"].shape[1] >= 104
     rule = "must be a multiple of 4 and at least 44. Received: 62; nearest: "
     for window, words in ((62, rule), (108, "must fit into the sections")):
-        with pytest.raises(data.DataError, match=words):
-            training.load(dilatedUnet.parse(command(frames, f"--window {window}")))
+        refused(words, training.load, dilatedUnet.parse(command(frames, f"--window {window}")))
 
 
 def test_an_unpadded_network_sees_context_around_the_crop_mirrored_at_the_border():
@@ -218,10 +215,8 @@ def test_frames_without_a_mask_are_left_out(frames, tmp_path):
 def test_instance_labels_are_whole_numbers_and_not_taken_for_membranes_by_mistake(frames, tmp_path):
     for value, dtype, words in ((0.5, np.float32, "float"), (-1, np.int16, "-1")):
         tifffile.imwrite(tmp_path / "x.tif", np.full((2, 8, 8), value, dtype))
-        with pytest.raises(data.DataError, match=f"must hold whole numbers.*{words}"):
-            data.read_instances(tmp_path / "x.tif")
-    with pytest.raises(data.DataError, match="which --instances takes"):
-        data.load_pair(frames / "01", frames / "01_ST/SEG")
+        refused(f"must hold whole numbers.*{words}", data.read_instances, tmp_path / "x.tif")
+    refused("which --instances takes", data.load_pair, frames / "01", frames / "01_ST/SEG")
 
 
 def test_the_best_settings_are_those_of_the_highest_mean_iou_on_these_sections():
@@ -254,13 +249,3 @@ def test_evaluate_refuses_what_cannot_be_scored(frames, capsys, tmp_path, flags,
     files = ("--prediction", tmp_path / "p.tif", "--mask_path", frames / "01_ST/SEG")
     done = call_here(capsys, "evaluate", "--instances", *files, *flags.split())
     assert (done.code, words in done.err) == (2, True), done.err
-
-
-def test_the_largest_input_of_an_unpadded_network_is_a_valid_size():
-    settings = {"arch": "unet2015", "filters": 1, "levels": 4, "padding": "valid", "dropout": 0.0}
-    field = unet.field_from_settings(settings)
-    field.check_size("tile", 1020)
-    assert tiling.choose((836, 836), field).tile == (1020, 1020)
-    assert tiling.choose((837, 837), field).count == 4
-    assert unet.from_settings(settings).count_params() == unet.build_2015(filters=1).count_params()
-    assert isinstance(unet.from_settings(settings), keras.Model)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tifffile
-from conftest import cases
+from conftest import cases, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -36,8 +36,7 @@ def test_folder_of_the_challenge_gives_each_role_its_file(tmp_path):
     assert resolve(str(tmp_path), "prediction") == tmp_path
     (tmp_path / "train-labels.tif").unlink()
     for role, missing in (("test_mask", "test-labels"), ("mask", "train-labels")):
-        with pytest.raises(DataError, match=rf"--mask_path: .* holds train-volume\.tif, .*, and no {missing}\.tif"):
-            resolve(tmp_path, role)
+        refused(rf"--mask_path: .* holds train-volume\.tif, .*, and no {missing}\.tif", resolve, tmp_path, role)
 
 
 @pytest.mark.parametrize(("role", "test_role"), [("image", "test"), ("mask", "test_mask")])
@@ -46,8 +45,7 @@ def test_the_test_part_of_a_data_set_has_a_name(role, test_role, monkeypatch):
     named = resolve("synthetic-test", role).sections
     np.testing.assert_array_equal(named, resolve("synthetic", test_role).sections)
     assert (named != resolve("synthetic", role).sections).any()
-    with pytest.raises(DataError, match="--prediction must be a file or a folder"):
-        resolve("synthetic", "prediction")
+    refused("--prediction must be a file or a folder", resolve, "synthetic", "prediction")
 
 
 TWO_VALUES = [(0, 1, "uint8"), (0, 255, "uint8"), (False, True, "bool"), (0, -1, "int8"), (1, 2, "uint16")]
@@ -100,8 +98,7 @@ def test_the_share_of_interior_is_said_and_what_looks_wrong_is_warned_about(valu
     (np.r_[np.zeros(40), np.arange(1, 9), np.full(52, 255)].reshape(10, 10), "blurred by resampling or JPEG"),
 )
 def test_more_than_two_values_are_refused_with_the_values_and_a_guess(values, words):
-    with pytest.raises(DataError, match=words):
-        read_labels(mask_stack(values[None]))
+    refused(words, read_labels, mask_stack(values[None]))
 
 
 @pytest.mark.parametrize(("membrane", "interior", "dtype"), [(0, 1, "int16"), (0, 255, "uint16"), (1, 3, "float32")])
@@ -132,8 +129,7 @@ PARTLY = np.kron([[[0, 1], [1, 2]], [[2, 2], [2, 2]], [[0, 2], [2, 1]]], np.ones
     (PARTLY + np.arange(3)[:, None, None], 2, "must hold two label values beside 2. Received"),
 )
 def test_values_that_cannot_mean_not_labelled_are_refused(values, ignore, words):
-    with pytest.raises(DataError, match=words):
-        read_labels(mask_stack(values), ignore=ignore)
+    refused(words, read_labels, mask_stack(values), ignore=ignore)
 
 
 def test_what_is_not_labelled_is_no_cell_and_no_background():
@@ -142,8 +138,7 @@ def test_what_is_not_labelled_is_no_cell_and_no_background():
     assert "sections without labels, which neither train nor are scored: 1" in messages
     bare = "warning: sections that are all background: 1; if they are not labelled"
     assert any(line.startswith(bare) for line in data.read_instances(mask_stack(PARTLY * (PARTLY < 2)))[1])
-    with pytest.raises(DataError, match="must not be 0 with --instances"):
-        data.read_instances(mask_stack(PARTLY), ignore=0)
+    refused("must not be 0 with --instances", data.read_instances, mask_stack(PARTLY), ignore=0)
 
 
 def folder_of(folder, names):
@@ -211,8 +206,7 @@ def test_file_and_folder_are_paired_by_order_and_invert_mask_reaches_the_pair(tm
 )
 def test_window_must_fit_network_and_sections(window, shape, words):
     data.check_window(image_stack(), 64, 16)
-    with pytest.raises(DataError, match=words):
-        data.check_window(image_stack(shape), window)
+    refused(words, data.check_window, image_stack(shape), window)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.floats(0, 1e300), st.floats(1e-12, 1))
@@ -242,8 +236,7 @@ def test_wrong_constants_are_refused():
     constants = [("x", 1, 1), (float("nan"), 1, 1), (0, 0, 0), (0, -1, 1e-10), (0, 1, float("inf"))]
     wrong = [dict(zip(("mean", "std", "epsilon"), values, strict=True)) for values in constants]
     for record in ({}, None, {"mean": 1, "std": 2}, *wrong):
-        with pytest.raises(DataError, match="normalisation must"):
-            Normalisation.from_dict(record)
+        refused("normalisation must", Normalisation.from_dict, record)
 
 
 def contiguous(sections):
@@ -331,8 +324,7 @@ def test_sections_without_labels_are_in_no_part_and_the_others_keep_their_number
     (4, "kfold", {}, "--folds must be from 2 to the number of sections, 4. Received: 5"),
 )
 def test_splits_that_cannot_be_are_refused(count, protocol, options, words):
-    with pytest.raises(DataError, match=words):
-        split_sections(count, protocol, **options)
+    refused(words, split_sections, count, protocol, **options)
 
 
 @given(st.sets(st.integers(0, 500), min_size=1))
@@ -346,8 +338,7 @@ WRONG_NUMBERS = ["", "a", "3-", "-3", "1,,2", "1.5", "1;2", "1-2-3", "0-99999999
 
 @pytest.mark.parametrize("text", WRONG_NUMBERS)
 def test_what_is_no_section_number_twice_or_downwards_is_refused(text):
-    with pytest.raises(DataError, match=rf"sections must be numbers and ranges .* Received: {text}$"):
-        data.parse_sections(text)
+    refused(rf"sections must be numbers and ranges .* Received: {text}$", data.parse_sections, text)
 
 
 def test_montage_lays_sections_row_by_row_in_the_order_drawn():
@@ -397,8 +388,7 @@ def test_check_turns_label_trouble_into_lines(tmp_path):
     check(mask_stack(cells), "labels: instances, 63 to 64 a section", "by their order", instances=True)
     fitting = "recipes whose window fits: a (64 px), b (32 px); add a smaller"
     saying(describe(images, window=None, windows={"a": 64, "b": 32, "c": 128}), "whole sections", fitting)
-    with pytest.raises(DataError, match="does not exist"):
-        describe(tmp_path / "no.tif")
+    refused("does not exist", describe, tmp_path / "no.tif")
 
 
 def test_check_and_the_constants_look_at_a_large_section_in_strips(monkeypatch):
@@ -427,7 +417,6 @@ def test_the_real_stack_is_78_percent_interior_and_check_has_nothing_to_complain
 def test_real_instance_masks_are_recognised_and_paired(hela):
     instances = read_stack("dic-hela", what="mask")
     assert (instances.source, instances.sections.dtype) == (str(hela / "01_ST" / "SEG"), np.uint16)
-    with pytest.raises(DataError, match="looks like an instance mask"):
-        read_labels("dic-hela")
+    refused("looks like an instance mask", read_labels, "dic-hela")
     borders = Stack(instances.sections > 0, names=instances.names, source=instances.source)
     assert "pairs: by name, t000 with man_seg000, and so on" in load_pair("dic-hela", borders)[2]

@@ -6,7 +6,7 @@ import os
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, cases, python
+from conftest import ROOT, cases, python, refused
 from scipy.ndimage import gaussian_filter
 
 import data
@@ -165,6 +165,5 @@ def test_auto_is_openvino_where_it_is_installed_without_an_accelerator(
     if chosen:
         assert engines.choose(asked) == chosen
     else:
-        with pytest.raises(DataError, match=r"^--engine openvino needs .*pip install -r requirements-openvino\.txt$"):
-            engines.choose(asked)
+        refused(r"^--engine openvino needs .*pip install -r requirements-openvino\.txt$", engines.choose, asked)
         assert "openvino" in (ROOT / "requirements-openvino.txt").read_text()

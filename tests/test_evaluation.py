@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import tifffile
-from conftest import cases
+from conftest import cases, refused
 
 import data
 from files.atomic import DataError
@@ -230,8 +230,7 @@ def test_bad_input_is_refused_and_nothing_is_written(name, files, labelled, tmp_
     (tmp_path / "theirs" / "report.html").symlink_to(tmp_path / "theirs" / "s0.tif")
     (tmp_path / "old.json").write_text("old")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(DataError, match=words):
-        evaluate([*given, *flags])
+    refused(words, evaluate, [*given, *flags])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -271,8 +270,7 @@ def test_a_prediction_of_other_images_is_refused_where_they_are_known_and_warned
     assert origin_of(train[::-1], labels)[0].startswith(warned)
     with data.iter_sections("test-volume.tif") as other:
         assert origin_of(train, labels, other)[0].startswith(warned)
-    with pytest.raises(DataError, match=r"was made from test-volume.*labels train-volume.*isbi2012-test"):
-        origin_of(test, labels)
+    refused(r"was made from test-volume.*labels train-volume.*isbi2012-test", origin_of, test, labels)
     assert origin_of(test, data.Stack(test, source="test-labels.tif")) == []
     assert said_of(data.iter_sections(data.Stack(test[::-1])), labels) == [], "nothing is recorded"
 
@@ -284,8 +282,7 @@ def test_the_painted_test_images_and_those_of_the_labels_are_told_apart(tmp_path
     for name, other in (tuple(images), tuple(images)[::-1]):
         labels, _ = data.read_labels(name)
         assert origin_of(images[name], labels) == []
-        with pytest.raises(DataError, match="was made from synthetic"):
-            origin_of(images[other], labels)
+        refused("was made from synthetic", origin_of, images[other], labels)
 
 
 @cases(

@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 import tifffile
+from conftest import refused
 
 from data import DataError, fetch, read_stack, resolve, sha256_pixels
 from files import atomic, fetching
@@ -138,8 +139,7 @@ def test_what_one_source_lacks_comes_from_the_next(web, case):
     if LABELS in names:
         assert resolve("isbi2012", "test_mask") == resolve("isbi2012-test", "mask") == web.cache / LABELS
         return
-    with pytest.raises(DataError, match="it comes only with"):
-        resolve("isbi2012", "test_mask")
+    refused("it comes only with", resolve, "isbi2012", "test_mask")
 
 
 def test_cached_files_are_not_asked_for_again(web):
@@ -189,11 +189,9 @@ def test_an_unwritable_cache_and_unknown_names_are_a_sentence(web, monkeypatch, 
     (tmp_path / "file").write_text("")
     for named, words in ((tmp_path / "file", "cannot be written"), ("~no-such-user/x", "nobody here is ~no-such-user")):
         monkeypatch.setenv("DILATED_UNET_DATA", str(named))
-        with pytest.raises(DataError, match=words):
-            fetch("isbi2012", log=web.said.append)
+        refused(words, fetch, "isbi2012", log=web.said.append)
     for name in ("synthetic", "isbi2013", ""):
-        with pytest.raises(DataError, match="the data sets are isbi2012, dic-hela, phc-u373"):
-            fetch(name)
+        refused("the data sets are isbi2012, dic-hela, phc-u373", fetch, name)
 
 
 def test_what_a_killed_download_left_goes(web):
@@ -217,15 +215,13 @@ def test_cells_are_unpacked_without_their_top_folder(cells):
     assert sorted(path.name for path in cells.cache.iterdir()) == ["01", "01_ST", "02"]
     assert resolve("dic-hela", "mask") == cells.cache / "01_ST" / "SEG"
     assert resolve("dic-hela", "test") == cells.cache / "02"
-    with pytest.raises(DataError, match="02_ST/SEG or 02_GT/SEG"):
-        resolve("dic-hela", "test_mask")
+    refused("02_ST/SEG or 02_GT/SEG", resolve, "dic-hela", "test_mask")
     assert cells.asked == ["/cells.zip"]
 
 
 def test_cells_with_another_hash_never_stay(cells):
     cells.files["/cells.zip"] = zipped({"DIC/01/t000.tif": b"other"})
-    with pytest.raises(DataError, match=r"dic-hela could not be fetched.*01 and 01_ST or 01_GT"):
-        fetch("dic-hela", log=cells.said.append)
+    refused(r"dic-hela could not be fetched.*01 and 01_ST or 01_GT", fetch, "dic-hela", log=cells.said.append)
     assert not cells.cache.exists()
 
 

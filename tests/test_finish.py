@@ -1,9 +1,8 @@
 """The end of a run: what is said of a prediction that is worth nothing."""
 
 import numpy as np
-import pytest
+from conftest import refused
 
-from data import DataError
 from train import finish
 
 
@@ -21,6 +20,5 @@ def test_a_degenerate_prediction_is_told_from_a_good_one():
 def test_a_prediction_that_is_not_finite_is_refused_and_few_sections_are_spread_evenly():
     good = np.ones((4, 4), np.float32)
     assert finish.finite(good, 3) is good
-    with pytest.raises(DataError, match="section 3 is not finite"):
-        finish.finite(good * np.nan, 3)
+    refused("section 3 is not finite", finish.finite, good * np.nan, 3)
     assert (finish.some(range(10)), finish.some((4, 5))) == ([0, 1, 3, 5, 6, 8], [4, 5])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import arrays, cases, files, strict
+from conftest import arrays, cases, files, refused, strict
 from test_trainee import trainee
 
 import dilatedUnet
@@ -65,8 +65,7 @@ def test_a_checkpoint_holds_everything_and_that_of_another_network_or_optimizer_
     assert next(value for name, value in by_name.items() if "iteration" in name) == 6
     assert meta["rows"][-1]["epoch"] == 3
     for words in ("--optimizer adam", "--filters 2,4", "--ema 0.9"):
-        with pytest.raises(DataError, match="belongs to another network or optimizer"):
-            records.load_checkpoint(path, trainee(words).state())
+        refused("belongs to another network or optimizer", records.load_checkpoint, path, trainee(words).state())
 
 
 def test_a_run_that_goes_on_keeps_its_scores_its_first_provenance_and_a_list_of_its_sittings(capsys):

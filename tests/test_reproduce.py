@@ -281,16 +281,13 @@ def test_a_damaged_file_of_records_is_refused_in_one_sentence_before_any_run(rep
         refused(reproduced, "results/table.json", "table", flag)
 
 
-def test_the_commands_are_listed_with_their_cost_and_nothing_is_run(reproduced):
+def test_the_commands_are_listed_with_their_cost_and_every_row_fold_and_seed_is_a_run_in_its_own_folder(reproduced):
     code, out, _, calls = reproduced(*ONE, "--list")
     assert (code, calls) == (0, [])
     assert re.search(r"# unet-published-f0-s0: about 2.5 minutes on one H200.*2 CPU cores 3\.9 hours", out)
     command = next(line for line in out.splitlines() if "--protocol holdout" in line)
     assert "--run_dir runs/reproduce/table/unet-holdout-f0-s0 " in command
     assert dilatedUnet.parse(command.split()[2:]).protocol == "holdout"
-
-
-def test_every_row_protocol_fold_and_seed_is_a_run_in_its_own_folder_seeds_outermost(reproduced):
     calls = reproduced("table", "--only", "unet", "dilated", "--seeds", 2, "--folds", 2)[3]
     parts = [f"{row}-published-f0" for row in ("unet", "dilated")]
     parts += [f"{row}-kfold2-f{fold}" for row in ("unet", "dilated") for fold in (0, 1)]

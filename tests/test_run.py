@@ -17,7 +17,20 @@ import keras
 import numpy as np
 import pytest
 import tifffile
-from conftest import FINISHED, HOLDOUT, ROOT, TINY, arrays, assert_same_run, cases, files, history, same_weights, strict
+from conftest import (
+    FINISHED,
+    HOLDOUT,
+    ROOT,
+    TINY,
+    arrays,
+    assert_same_run,
+    cases,
+    files,
+    history,
+    refused,
+    same_weights,
+    strict,
+)
 
 import clr_callback
 import data
@@ -355,8 +368,7 @@ def test_what_is_refused_in_one_process_ends_all(mine, others):
     if not others:
         assert training.together(spread, step) == 5
     else:
-        with pytest.raises(data.DataError, match=mine or "another process of this run was refused"):
-            training.together(spread, step)
+        refused(mine or "another process of this run was refused", training.together, spread, step)
 
 
 def test_protocol_all_trains_on_every_section_keeps_the_last_weights_and_scores_nothing_as_held_out(train, small):

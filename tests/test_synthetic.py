@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from conftest import refused
 
-from data import DataError, load_pair, resolve, synthetic
+from data import load_pair, resolve, synthetic
 from files.synthetic import paint
 
 
@@ -15,8 +16,7 @@ def test_any_size_and_count(size):
         assert gray.dtype == interior.dtype == np.uint8
         assert interior.max() <= 1
     for wrong in ({"sections": 0}, {"size": (0, 5)}, {"seed": -1}):
-        with pytest.raises(DataError, match="must be >= 1"):
-            synthetic(**{"sections": 1, "size": (8, 8)} | wrong)
+        refused("must be >= 1", synthetic, **{"sections": 1, "size": (8, 8)} | wrong)
 
 
 def test_interior_is_about_78_percent_the_same_numbers_give_the_same_bytes_and_others_give_others():
