@@ -79,7 +79,7 @@ def labelled():
 def call(tmp_path, monkeypatch, capsys):
     """The command line in this process, in a folder of its own; returns the exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-    return lambda *words: call_here(capsys, *words)
+    return lambda *words, code=None: call_here(capsys, *words).ended(code)
 
 
 def call_here(capsys, *words, main=None):
@@ -147,14 +147,17 @@ class Called(NamedTuple):
     out: str
     err: str
 
+    def ended(self, code):
+        assert code in (None, self.code), self.err
+        return self
+
 
 @pytest.fixture
 def refuses(call):
     """A command that must end with exit code 2 and one sentence on stderr that holds certain words."""
 
     def refuse(words, *argv):
-        done = call(*argv)
-        assert done.code == 2, done.err
+        done = call(*argv, code=2)
         assert "Traceback" not in done.err + done.out
         said = [line for line in done.err.splitlines() if line.startswith("dilatedUnet.py")]
         assert len(said) == 1, done.err
@@ -227,14 +230,14 @@ def again(finished, tmp_path, monkeypatch, capsys):
     """The command of the finished run in a copy of its folder, with more flags."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    return lambda more="": call_here(capsys, *FINISHED, *more.split())
+    return lambda more="", code=0: call_here(capsys, *FINISHED, *more.split()).ended(code)
 
 
 @pytest.fixture
 def train(call, small):
     """`train` on the small stack with a tiny network; later flags replace earlier ones."""
     files = ("--image_path", small / "images.tif", "--mask_path", small / "labels.tif")
-    return lambda words="", *more: call(*files, *TINY.split(), *words.split(), *more)
+    return lambda words="", *more, code=0: call(*files, *TINY.split(), *words.split(), *more, code=code)
 
 
 def arrays(path):

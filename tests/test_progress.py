@@ -29,9 +29,7 @@ def started(monkeypatch):
 
 def test_on_a_terminal_one_line_shows_epoch_update_loss_dice_rate_speed_and_time_left(started, capsys):
     started(True, 2).show(50, 0.9, 0.5, 1e-3)
-    words = (
-        r"epoch 5/10 \[#{10}\.{10}\].*update 50/100.*loss 0.900.*dice 0.500.*lr 1.0e-03.*15.00 images/s.*0:00:10"
-    )
+    words = r"epoch 5/10 \[#{10}\.{10}\].*update 50/100.*loss 0.900.*dice 0.500.*lr 1.0e-03.*15.00 images/s.*0:00:10"
     assert re.fullmatch(rf"\r.*{words}.*", capsys.readouterr().err)
 
 
