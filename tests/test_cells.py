@@ -103,7 +103,7 @@ def prepared(frames, words=""):
     return args, training.load(args)
 
 
-def test_each_pixel_has_its_weight_and_touching_cells_are_apart(frames):
+def test_each_pixel_of_a_training_section_has_its_weight_and_touching_cells_are_apart(frames):
     args, stacks = prepared(frames, "--w0 7 --sigma 3")
     weights, train = pixel_weights(stacks, args.w0, args.sigma), list(stacks.split.train)
     apart = [losses.separate(stacks.cells.sections[i]) for i in train]
@@ -116,9 +116,6 @@ def test_each_pixel_has_its_weight_and_touching_cells_are_apart(frames):
     touching = (stacks.cells.sections[0] > 0) & (apart[0] == 0)
     assert touching.any()
     assert (weights[0][touching] > 4).all(), "the border between touching cells is background, and heavy"
-
-
-def test_weights_know_nothing_of_held_out_sections(frames):
     _, stacks = prepared(frames)
     before = pixel_weights(stacks, 10, 5)
     for stack in (stacks.masks, stacks.cells):
@@ -219,7 +216,7 @@ def test_instance_labels_are_whole_numbers_and_not_taken_for_membranes_by_mistak
     refused("which --instances takes", data.load_pair, frames / "01", frames / "01_ST/SEG")
 
 
-def test_the_best_settings_are_those_of_the_highest_mean_iou_on_these_sections():
+def test_the_best_settings_are_those_of_the_highest_mean_iou_by_section_and_as_a_whole():
     _, labels = discs()
     apart = np.stack([losses.separate(section) for section in labels]) > 0
     sure = np.where(apart, 0.95, 0.1).astype(np.float32)
@@ -231,9 +228,6 @@ def test_the_best_settings_are_those_of_the_highest_mean_iou_on_these_sections()
         found = [segments.segment(section, best["threshold"], **options) for section in probability]
         assert scores.mean_iou(found, labels) > 0.99
     assert best["background"] == 0.3, "cells reach to where the probability says so"
-
-
-def test_instances_are_scored_by_section_and_as_a_whole():
     _, labels = discs(sections=2)
     found = evaluation.score_instances(labels, labels, sections=[6, 7])
     assert (found["mean_iou"], found["seg"], found["cells"], found["sections"]) == (1, 1, 6, [6, 7])

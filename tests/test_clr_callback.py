@@ -79,16 +79,13 @@ def test_the_rate_used_by_each_update_is_what_the_history_shows(mode):
     assert callback.history["update"] == list(range(10))
 
 
-def test_the_rate_used_is_the_one_that_moves_the_weights():
-    """SGD on a linear loss moves the bias by minus the learning rate at each update."""
+def test_the_rate_used_moves_the_weights_and_a_second_fit_goes_on_at_the_right_update():
+    # SGD on a linear loss moves the bias by minus the learning rate at each update
     made = keras.Sequential([keras.layers.Input((1,)), keras.layers.Dense(1, kernel_initializer="zeros")])
     made.compile(keras.optimizers.SGD(0.5), loss=lambda y, p: keras.ops.mean(p))
     callback = CyclicLR(0.01, 0.1, 2)
     made.fit(np.zeros((6, 1)), np.zeros((6, 1)), batch_size=1, callbacks=[callback], verbose=0)
     assert -float(made.get_weights()[1][0]) == pytest.approx(sum([0.01, 0.055, 0.1, 0.055, 0.01, 0.055]), rel=1e-5)
-
-
-def test_a_second_fit_goes_on_at_the_right_update_and_the_epochs_last_rate_lands_in_kerass_history():
     made, again = model(), CyclicLR(0.01, 0.1, 7)
     fit(made, CyclicLR(0.01, 0.1, 7))
     history = fit(made, again, epochs=2).history

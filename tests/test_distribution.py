@@ -143,16 +143,13 @@ def wait_for_epochs(folder, count, process):
     raise AssertionError(f"epoch {count} never came")
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(refuses, start, monkeypatch):
+def test_a_batch_that_cannot_be_shared_is_refused_and_one_device_shares_nothing(refuses, start, monkeypatch):
+    spread = distribution.start(dilatedUnet.parse([]).distribute)
+    assert (spread.replicas, spread.chief, spread.agree(7)) == (1, True, 7)
+    assert list(spread.feed(lambda slices: iter(slices))) == [0]
     two = distribution.Alone()
     two.replicas = 2
     monkeypatch.setattr(distribution, "start", lambda devices: two)
     words = "--batch_size must be a multiple of the 2 devices that share it. Received: 3"
     refuses(words, *start.flags, "--batch_size", 3, "--distribute", 2)
     assert not os.listdir()
-
-
-def test_one_device_shares_nothing():
-    spread = distribution.start(dilatedUnet.parse([]).distribute)
-    assert (spread.replicas, spread.chief, spread.agree(7)) == (1, True, 7)
-    assert list(spread.feed(lambda slices: iter(slices))) == [0]

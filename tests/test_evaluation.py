@@ -263,7 +263,7 @@ def challenge(tmp_path, monkeypatch):
     return train, test, data.read_stack("train-labels.tif", what="mask")
 
 
-def test_a_prediction_of_other_images_is_refused_where_they_are_known_and_warned_of_else(challenge):
+def test_a_prediction_of_other_images_is_refused_where_they_are_known_and_warned_of_else(challenge, monkeypatch):
     train, test, labels = challenge
     warned = "warning: the prediction was made from other images than t"
     assert origin_of(train, labels) == []
@@ -273,9 +273,6 @@ def test_a_prediction_of_other_images_is_refused_where_they_are_known_and_warned
     refused(r"was made from test-volume.*labels train-volume.*isbi2012-test", origin_of, test, labels)
     assert origin_of(test, data.Stack(test, source="test-labels.tif")) == []
     assert said_of(data.iter_sections(data.Stack(test[::-1])), labels) == [], "nothing is recorded"
-
-
-def test_the_painted_test_images_and_those_of_the_labels_are_told_apart(tmp_path, monkeypatch):
     paint = data.synthetic
     monkeypatch.setattr(data, "synthetic", lambda seed: paint(2, (32, 32), seed))
     images = {name: data.resolve(name, "image").sections for name in ("synthetic", "synthetic-test")}

@@ -142,15 +142,6 @@ def test_what_one_source_lacks_comes_from_the_next(web, case):
     refused("it comes only with", resolve, "isbi2012", "test_mask")
 
 
-def test_cached_files_are_not_asked_for_again(web):
-    offer_archive(web, {})
-    for _ in range(2):
-        assert fetch("isbi2012", log=web.said.append) == web.cache
-    assert resolve("isbi2012", "test") == resolve("isbi2012-test", "image") == web.cache / "test-volume.tif"
-    assert web.asked == ["/archive.zip"]
-    assert {f"{LABELS}: kept unchecked, its hash is not known", "train-volume.tif: checked"} < set(web.said)
-
-
 def test_nothing_that_is_cut_off_or_not_the_published_file_stays_and_it_is_said_why_and_what_to_do(web):
     web.files["/mirror2/train-volume.tif"] = b"II*\0 cut"
     reasons = ("archive.zip: 404", "mirror1/data: 404", "train-volume.tif is not the published file")
@@ -194,10 +185,15 @@ def test_an_unwritable_cache_and_unknown_names_are_a_sentence(web, monkeypatch, 
         refused("the data sets are isbi2012, dic-hela, phc-u373", fetch, name)
 
 
-def test_what_a_killed_download_left_goes(web):
+def test_what_a_killed_download_left_goes_and_cached_files_are_not_asked_for_again(web):
     (web.cache / f".part{2**22 + 1}_{atomic.HOST}-fetched").mkdir(parents=True)
     offer_archive(web, {})
     fetched(web, [*NAMES, LABELS])
+    for _ in range(2):
+        assert fetch("isbi2012", log=web.said.append) == web.cache
+    assert resolve("isbi2012", "test") == resolve("isbi2012-test", "image") == web.cache / "test-volume.tif"
+    assert web.asked == ["/archive.zip"]
+    assert {f"{LABELS}: kept unchecked, its hash is not known", "train-volume.tif: checked"} < set(web.said)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def draw(shape, key):
     return np.asarray(hashing.random_bytes(shape, ops.array(key, "uint32")))
 
 
-def test_words_and_bytes_are_those_of_the_hash_on_every_backend_and_a_function_of_their_key():
+def test_words_and_bytes_are_those_of_the_hash_on_every_backend_uniform_and_a_function_of_their_key():
     keys = np.array([[0], [1], [-5], [2**31 - 1], [-(2**31)]], np.int32)
     for first, second in ((keys, 0), (3, keys), (keys[1, 0], keys[2, 0])):
         words = ops.convert_to_numpy(hashing.random_words(1000, (first, second))).astype(np.uint32)
@@ -37,9 +37,6 @@ def test_words_and_bytes_are_those_of_the_hash_on_every_backend_and_a_function_o
     key = ops.array([3, 5], "uint32")
     parts = [ops.convert_to_numpy(hashing.random_bytes((2, 3, 8), key, part)) for part in range(2)]
     assert np.array_equal(np.concatenate(parts), draw((4, 3, 8), (3, 5)))
-
-
-def test_bytes_are_uniform_and_independent_of_their_neighbours():
     x = draw((64, 64, 64), (5, 9)).astype(int)
     counts = np.bincount(x.ravel(), minlength=256)
     chi_squared = ((counts - x.size / 256) ** 2 / (x.size / 256)).sum()

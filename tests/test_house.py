@@ -50,10 +50,14 @@ def imports(tree, *, only_top_level=False):
             yield node.module if node.module in ORDER else node.module.split(".")[0]
 
 
-def test_six_scripts_stand_at_the_door_and_every_file_has_its_place():
+def test_six_scripts_stand_at_the_door_nobody_imports_the_tests_and_asserts_live_there_only():
     assert sorted(path.stem for path in ROOT.glob("*.py")) == list(DOOR)
     assert set(MODULES) <= {*ORDER, "start"}
     assert not [name for name in MODULES if name.endswith("utils")]
+    for name, tree in MODULES.items():
+        assert not set(imports(tree)) & {"benchmarks", "conftest", "pytest", "tests"}, name
+    for name, tree in MODULES.items():
+        assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)], name
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -61,13 +65,6 @@ def test_a_file_imports_only_from_places_further_down(name):
     own = [module for module in imports(MODULES[name]) if module in ORDER]
     place = ORDER.index(name) if name in ORDER else -1
     assert not [module for module in own if ORDER.index(module) <= place]
-
-
-def test_nobody_imports_the_tests_or_the_benchmarks_and_asserts_live_in_tests_only():
-    for name, tree in MODULES.items():
-        assert not set(imports(tree)) & {"benchmarks", "conftest", "pytest", "tests"}, name
-    for name, tree in MODULES.items():
-        assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)], name
 
 
 def test_the_command_line_imports_the_standard_library_only_until_the_flags_are_parsed():

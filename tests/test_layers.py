@@ -17,10 +17,13 @@ def test_dropout_drops_its_rate_keeps_the_expectation_and_differs_from_update_to
         assert abs(y.mean() - 1) < 0.01
         assert abs(((y == 0) == (other == 0)).mean() - (rate**2 + (1 - rate) ** 2)) < 0.01
         assert (np.asarray(layer(x)) == 1).all()
+    for rate in (1 / 512, 0.001, 1.0, -0.1, float("nan")):  # that the mask cannot have
+        with pytest.raises(ValueError, match="dropout must be 0, or above 1/512 and below 1"):
+            layers.Dropout(rate)
 
 
 @pytest.mark.jax
-def test_batch_norm_equals_kerass_own_in_training_and_inference():
+def test_batch_norm_equals_kerass_own_and_its_averages_take_in_what_their_momentum_leaves():
     x = np.random.default_rng(0).normal(2, 3, size=(3, 16, 24, 5)).astype("float32")
     ours, stock = layers.BatchNormDropout(), keras.layers.BatchNormalization()
     for _ in range(3):
@@ -29,6 +32,12 @@ def test_batch_norm_equals_kerass_own_in_training_and_inference():
     for name in ("moving_mean", "moving_variance"):
         np.testing.assert_allclose(getattr(ours, name), getattr(stock, name), rtol=1e-5)
     np.testing.assert_allclose(ours(x), stock(x), atol=2e-5)
+    network = unet.build(filters=(2,), centre_dilations=(1,), bn_momentum=0.75)
+    layer = network.get_layer("down1_bn1")
+    layer(np.full((1, 4, 4, 2), 8, np.float32), training=True)
+    np.testing.assert_allclose(layer.moving_mean, 2)
+    assert unet.build(filters=(2,), centre_dilations=(1,)).get_layer("down1_bn1").momentum == 0.99
+    assert unet.build_2015(filters=1, levels=1, batch_norm=True, bn_momentum=0.9).get_layer("up1_bn1").momentum == 0.9
 
 
 @pytest.mark.parametrize("found", [None, pytest.param("a GPU", marks=pytest.mark.jax)])
@@ -42,16 +51,6 @@ def test_the_variance_is_right_where_the_mean_is_many_standard_deviations(precis
     layer(x, training=True)
     np.testing.assert_allclose(layer.moving_mean, exact.mean((0, 1, 2)), atol=1e-3)
     np.testing.assert_allclose(layer.moving_variance, exact.var((0, 1, 2)), rtol=1e-3)
-
-
-@pytest.mark.jax
-def test_moving_averages_take_in_what_their_momentum_leaves():
-    network = unet.build(filters=(2,), centre_dilations=(1,), bn_momentum=0.75)
-    layer = network.get_layer("down1_bn1")
-    layer(np.full((1, 4, 4, 2), 8, np.float32), training=True)
-    np.testing.assert_allclose(layer.moving_mean, 2)
-    assert unet.build(filters=(2,), centre_dilations=(1,)).get_layer("down1_bn1").momentum == 0.99
-    assert unet.build_2015(filters=1, levels=1, batch_norm=True, bn_momentum=0.9).get_layer("up1_bn1").momentum == 0.9
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="one kernel on a processor: TensorFlow only")
@@ -76,9 +75,3 @@ def test_the_one_kernel_and_the_generic_arithmetic_agree_in_value_and_gradient()
 
     for one, other in zip(results(layers._fused), results(generic), strict=True):
         np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("rate", [1 / 512, 0.001, 1.0, -0.1, float("nan")])
-def test_a_rate_that_the_mask_cannot_have_is_refused(rate):
-    with pytest.raises(ValueError, match="dropout must be 0, or above 1/512 and below 1"):
-        layers.Dropout(rate)

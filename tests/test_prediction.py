@@ -349,7 +349,7 @@ def test_gray_values_are_mapped_where_that_is_certain_and_warned_about_where_not
     assert said in "".join(words)
 
 
-def test_thin_lines_tell_what_the_percentiles_do_not(isbi):
+def test_thin_lines_tell_what_the_percentiles_of_the_shipped_weights_do_not(isbi):
     record = prediction.read_record(ROOT / "weights" / "isbi2012_standard")
     painted = data.synthetic(3, (300, 300))[0].sections
     real = data.read_stack(isbi / "test-volume.tif").sections[::10]
@@ -358,6 +358,12 @@ def test_thin_lines_tell_what_the_percentiles_do_not(isbi):
             given, words = stack * contrast + 90 * (1 - contrast), []
             intensity.normalisation_for(255 - given if inverted else given, record, "own", words.append)
             assert any("inverted" in said for said in words) == inverted
+    sections = data.read_stack(isbi / "train-volume.tif").sections
+    for name in ("isbi2012_dilated", "isbi2012_standard"):
+        record = prediction.read_record(ROOT / "weights" / name)
+        found, expected = record["intensity"]["percentiles"], trained_on(sections)["intensity"]["percentiles"]
+        assert found == pytest.approx(expected, abs=1)
+        assert record["intensity"]["dark_lines"] == intensity.dark_lines(sections[[0, 15, -1]])
 
 
 def test_gray_values_beyond_all_sense_are_refused_but_with_the_stacks_own_normalisation():
@@ -369,15 +375,6 @@ def test_gray_values_beyond_all_sense_are_refused_but_with_the_stacks_own_normal
     assert abs(found.std() - 1) < 1e-4
     with pytest.raises(data.DataError, match="needs sections of more than one gray value"):
         intensity.normalisation_for(given * 0, record, "own", words.append)
-
-
-def test_the_shipped_weights_know_the_gray_values_that_they_were_trained_on(isbi):
-    sections = data.read_stack(isbi / "train-volume.tif").sections
-    for name in ("isbi2012_dilated", "isbi2012_standard"):
-        record = prediction.read_record(ROOT / "weights" / name)
-        found, expected = record["intensity"]["percentiles"], trained_on(sections)["intensity"]["percentiles"]
-        assert found == pytest.approx(expected, abs=1)
-        assert record["intensity"]["dark_lines"] == intensity.dark_lines(sections[[0, 15, -1]])
 
 
 def test_an_existing_output_is_replaced_with_force_only(predict):

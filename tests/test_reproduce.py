@@ -136,17 +136,7 @@ def test_the_committed_records_are_those_of_their_rows():
     assert matched == set(kept) != set()
 
 
-def test_what_a_published_row_costs_on_two_cores_is_computed_from_its_windows():
-    """5 000 updates of 3 windows, and after each of 500 epochs 30 windows at a third: 20 000 windows of 0.70 s."""
-    row = rows.select("table", None, False).rows[0]
-    found = settings(row)
-    assert rows.equivalent_windows(found) == pytest.approx(20000)
-    assert rows.equivalent_windows(found | {"window": 256}) == pytest.approx(5000)
-    assert rows.equivalent_windows(found | {"filters": [88, 176, 352]}) == pytest.approx(80000)
-    assert f"{20000 * 0.70 / 3600:.1f} hours" in rows.cost_words(row, found, quick=False)
-
-
-def test_the_published_rows_are_the_published_commands_and_values():
+def test_the_published_rows_are_the_published_commands_values_and_costs():
     by_name = {row.name: row for row in rows.table_rows(quick=False).rows}
     common = "--lr 0.00001 --max_lr 0.01 --epochs 500"
     published = {
@@ -161,6 +151,13 @@ def test_the_published_rows_are_the_published_commands_and_values():
     meant = {"optimizer": "rmsprop", "step_size": 2000, "steps_per_epoch": 10, "batch_size": 3, "window": 512}
     meant |= {"clr_mode": "triangular", "loss": "bce_dice", "patience": 300}
     assert meant.items() <= settings(by_name["unet"]).items()
+    # 5 000 updates of 3 windows, and after each of 500 epochs 30 windows at a third: 20 000 windows of 0.70 s
+    row = rows.select("table", None, False).rows[0]
+    found = settings(row)
+    assert rows.equivalent_windows(found) == pytest.approx(20000)
+    assert rows.equivalent_windows(found | {"window": 256}) == pytest.approx(5000)
+    assert rows.equivalent_windows(found | {"filters": [88, 176, 352]}) == pytest.approx(80000)
+    assert f"{20000 * 0.70 / 3600:.1f} hours" in rows.cost_words(row, found, quick=False)
 
 
 BOTH = "dilate dilate_rate"

@@ -91,7 +91,7 @@ def test_the_record_says_what_was_done_with_what(finished):
     assert "degenerate" in record["held_out"]
 
 
-def test_the_weights_are_those_of_the_lowest_validation_loss_and_their_record_says_how_to_use_them(finished):
+def test_the_weights_are_those_of_the_lowest_validation_loss_the_mean_over_all_windows(finished):
     rows, run = history(finished / "runs/x"), strict(finished / "runs/x/run.json")
     images, labels = (tifffile.imread(finished / name) for name in ("images.tif", "labels.tif"))
     network, record = prediction.load_network(finished / "weights/x.weights")
@@ -102,10 +102,7 @@ def test_the_weights_are_those_of_the_lowest_validation_loss_and_their_record_sa
     predict = prediction.section_predictor(network, data.Normalisation.from_dict(record["normalisation"]))
     best = scores.best_threshold([predict(images[i]) for i in (5, 6)], labels[5:7] // 255)
     assert record["threshold"] == best == run["threshold"]
-
-
-def test_a_validation_loss_is_the_mean_over_all_windows(finished):
-    """Recomputed from the last weights, window by window, in numpy."""
+    # recomputed from the last weights, window by window, in numpy
     images, labels = (tifffile.imread(finished / name) for name in ("images.tif", "labels.tif"))
     network, record = prediction.load_network(finished / "runs/x/last.weights")
     found = []

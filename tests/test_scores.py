@@ -221,7 +221,7 @@ def test_warping_equals_the_naive_one(pair):
         assert (splits.sum(), mergers.sum()) == naive_warping(probability, reference, t)
 
 
-def test_tiny_case_of_the_reference_scorer():
+def test_the_reference_scorers_tiny_case_and_thresholds_that_accumulate_and_compare_in_double():
     t = np.full((2, 8, 10), 255, np.uint8)
     t[0, :, 4] = 0
     t[0, 3, 5:] = 0
@@ -236,6 +236,12 @@ def test_tiny_case_of_the_reference_scorer():
     p[1, 3:6, :5] = 0.2
     p[1, 7, 9] = 0.0
     assert four(p, t) == pytest.approx([0.989790, 0.974209, 0.302156, 0.077441], abs=SIX_DIGITS)
+    assert (len(scores.THRESHOLDS), scores.THRESHOLDS[3]) == (11, 0.30000000000000004)
+    assert scores.THRESHOLDS[-1] == 0.9999999999999999
+    p = np.float32([0.1, 0.5, 0.7, 0.9, 1.0])  # float32(0.1) > 0.1 and float32(0.7) < 0.7 as doubles
+    for threshold, above in ((0.1, 5), (0.5, 3), (0.7, 2)):
+        assert segments.above(p, threshold).sum() == segments.above(p.astype(np.float64), threshold).sum() == above
+    assert not segments.above(np.float64([0.7000000001]), 0.7), "doubles are rounded to float32 first"
 
 
 @cases(
@@ -262,15 +268,6 @@ def test_golden_warping_error_of_the_thick_crop(labels, thick):
     assert (found.value, found.value) == (pytest.approx(0.001275, abs=SIX_DIGITS), 94 / (2 * 192 * 192))
     assert (found.details["splits"] == 94).all()
     assert (found.details["mergers"] == 0).all()
-
-
-def test_thresholds_accumulate_and_compare_strictly_in_double():
-    assert (len(scores.THRESHOLDS), scores.THRESHOLDS[3]) == (11, 0.30000000000000004)
-    assert scores.THRESHOLDS[-1] == 0.9999999999999999
-    p = np.float32([0.1, 0.5, 0.7, 0.9, 1.0])  # float32(0.1) > 0.1 and float32(0.7) < 0.7 as doubles
-    for threshold, above in ((0.1, 5), (0.5, 3), (0.7, 2)):
-        assert segments.above(p, threshold).sum() == segments.above(p.astype(np.float64), threshold).sum() == above
-    assert not segments.above(np.float64([0.7000000001]), 0.7), "doubles are rounded to float32 first"
 
 
 def blocks(rows=12, columns=12):

@@ -41,7 +41,7 @@ def test_the_published_variants_have_the_published_parameters_he_normal_but_for_
     assert np.abs(network.get_layer("head_conv").kernel).max() == pytest.approx(limit, rel=0.2)
 
 
-def test_every_layer_has_the_shape_of_the_study():
+def test_every_layer_has_the_shape_of_the_study_and_the_flags_dilate_and_add_what_it_did():
     network = unet.build(dilate=True, dilate_rate=2, addition=True)
     layers = network.layers[1:-1]
     model = keras.Model(network.input, [layer.output for layer in layers])
@@ -52,8 +52,6 @@ def test_every_layer_has_the_shape_of_the_study():
         found.append((layer.name, 32 // rows, channels))
     assert sorted(found) == sorted(GOLDEN)
 
-
-def test_the_flags_dilate_and_add_what_the_study_did():
     def dilations(**flags):
         return {c.name: c.dilation_rate[0] for c in unet.build(**flags).layers if hasattr(c, "dilation_rate")}
 

@@ -81,7 +81,7 @@ def test_weights_are_a_function_of_the_seed_and_differ_from_layer_to_layer():
         assert not any((one == w).any() for w in kernels if w is not one and w.shape == one.shape)
 
 
-def test_the_two_deepest_maps_of_the_contracting_path_are_dropped_out_and_the_skip_is_one_of_them_its_centre_kept():
+def test_the_two_deepest_maps_of_the_contracting_path_are_dropped_out_and_batch_norm_stands_behind_convolutions():
     network = unet.build_2015(filters=2, levels=3)
     dropped = [layer.name for layer in network.layers if isinstance(layer, layers.Dropout)]
     assert dropped == ["down3_drop", "centre_drop"]
@@ -92,9 +92,6 @@ def test_the_two_deepest_maps_of_the_contracting_path_are_dropped_out_and_the_sk
     assert (np.asarray(network(x, training=True)) != np.asarray(network(x, training=True))).any()
     crops = {level: unet.build_2015(filters=1).get_layer(f"up{level}_crop").cropping for level in (1, 2, 3, 4)}
     assert crops == {4: ((4, 4),) * 2, 3: ((16, 16),) * 2, 2: ((40, 40),) * 2, 1: ((88, 88),) * 2}
-
-
-def test_batch_norm_on_request_stands_behind_every_3_x_3_convolution():
     plain, normed = (unet.build_2015(filters=2, levels=2, batch_norm=wanted) for wanted in (False, True))
     added = {layer.name for layer in normed.layers} - {layer.name for layer in plain.layers}
     convolutions = [layer.name for layer in plain.layers if "_conv" in layer.name and "head" not in layer.name]
