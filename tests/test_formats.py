@@ -119,6 +119,15 @@ def test_a_section_is_a_stack_of_one_in_every_format(tmp_path):
     np.testing.assert_array_equal(data.read_labels(mrc(tmp_path, (GRAY > 99).view(np.int8)))[0].sections, GRAY > 99)
 
 
+def test_what_is_inside_of_a_file_is_told_from_a_drive_of_windows(monkeypatch):
+    with monkeypatch.context() as windows:
+        windows.setattr(atomic.os.path, "exists", {"C", "C:/x.h5", "C:\\x.h5", "a.h5:/b", "a.h5"}.__contains__)
+        typed = ("C:/x.h5", "C:/y.h5", "C:/x.h5:/a/b/", "C:\\x.h5:\\a", "a.h5:/b", "a.h5:/", "b.h5:/c")
+        found = [atomic.within(path) for path in typed]
+    inside = [("C:/x.h5", "a/b"), ("C:\\x.h5", "a"), ("a.h5:/b", ""), ("a.h5", ""), ("b.h5:/c", "")]
+    assert found == [("C:/x.h5", ""), ("C:/y.h5", ""), *inside]
+
+
 def broken(path, kept=0.5):
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     return path
