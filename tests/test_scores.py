@@ -176,7 +176,7 @@ def same_thinning(interior):
     assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(stacks())
 def test_thinning_equals_the_naive_one(pair):
     for t in (0.0, 0.1, 0.5):
@@ -189,7 +189,7 @@ def test_thinning_equals_the_naive_one_where_wide_membranes_meet(seed):
     same_thinning(np.random.default_rng(seed).random((40, 50)) > 0.95)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(stacks(2))
 def test_scores_of_pairs_equal_going_through_all_pairs(stack):
     probabilities, references = stack
@@ -212,7 +212,7 @@ def test_scores_of_pairs_equal_going_through_all_pairs(stack):
     assert curves["v_rand"].value == max(rand)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(stacks())
 def test_warping_equals_the_naive_one(pair):
     probability, reference = pair
@@ -347,7 +347,7 @@ def test_warping_counts_a_broken_wall_as_merger_a_false_wall_as_split_and_forgiv
     assert scores.warping_error([moved], [truth]).value == 0 < scores.pixel_error([moved], [truth]).value
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     arrays(np.uint16, (2, 5, 6), elements=st.integers(0, 4)), arrays(np.uint16, (2, 5, 6), elements=st.integers(0, 4))
 )

@@ -89,7 +89,7 @@ def unpadded_network(batch):
 SHRINK = 5
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     shape=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     levels=st.integers(0, 4),
@@ -109,7 +109,7 @@ def test_stitching_the_identity_returns_the_section_exactly(shape, levels, shrin
     np.testing.assert_array_equal(found, section)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     shape=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     ends=st.tuples(*[st.floats(0, 1)] * 4),
@@ -154,7 +154,7 @@ def test_a_halo_below_the_receptive_radius_shows_at_the_seams_and_tiles_keep_the
         stitched(pixels((16, 16)), identity(2), 16, 0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(length=st.integers(1, 30), before=st.integers(0, 100), after=st.integers(0, 100))
 def test_mirroring_agrees_with_numpy_however_often_it_repeats(length, before, after):
     expected = np.pad(np.arange(length), (before, after), mode="reflect" if length > 1 else "edge")
@@ -170,7 +170,7 @@ def test_every_call_has_the_same_shape_and_type_and_no_more_tiles_than_allowed(b
     assert 8 <= sum(map(len, calls)) < 8 + len(calls)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     shape=st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
     radius=st.integers(0, 700),

@@ -29,7 +29,7 @@ def brute_force(labels, w0, sigma):
 
 
 @given(labels=LABELS, w0=st.floats(0, 50), sigma=st.floats(0.3, 9))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_border_term_equals_brute_force(labels, w0, sigma):
     found = losses.border_weights(labels, w0=w0, sigma=sigma)
     expected = 1 + brute_force(labels, w0, sigma)
