@@ -326,10 +326,10 @@ def test_pixel_scores_and_calibration_are_those_worked_out_by_hand():
     assert scores.bce([p], [r]) == pytest.approx(-(log(0.9) + log(0.4) + log(0.2) + log(0.5)) / 4)
     assert scores.bce([np.ones((1, 1))], [np.zeros((1, 1))]) == pytest.approx(-log(1e-7), rel=1e-6)
     p = np.array([[0.8] * 10 + [0.1] * 10])
-    r = np.array([[1] * 6 + [0] * 4 + [1] + [0] * 9])
+    r = np.array([[1] * 6 + [0] * 4 + [1] * 3 + [0] * 7])  # one bin is too sure, the other not enough
     pixels = scores.calibration([p, p], [r, r])["pixels"]
     assert (pixels[12], pixels[1], pixels.sum()) == (20, 20, 40)
-    assert scores.ece([p, p], [r, r]) == pytest.approx(0.5 * 0.2)
+    assert scores.ece([p, p], [r, r]) == pytest.approx(0.2)
     assert scores.ece([np.ones((2, 2))], [np.ones((2, 2))]) == 0
 
 
