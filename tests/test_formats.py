@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tifffile
-from conftest import ome_zarr
+from conftest import ome_zarr, refused
 from test_stacks import peak
 
 import data
@@ -109,8 +109,7 @@ def test_every_format_gives_the_pixels_of_the_tiff_whole_and_in_parts(tmp_path, 
         np.testing.assert_array_equal(reader.slab(slice(1, 3), slice(0, 24), slice(4, 9)), GRAY[1:3, :, 4:9])
         again = read_stack(reader.source, **how)  # as a worker and a record name it
     np.testing.assert_array_equal(again.sections, GRAY)
-    with pytest.raises(DataError, match="must not be an input"):
-        atomic.refuse_inputs("--output", next(tmp_path.iterdir()), again.source)
+    refused("must not be an input", atomic.refuse_inputs, "--output", next(tmp_path.iterdir()), again.source)
 
 
 def test_a_section_is_a_stack_of_one_in_every_format(tmp_path):
@@ -174,8 +173,7 @@ def test_what_is_damaged_or_cannot_be_meant_is_refused_in_one_sentence(tmp_path,
 def test_a_missing_library_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
     for path, library in ((hdf5(tmp_path), "h5py"), (mrc(tmp_path, GRAY.astype(np.float32)), "mrcfile")):
         monkeypatch.setitem(sys.modules, library, None)
-        with pytest.raises(DataError, match=f"{path} needs {library}: pip install -r requirements-formats.txt"):
-            read_stack(path)
+        refused(f"{path} needs {library}: pip install -r requirements-formats.txt", read_stack, path)
 
 
 @pytest.mark.parametrize("write", [hdf5, mrc, plain_zarr])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, files
+from conftest import ROOT, cases, files
 
 import data
 import dilatedUnet
@@ -85,14 +85,12 @@ def test_a_zip_that_exists_is_kept_and_nothing_else_is_written(labels, tmp_path,
     assert files(tmp_path) == {tmp_path / "there.zip": b"mine"}
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--rois x.zip", "--rois goes with --segment. Received: x.zip"),
-        ("--segment --rois x.zip --output x.zarr", "--threshold and --segment go with a TIFF --output"),
-        ("--segment --rois x.roi", "--rois: must be a file that ends in .zip. Received: x.roi"),
-        ("--segment --rois x.zip", "--rois needs roifile: pip install -r requirements-export.txt"),
-    ],
+@cases(
+    "words, message",
+    ("--rois x.zip", "--rois goes with --segment. Received: x.zip"),
+    ("--segment --rois x.zip --output x.zarr", "--threshold and --segment go with a TIFF --output"),
+    ("--segment --rois x.roi", "--rois: must be a file that ends in .zip. Received: x.roi"),
+    ("--segment --rois x.zip", "--rois needs roifile: pip install -r requirements-export.txt"),
 )
 def test_rois_that_cannot_be_written_are_refused_in_one_sentence(refuses, monkeypatch, words, message):
     real = importlib.util.find_spec
