@@ -19,8 +19,8 @@ import numpy as np
 from keras import ops
 from keras.backend import standardize_dtype
 
+from files.sections import reflect
 from network.hashing import random_words
-from network.mirror import reflect
 
 CLIP_SD = 3.0  # grid displacements are clipped here, so that no pixel can leave the source window
 _LIMITS = {
@@ -388,14 +388,9 @@ def _noise(key, window):
 
 
 def preview_batch(images, masks, recipe, *, seed, n, window, mean, std, sections):
-    """What a network would see of the first `n` crops.
+    """What a network would see of the first `n` crops, and their masks, arrays of shape (n, window, window).
 
-    Returns
-    -------
-    images : uint8 ndarray of shape (n, window, window)
-        Black and white lie 3 standard deviations below and above the raw data's mean.
-    masks : ndarray of shape (n, window, window)
-        In the dtype of `masks`.
+    The images are uint8; black and white lie 3 standard deviations below and above the raw data's mean.
     """
     arrays = batch(images, masks, recipe, seed=seed, epoch=0, indices=range(n), window=window, sections=sections)
     image, mask = warp(arrays, recipe, window=window, mean=mean, std=std)

@@ -173,9 +173,8 @@ class _CyclicLR:
             self.update += 1
 
     def on_epoch_end(self, epoch, logs=None):
-        too_many = self.update - int(
-            self.model.optimizer.iterations
-        )  # where the epoch's last execution ran out of batches
+        # where the epoch's last execution ran out of batches
+        too_many = self.update - int(self.model.optimizer.iterations)
         if too_many > 0:
             self.update -= too_many
             for column in self.history.values():
@@ -201,15 +200,10 @@ def describe_schedule(updates, step_size):
 
 
 def suggest_range(rates, losses):
-    """Lower and upper learning rate suggested by a range test (Smith 2015, section 3.3).
+    """Lower and upper learning rate suggested by a range test (Smith 2015, section 3.3); ValueError without a fall.
 
     Base: where the smoothed loss has made a tenth of its whole fall. Max: a third of the rate at which the smoothed
     loss is lowest, for beyond it the loss rises again.
-
-    Raises
-    ------
-    ValueError
-        If the loss never fell.
     """
     from scipy import signal
 

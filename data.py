@@ -132,11 +132,8 @@ def read_stack(path, *, what="image", channel=None):
 def synthetic(sections=30, size=(512, 512), seed=0):
     """Paint a stack that looks like electron microscopy of neuropil, and its mask; no network, no files.
 
-    Returns
-    -------
-    images, masks : Stack
-        uint8 gray values, and uint8 0 (membrane) / 1 (interior, about 78 %), both read-only. The same
-        (sections, size, seed) gives the same bytes.
+    Both are a Stack, read-only: uint8 gray values, and uint8 0 (membrane) / 1 (interior, about 78 %). The same
+    (sections, size, seed) gives the same bytes.
     """
     gray, interior = _painted(int(sections), tuple(int(n) for n in size), int(seed))
     names = [f"synthetic[{i}]" for i in range(len(gray))]
@@ -160,18 +157,10 @@ def _painted(sections, size, seed):
 
 
 def read_labels(path, *, invert=False, ignore=None):
-    """Read a mask as 0 (membrane) and 1 (interior), and -1 (not labelled) where it holds the value `ignore`.
+    """Read a mask as a Stack of 0 (membrane), 1 (interior) and -1 (not labelled, the value `ignore`), and messages.
 
-    Parameters
-    ----------
-    path : str, Path or Stack
-        Values 0/1, 0/255, bool or any other two: the non-zero one is the interior, or else the larger.
-    invert : bool
-        Turn it: what would be the interior is membrane.
-
-    Returns
-    -------
-    Stack with uint8 sections, and a list of messages; those that begin with "warning:" want attention
+    Its values are 0/1, 0/255, bool or any other two: the non-zero one is the interior, or else the larger; with
+    `invert` that one is the membrane. Messages that begin with "warning:" want attention.
     """
     stack = read_stack(path, what="mask")
     said = labels.labelled(open_stack(stack), ignore)[1]
@@ -205,13 +194,10 @@ def load_pair(image_path, mask_path, *, invert_mask=False, instances=False, igno
 
     Two folders are paired by the stems of their files, where `man_seg007` goes with `t007` and `7_label` with
     `7`; anything else by order. Frames without a mask are left out where the masks are `instances`, as the Cell
-    Tracking Challenge labels some frames of a sequence only. What was done is said in the messages.
+    Tracking Challenge labels some frames of a sequence only.
 
-    Returns
-    -------
-    images, masks : Stack
-        Native values, and what `read_labels` or `read_instances` gives, of the same shape.
-    messages : list of str
+    Returns two Stacks of one shape, of native values, and of what `read_labels` or `read_instances` gives, and messages
+    that say what was done.
     """
     images = read_stack(image_path, what="image", channel=channel)
     read = read_instances if instances else functools.partial(read_labels, invert=invert_mask)
@@ -322,7 +308,6 @@ def split_sections(
 
     Parameters
     ----------
-    count : int
     protocol : {"published", "holdout", "kfold", "all"}
         published: every section trains and validates, as in 2017. holdout: `val_sections`, or else the last
         fifth. kfold: block `fold` of `folds` contiguous ones. all: every section trains, nothing is held out.
@@ -336,10 +321,6 @@ def split_sections(
     labelled : sequence of int, optional
         The sections that have labels, where not all have: the others keep their numbers, and are in no part.
 
-    Returns
-    -------
-    Split
-
     >>> split_sections(10, "kfold", fold=1, folds=5, gap=1).train
     (0, 5, 6, 7, 8, 9)
     """
@@ -351,12 +332,18 @@ def split_sections(
         last = usable[-max(1, round(len(usable) / 5)) :]
         held_out = sections_within(last if val_sections is None else val_sections, count, "--val_sections", usable)
     else:
-        held_out = _fold(usable, fold, folds)
+        if not 2 <= folds <= len(usable):
+            raise DataError(f"--folds must be from 2 to the number of sections, {len(usable)}. Received: {folds}")
+        if not 0 <= fold < folds:
+            raise DataError(f"--fold must be from 0 to {folds - 1}. Received: {fold}")
+        held_out = tuple(np.array_split(usable, folds)[fold].tolist())
     if train_sections is not None and (both := set(allowed) & set(held_out)):
         raise DataError(f"--train_sections must not be held out as well. Received: {format_sections(both)}")
     rest = [i for i in usable if min(abs(i - j) for j in held_out) > gap]
     beside = tuple(sorted(set(usable).difference(rest, held_out)))
-    chosen = _nearest_run(allowed, rest, held_out, inner)
+    runs = [allowed[i : i + inner] for i in range(len(allowed) - inner + 1) if inner]
+    inside = [run for run in runs if set(rest).issuperset(run)]
+    chosen = min(inside, key=lambda run: min(abs(i - j) for i in run for j in held_out), default=())
     train = tuple(i for i in rest if i in allowed and i not in chosen)
     if not train or len(chosen) < inner:
         wanted = f"hold out {len(held_out)}, leave out {len(beside)}, choose weights on {inner} and still train"
@@ -365,15 +352,6 @@ def split_sections(
         hint = "; --protocol all or published train on a single one" if len(usable) == 1 else ""
         raise DataError(f"--protocol {protocol}: too few sections to {wanted}. Received: {found}{hint}")
     return Split(protocol, train, chosen, held_out, beside)
-
-
-def _fold(usable, fold, folds):
-    count = len(usable)
-    if not 2 <= folds <= count:
-        raise DataError(f"--folds must be from 2 to the number of sections, {count}. Received: {folds}")
-    if not 0 <= fold < folds:
-        raise DataError(f"--fold must be from 0 to {folds - 1}. Received: {fold}")
-    return tuple(np.array_split(usable, folds)[fold].tolist())
 
 
 def sections_within(sections, count, argument, usable=None):
@@ -385,16 +363,6 @@ def sections_within(sections, count, argument, usable=None):
     if not kept:
         raise DataError(f"{argument} must name sections with labels. Received: {format_sections(chosen)}, without any")
     return kept
-
-
-def _nearest_run(allowed, rest, held_out, length):
-    """Return `length` neighbours in `allowed`, all in `rest`, nearest to `held_out`; before it rather than after."""
-
-    def away(run):
-        return min(abs(i - j) for i in run for j in held_out)
-
-    runs = [allowed[i : i + length] for i in range(len(allowed) - length + 1) if length]
-    return min((run for run in runs if set(rest).issuperset(run)), key=away, default=())
 
 
 def parse_sections(text):
@@ -415,17 +383,9 @@ def parse_sections(text):
 
 
 def montage(sections, rows, columns, order):
-    """Lay sections out as one large picture: the protocol of 2017, 6 x 5 to train and 5 x 6 to validate.
+    """Lay (rows * columns, H, W) out as one picture: the protocol of 2017, 6 x 5 to train and 5 x 6 to validate.
 
-    Parameters
-    ----------
-    sections : ndarray of shape (rows * columns, H, W)
-    order : sequence of int
-        A permutation, drawn by the caller; `order[0]` comes at the top left, `order[1]` to the right of it.
-
-    Returns
-    -------
-    ndarray of shape (rows * H, columns * W)
+    `order` is a permutation, drawn by the caller; `order[0]` comes at the top left, `order[1]` to the right of it.
     """
     height, width = sections.shape[1:]
     grid = sections[np.asarray(order)].reshape(rows, columns, height, width)
@@ -438,16 +398,11 @@ def montage(sections, rows, columns, order):
 def describe(
     image_path, mask_path=None, *, window=512, windows=None, protocol="holdout", channel=None, shipped_nm=None, **meant
 ):
-    """Say in plain words what the files are, and what training would do with them, section by section.
+    """Lines that say in plain words what the files are, and what training would do with them, section by section.
 
-    `window` None is the largest of the recipes' `windows`, by name, that fits; `shipped_nm` the voxel of the shipped
-    network's training sections; `meant` is what `load_pair` takes.
-
-    Returns
-    -------
-    list of str
-        Lines that begin with "warning:" want attention, those that begin with "problem:" would stop training.
-        An image that cannot be read at all raises DataError.
+    Those that begin with "warning:" want attention, those that begin with "problem:" would stop training; an image
+    that cannot be read at all raises DataError. `window` None is the largest of the recipes' `windows` that fits;
+    `shipped_nm` the voxel of the shipped network's training sections; `meant` is what `load_pair` takes.
     """
     with iter_sections(image_path, what="image", channel=channel) as images:
         lines, labelled = _image_lines(images), None
@@ -506,29 +461,22 @@ def _training_lines(images, window, windows, protocol, labelled):
     count, height, width = images.shape
     fitting = {name: side for name, side in windows.items() if side <= min(height, width)}
     window = window or max(fitting.values(), default=min(windows.values(), default=512))
+    crops = "whole sections" if height == width == window else f"crops of {window} x {window} px"
     nbytes = math.prod(images.shape) * (images.dtype.itemsize + 1)
     lines = ["training:"]
     for attempt in (
         lambda: split_sections(count, protocol, labelled=labelled).describe(),
-        lambda: check_window(images, window) or _crop_words(height, width, window),
+        lambda: check_window(images, window) or f"{crops}, normalised by the mean and deviation of those that train",
         lambda: require_memory(nbytes, "the stack and its masks") or f"{memory_words(nbytes)} of memory for the stack",
     ):
         try:
             lines.append(f"  {attempt()}")
         except DataError as error:
             lines.append(f"problem: {error}")
-    lines += [f"  {_recipe_words(windows, fitting)}"] * bool(windows)
+    if windows:
+        said = ", ".join(f"{name} ({side} px)" for name, side in fitting.items()) or "none"
+        hint = "; add a smaller --window to the others" * (len(fitting) < len(windows))
+        lines.append(f"  recipes whose window fits: {said}{hint}")
     if height % 8 or width % 8:
         lines.append(f"  {height} x {width} px is no multiple of 8: prediction mirrors the borders")
     return lines
-
-
-def _recipe_words(windows, fitting):
-    said = ", ".join(f"{name} ({side} px)" for name, side in fitting.items()) or "none"
-    hint = "" if len(fitting) == len(windows) else "; add a smaller --window to the others"
-    return f"recipes whose window fits: {said}{hint}"
-
-
-def _crop_words(height, width, window):
-    crops = "whole sections" if height == width == window else f"crops of {window} x {window} px"
-    return f"{crops}, normalised by the mean and standard deviation of the training sections"

@@ -38,6 +38,10 @@ DATA_SETS = ("isbi2012", "dic-hela", "phc-u373")
 SHIPPED = Path(__file__).resolve().parent / "weights" / "isbi2012_standard"
 NOT_GIVEN = object()  # of a flag that a recipe may set
 
+OWN = {  # for one's own sections
+    **{"protocol": "holdout", "inner_sections": 0, "dilate": 0, "dropout": 0.1, "augment": "all", "batch_size": 4},
+    **{"steps_per_epoch": 100, "optimizer": "adam", "clr_mode": "cosine", "lr": 1e-5},
+}
 # Named sets of defaults: destination -> value. A flag given by hand wins over them.
 RECIPES = {
     "published": {
@@ -45,21 +49,10 @@ RECIPES = {
         **{"epochs": 500, "steps_per_epoch": 10, "optimizer": "rmsprop", "loss": "bce_dice"},
         **{"clr_mode": "triangular", "lr": 1e-5, "max_lr": 1e-2, "step_size": 2000, "patience": 300},
     },
-    "quick": {
-        **{"protocol": "holdout", "inner_sections": 0, "dilate": 0, "dropout": 0.1, "augment": "all", "window": 256},
-        **{"batch_size": 4, "epochs": 5, "steps_per_epoch": 100, "optimizer": "adam"},
-        **{"clr_mode": "cosine", "lr": 1e-5, "max_lr": 1.5e-3, "ema": 0.98},
-    },
-    "finetune": {
-        **{"protocol": "holdout", "inner_sections": 0, "dilate": 0, "dropout": 0.1, "augment": "all", "window": 256},
-        **{"batch_size": 4, "epochs": 2, "steps_per_epoch": 100, "optimizer": "adam", "bn_momentum": 0.9},
-        **{"clr_mode": "cosine", "lr": 1e-5, "max_lr": 5e-4, "ema": 0.98, "init_from": str(SHIPPED)},
-    },
-    "strong": {
-        **{"protocol": "holdout", "inner_sections": 0, "dilate": 0, "dropout": 0.1, "augment": "all", "window": 512},
-        **{"batch_size": 4, "epochs": 80, "steps_per_epoch": 100, "optimizer": "adam"},
-        **{"clr_mode": "cosine", "lr": 1e-5, "max_lr": 1.5e-3, "ema": 0.999, "tta": "8"},
-    },
+    "quick": OWN | {"window": 256, "epochs": 5, "max_lr": 1.5e-3, "ema": 0.98},
+    "finetune": OWN
+    | {"window": 256, "epochs": 2, "max_lr": 5e-4, "ema": 0.98, "bn_momentum": 0.9, "init_from": str(SHIPPED)},
+    "strong": OWN | {"window": 512, "epochs": 80, "max_lr": 1.5e-3, "ema": 0.999, "tta": "8"},
 }
 COSTS = {
     "published": "the study of 2017, which validated on its training sections. Estimated: 4 to 9 hours on 2 CPU cores, "
@@ -329,8 +322,8 @@ def build_parser(verbs_with_flags=tuple(VERBS)):
         about = words[0].upper() + words[1:] + "."
         verb = verbs.add_parser(name, help=words, description=about, formatter_class=Formatter)
         if name in verbs_with_flags:
+            verb.set_defaults(run=globals().get(f"run_{name}"))
             add_flags(name, verb)
-            verb.set_defaults(run=globals()[f"run_{name}"])
     parser.of_verb = verbs.choices
     return parser
 
@@ -338,13 +331,15 @@ def build_parser(verbs_with_flags=tuple(VERBS)):
 def add_flags(name, verb):
     """Declare the flags of a verb; whatever is a file or a folder is a `path`."""
     if name == "evaluate":
-        from score.evaluation import add_arguments
+        from score import evaluation
 
-        add_arguments(verb)
+        evaluation.add_arguments(verb)
+        verb.set_defaults(run=evaluation.run)
     elif name == "reproduce":
-        from studies.reproduce import add_arguments
+        from studies import reproduce
 
-        add_arguments(verb)
+        reproduce.add_arguments(verb)
+        verb.set_defaults(run=partial(reproduce.run, parse=parse))
     elif name == "fetch":
         verb.add_argument("name", choices=DATA_SETS, help="data set")
     for title, flags in {"train": TRAIN, "predict": PREDICT, "check": CHECK}.get(name, {}).items():
@@ -506,18 +501,6 @@ def load_backend(args):
 
     shared, engine = getattr(args, "distribute", None) is not None, getattr(args, "engine", "keras")
     startup.prepare(args.gpu, shared=shared, engine=engine)
-
-
-def run_evaluate(args):
-    from score import evaluation
-
-    return evaluation.run(args)
-
-
-def run_reproduce(args):
-    from studies import reproduce
-
-    return reproduce.run(args, parse)
 
 
 def run_fetch(args):

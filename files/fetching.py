@@ -64,10 +64,7 @@ def data_dir():
 def fetch(name, *, log=print):
     """Fetch a data set into the cache, where it is not there already, and return its folder.
 
-    Raises
-    ------
-    DataError
-        Where no source gives the files, with every source's reason and what to do.
+    Where no source gives the files, a DataError has every source's reason and what to do.
     """
     if name != "isbi2012" and name not in CELL_ARCHIVES:
         raise DataError(f"fetch: the data sets are isbi2012, {', '.join(CELL_ARCHIVES)}. Received: {name}")

@@ -122,7 +122,13 @@ def instance_messages(reader, ignore=None):
 
 def match(images, masks, instances):
     """Return the images that have masks, the mask of each, and what was done in words."""
-    kept = _labelled(images, masks) if instances else range(len(images.names))
+    kept = range(len(images.names))
+    if (
+        instances and os.path.isdir(images.source) and os.path.isdir(masks.source)
+    ):  # the frames whose number is on a mask
+        numbers = {_last_number(name) for name in masks.names}
+        labelled = [i for i, name in enumerate(images.names) if _last_number(name) in numbers]
+        kept = labelled if len(labelled) == len(masks.names) < len(kept) else kept
     left_out = len(kept) < len(images.names)
     if (len(kept), *images.shape[1:]) != tuple(masks.shape):
         wanted, found = shape_words(images), shape_words(masks)
@@ -130,14 +136,6 @@ def match(images, masks, instances):
     order, said = _pairs(images.source, [images.names[i] for i in kept], masks)
     words = f"pairs: {len(kept)} of {len(images.names)} frames are labelled, the others are left out"
     return kept, order, [*[words] * left_out, said]
-
-
-def _labelled(images, masks):
-    """Return the frames of a folder whose number is on a mask of another folder, or else all."""
-    numbers = {_last_number(name) for name in masks.names}
-    kept = [i for i, name in enumerate(images.names) if _last_number(name) in numbers]
-    fewer = len(masks.names) < len(images.names) and os.path.isdir(images.source) and os.path.isdir(masks.source)
-    return kept if fewer and len(kept) == len(masks.names) else range(len(images.names))
 
 
 def _last_number(name):

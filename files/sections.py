@@ -276,6 +276,19 @@ def require_memory(nbytes, words):
         raise DataError(f"{words} would take {memory_words(nbytes)} of memory, more than the {there} there is.")
 
 
+def reflect(start, stop, length):
+    """Indices start..stop of an axis of `length` pixels, mirrored about its border pixels as often as needed.
+
+    >>> reflect(-3, 6, 4)
+    array([3, 2, 1, 0, 1, 2, 3, 2, 1])
+    >>> reflect(-2, 3, 1)
+    array([0, 0, 0, 0, 0])
+    """
+    period = max(1, 2 * (length - 1))
+    phase = np.arange(start, stop) % period
+    return np.minimum(phase, period - phase)
+
+
 # --- Voxel size ---------------------------------------------------------------------------------------------
 
 SPELLINGS = {1e-3: "pm picometer", 0.1: "\u00e5 angstrom", 1.0: "nm nanometer", 1e6: "mm millimeter"}

@@ -48,6 +48,10 @@ class Stream:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # for the rest of the run
 
 
+def say(words, end="\n"):
+    print(words, end=end, file=sys.stderr, flush=True)
+
+
 def ends(main):
     """Exit code of `main`, called as a shell expects it; from then on signals come too late."""
     _open_streams()

@@ -146,7 +146,9 @@ READERS = {
 }  # of everything else: TIFF
 
 
-def sha256_pixels(array):
-    """Return the SHA-256 of the pixels in C order, little-endian: the same whatever container held them."""
-    array = np.asarray(array)
-    return hashlib.sha256(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))).hexdigest()
+def sha256_pixels(sections):
+    """Return the SHA-256 of an array's or a reader's pixels in C order, little-endian, whatever container held them."""
+    digest = hashlib.sha256()
+    for part in sections:
+        digest.update(np.ascontiguousarray(part.astype(part.dtype.newbyteorder("<"), copy=False)))
+    return digest.hexdigest()

@@ -14,28 +14,23 @@ REACH = 64  # px that sites lie beyond the borders of a section
 
 
 def paint(sections, size, seed):
-    """Paint a stack.
+    """Paint a stack of so many sections of a size (H, W): gray and interior (1 inside cells, 0 on membranes).
 
-    Parameters
-    ----------
-    sections : int
-    size : (H, W)
-    seed : int
-
-    Returns
-    -------
-    gray : uint8 ndarray of shape (S, H, W)
-    interior : uint8 ndarray of shape (S, H, W)
-        1 inside cells, 0 on membranes.
+    Both are uint8 arrays of shape (S, H, W).
     """
     rng = np.random.default_rng((seed, sections, *size))
     scene = _scene(rng, sections, size)
-    half_width = _half_width(scene, sections)
+    # the membranes' width, by the fraction of interior wanted, within what looks like a membrane
+    some = sorted({0, sections // 3, 2 * sections // 3, sections - 1})
+    reach = [_cells(scene, z, 0).reach for z in some]
+    half_width = float(np.clip(np.quantile(reach, 1 - INTERIOR), 1.5, 6.0))
     gray, interior = np.empty((2, sections, *size), np.uint8)
     for z in range(sections):
         cells = _cells(scene, z, half_width)
         interior[z] = cells.depth > 0
-        tissue = _cytoplasm(rng, scene, cells)
+        grains = [(20, 5.0), (7, 9.0), (4.0, 16.0), (2.2, 22.0)]
+        texture = sum(gray * _grain(rng, size, spacing) for spacing, gray in grains)
+        tissue = 150 + scene.tone[cells.owner] + texture
         _add_vesicles(rng, tissue, scene, cells)
         _add_mitochondria(rng, tissue, scene, cells, z)
         _add_membranes(tissue, scene, cells, z)
@@ -132,18 +127,6 @@ def _cells(scene, z, half_width):
         depth=distance - half_width * width,  # px from the membrane's edge, negative inside the membrane
         width=half_width * width,  # half the membrane's, px
     )
-
-
-def _half_width(scene, sections):
-    """Choose the membranes' width by the fraction of interior wanted, within what looks like a membrane."""
-    some = sorted({0, sections // 3, 2 * sections // 3, sections - 1})
-    return float(np.clip(np.quantile([_cells(scene, z, 0).reach for z in some], 1 - INTERIOR), 1.5, 6.0))
-
-
-def _cytoplasm(rng, scene, cells):
-    grains = [(20, 5.0), (7, 9.0), (4.0, 16.0), (2.2, 22.0)]
-    texture = sum(gray * _grain(rng, scene.size, spacing) for spacing, gray in grains)
-    return 150 + scene.tone[cells.owner] + texture
 
 
 def _mitochondria(rng, radii, sections):

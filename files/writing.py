@@ -15,18 +15,12 @@ def write_prediction(path, sections, *, count, shape, voxel_nm=None, force=False
 
     Parameters
     ----------
-    path : str or Path
-    sections : iterable of ndarray of shape (H, W)
-        Written one by one: memory does not grow with their number. Values are clipped to 0..1.
-    count, shape : int, (H, W)
+    sections : iterable of `count` ndarrays of shape (H, W)
+        Written one by one: memory does not grow with their number. Values are clipped to 0..1; a DataError where a
+        section is missing, of another shape or not finite, `path` exists, or the disk is full.
     voxel_nm : (z, y, x), optional
     made_of : dict of str, optional
         Of what, in words without spaces; a reader's `made_of` gives it back.
-
-    Raises
-    ------
-    DataError
-        Where a section is missing, of another shape or not finite, `path` exists, or the disk is full.
     """
 
     def probability(section, index):

@@ -78,11 +78,7 @@ def field_of(network):
 
     The interval of pixels that an output pixel depends on is followed back through every layer, for each place of
     the output pixel in the pooling grid; the widest counts. A side fits if every layer meets a whole number of pixels.
-
-    Raises
-    ------
-    ValueError
-        If the reach of a layer cannot be told, or its inputs differ in size.
+    ValueError if the reach of a layer cannot be told, or its inputs differ in size.
     """
     steps = [(made, _step(made)) for made in network.operations if not is_a(made, "InputLayer")]
     multiple, remainder, shrink = _sides(network, steps)

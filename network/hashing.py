@@ -8,23 +8,11 @@ from keras import ops
 
 
 def random_words(count, key, part=0):
-    """Uniform random 32-bit words; a third of the cost of stock dropout on a CPU is the generator.
+    """Uniform random 32-bit words, (count,) or (B, count); of stock dropout's cost on a CPU a third is the generator.
 
-    Parameters
-    ----------
-    count : int or scalar tensor
-    key : pair of integers or integer tensors
-        Each a scalar, or of shape (B, 1) for B arrays of words.
-    part : int or scalar tensor
-        Which part of a larger array this is, all parts being of `count` words.
+    uint32, and int32 of the same bits with PyTorch, which has no uint32 to compute with. `key` is a pair of integers or
+    tensors, each a scalar or of shape (B, 1); `part` says which part of a larger array this is, all of `count` words.
 
-    Returns
-    -------
-    tensor of shape (count,) or (B, count)
-        uint32, and int32 of the same bits with PyTorch, which has no uint32 to compute with.
-
-    Notes
-    -----
     A counter goes through a multiply-xorshift mixer, the finaliser family of MurmurHash3 and PCG. Unsigned, since
     TensorFlow multiplies and adds int32 on the host, whatever the device; its ranges on a GPU are of 64 bits.
     """

@@ -7,10 +7,9 @@ import importlib.util
 import json
 import os
 import re
-import sys
 
 from files.atomic import DataError
-from files.shell import quiet_stderr
+from files.shell import quiet_stderr, say
 from network import device
 
 INSTALL = {"tensorflow": "tensorflow", "jax": '"jax[cpu]"', "torch": "torch"}
@@ -21,10 +20,7 @@ COUNTS = ("KERAS_DISTRIBUTION_NUM_PROCESSES", "KERAS_DISTRIBUTION_PROCESS_ID")
 def prepare(gpu, shared=False, engine="keras"):
     """Load the backend, if `engine` needs it, for the devices named by `gpu`, or for all in a run that is `shared`.
 
-    Raises
-    ------
-    DataError
-        Where the environment names a backend that is not there, or no cluster that makes sense.
+    A DataError where the environment names a backend that is not there, or no cluster that makes sense.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if gpu is not None:
@@ -37,7 +33,7 @@ def prepare(gpu, shared=False, engine="keras"):
     if not without:
         load_backend(shared)
     if gpu not in (None, "-1") and not shared and engine != "openvino" and not device.accelerator():
-        print(f"--gpu {gpu}: no such GPU is found here, so the CPU computes", file=sys.stderr, flush=True)
+        say(f"--gpu {gpu}: no such GPU is found here, so the CPU computes")
 
 
 def load_backend(shared=False):

@@ -65,12 +65,7 @@ def build(
     -------
     keras.Model
         (B, h, w, 1) float32, standardised, h and w multiples of 2 ** len(filters), to the interior probability
-        (B, h, w), float32.
-
-    Raises
-    ------
-    ValueError
-        If an argument is out of its range.
+        (B, h, w), float32. A ValueError if an argument is out of its range.
     """
     _check(filters=filters, centre_dilations=centre_dilations, dilate_rate=dilate_rate, classes=classes)
     make = _Layers(kinds, precision, dropout, seed, bn_momentum)

@@ -81,12 +81,6 @@ def block(job, number):
     return sections, tuple(part)
 
 
-def is_finished(job, number):
-    """Whether all chunks of a block are written."""
-    sections, part = block(job, number)
-    return all(is_written(job, index, part) for index in range(sections.start, sections.stop))
-
-
 def is_written(job, index, part):
     """Whether the files of all chunks of a part of a section are whole."""
     place = omezarr.place(len(job.shape), index)
@@ -156,43 +150,26 @@ def _part_reader(reader):
 
 
 def run(args, reader, field, *, load, weights, how, settings, log):
-    """Predict a stack to an OME-Zarr image, block by block.
+    """Predict a stack to an OME-Zarr image, block by block; a DataError where an input or the output is bad.
 
     Parameters
     ----------
-    args : Namespace
-        Of the `predict` verb.
-    reader : StackReader
-        Of a file or folder, which workers read themselves.
-    field : network.field.ReceptiveField
+    args, log : Namespace, callable
+        Of the `predict` verb; told what is done, in words.
+    reader, field : StackReader, network.field.ReceptiveField
+        Of a file or folder, which workers read themselves; of the network.
     load : callable
         A function of a module, which workers import: (weights, **how) -> predict, with predict: raw windows (B, h, w)
         -> interior probability (B, h - 2 shrink, w - 2 shrink), float32.
-    weights, how : Path, dict of str
-        What `load` takes.
     settings : dict
         What else the numbers depend on, for JSON: the network and its normalisation.
-    log : callable
-        Told what is done, in words.
-
-    Raises
-    ------
-    DataError
-        Where an input is bad, or the output is there or is made of something else.
     """
     with atomic.locked(args.output):
         grid = tiling.choose(reader.shape[1:], field, max_tile=args.tile, halo=args.overlap)
         log(f"sections of {size_words(reader.shape)} px: {grid.words}")
-        made_of = {
-            "weights_sha256": hashlib.sha256(Path(weights).read_bytes()).hexdigest(),
-            "image_sha256": _sample_sha256(reader),
-            "image_shape": reader.shape,
-            "tile": grid.tile,
-            "halo": grid.halo,
-            "tta": args.tta,
-            **how,
-            **settings,
-        }
+        made_of = {"weights_sha256": hashlib.sha256(Path(weights).read_bytes()).hexdigest()}
+        made_of |= {"image_sha256": _sample_sha256(reader), "image_shape": reader.shape}
+        made_of |= {"tile": grid.tile, "halo": grid.halo, "tta": args.tta} | how | settings
         shape, block = omezarr.array_shape(reader), _block(args, grid, reader)
         job = Job(
             image=str(Path(reader.source).resolve()),
@@ -221,8 +198,13 @@ def run(args, reader, field, *, load, weights, how, settings, log):
 
 def _finish(args, job, client, log):
     """Predict the blocks that are not finished."""
+
+    def is_finished(number):
+        sections, part = block(job, number)
+        return all(is_written(job, index, part) for index in range(sections.start, sections.stop))
+
     count = math.prod(map(len, block_parts(job)))
-    todo = [number for number in range(count) if not (args.resume and is_finished(job, number))]
+    todo = [number for number in range(count) if not (args.resume and is_finished(number))]
     log(f"{count} blocks" + (f", {count - len(todo)} of them finished before" if args.resume else ""))
     finished = _streamed(client, job, todo) if client else (predict_block(job, number) for number in todo)
     for _ in tiling.counted(finished, "block", count, count - len(todo)):

@@ -7,11 +7,11 @@ numbers for 1.4 (float32) or 1.2 (bfloat16) times the processor's time (OpenVINO
 """
 
 import functools
-import sys
 
 import numpy as np
 
 from data import DataError
+from files.shell import say
 from network import device
 from network.field import inputs_of, is_a
 from network.outline import EPSILON
@@ -46,7 +46,7 @@ def forward(network, engine, precision):
         except DataError as error:
             if engine == "openvino":
                 raise
-            print(f"engine: keras, for {error}", file=sys.stderr, flush=True)
+            say(f"engine: keras, for {error}")
     return lambda windows: np.asarray(network.predict_on_batch(windows[..., None]), np.float32)
 
 

@@ -39,22 +39,23 @@ def normalisation_for(pixels, record, how, log):
     Parameters
     ----------
     pixels : ndarray of shape (S, h, w)
-        Of `sample`.
+        Of `sample`; a DataError where these values cannot be those that the network knows.
     record : dict
         Of the weights, with `normalisation` and, but for old ones, `intensity`.
     how : {"training", "own"}
         Of --normalise; with the mean and standard deviation of `pixels`, 1 and 2 are of no concern.
-
-    Raises
-    ------
-    DataError
-        Where the values cannot be those that the network knows.
     """
     trained, dtype, white, levels = _training(record)
     found, own = np.percentile(pixels.astype(np.float64), LEVELS), Normalisation.fit(pixels)
     lines = (record.get("intensity") or {}).get("dark_lines", 0)
     turned = abs(lines) > LINES and dark_lines(pixels) * np.sign(lines) < -LINES
-    if turned or (levels is not None and _is_inverted(_freed(found, own), _freed(levels, trained))):
+    if levels is not None:
+        ours, theirs = (
+            (span - norm.mean) / (norm.std + norm.epsilon) for span, norm in ((found, own), (levels, trained))
+        )
+        straight, mirrored = np.abs(ours - theirs).mean(), np.abs(-ours[::-1] - theirs).mean()
+        turned |= straight > SKEWED and mirrored < straight / 2
+    if turned:
         log("warning: the stack looks inverted: what is dark in it was bright in the training sections.")
     if how == "own":
         if not own.std:
@@ -128,13 +129,3 @@ def _judge(found, factor, levels, trained, log, enough):
         raise DataError(f"--image_path: {words}: the network knows no such values (--normalise own adapts them).")
     if away > WARN_SD or not 1 / WARN_RANGE < ratio < WARN_RANGE:
         log(f"warning: {words}; compare with --normalise own.")
-
-
-def _freed(levels, normalisation):
-    return (levels - normalisation.mean) / (normalisation.std + normalisation.epsilon)
-
-
-def _is_inverted(found, trained):
-    """Whether percentiles, freed of mean and standard deviation, fit the mirrored ones of the training better."""
-    straight, mirrored = np.abs(found - trained).mean(), np.abs(-found[::-1] - trained).mean()
-    return straight > SKEWED and mirrored < straight / 2

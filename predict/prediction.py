@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from urllib.parse import quote
 
@@ -14,6 +13,7 @@ import data
 from data import DataError, Normalisation
 from files import atomic, rois
 from files.sections import is_voxel, memory_words, require_memory, size_words
+from files.shell import say
 from network import device, outline, startup, unet
 from predict import blocks, engines, intensity, rescale, tiling
 from score import origin
@@ -58,11 +58,6 @@ def reserve(path, network):
         os.fsync(file.fileno())
 
 
-def add_to_record(path, **values):
-    """Add values to the record beside the weights."""
-    atomic.write_json(record_file(path), read_record(path) | values)
-
-
 def _whole(least, most):
     return lambda value: type(value) is int and least <= value <= most
 
@@ -86,18 +81,10 @@ def _dropout(value):
 # What a record must hold of each architecture, and the rule of each value: without `dilate` another network were built.
 SETTINGS = {
     "unet2017": {
-        "filters": _list_of(_whole(1, 2**14), 10),
-        "dilate": _flag,
-        "dilate_rate": _whole(1, 2**10),
-        "addition": _flag,
-        "classes": _whole(2, 256),
-        "dropout": _dropout,
+        **{"filters": _list_of(_whole(1, 2**14), 10), "dilate": _flag, "dilate_rate": _whole(1, 2**10)},
+        **{"addition": _flag, "classes": _whole(2, 256), "dropout": _dropout},
     },
-    "unet2015": {
-        "filters": _whole(1, 2**14),
-        "levels": _whole(1, 8),
-        "padding": lambda value: value in ("same", "valid"),
-    },
+    "unet2015": {"filters": _whole(1, 2**14), "levels": _whole(1, 8), "padding": ("same", "valid").__contains__},
 }
 EITHER = {"arch": SETTINGS.__contains__, "bn_momentum": _number(0, 0.9999)}
 OPTIONAL = {
@@ -193,17 +180,9 @@ def section_predictor(
 ):
     """A function from a raw section (H, W) of any size to its interior probability (H, W), float32.
 
-    Parameters
-    ----------
-    network : keras.Model or outline.Model
-    normalisation : data.Normalisation
-        Of the TRAINING sections.
-    engine, precision : str
-        What computes, and for OpenVINO in which numbers; see `engines.forward`.
-    tile, overlap : int, optional
-        Largest side of the network's input, and context on each side of a tile, in px; see `tiling.choose`.
-    tta, batch : str, int
-        A name in `tiling.TRANSFORMS`, and tiles per call.
+    `normalisation` is that of the TRAINING sections; `engine` and `precision` as in `engines.forward`; `tile`, the
+    largest side of the network's input, and `overlap`, the context around a tile, in px, as in `tiling.choose`; `tta`
+    is a name in `tiling.TRANSFORMS`; `batch` counts the tiles of a call.
     """
     forward, field = windows_predictor(network, normalisation, engine, precision), unet.field_of(network)
 
@@ -249,10 +228,6 @@ def load_windows_predictor(weights, precision, engine, normalisation):
 # -- the verb ---------------------------------------------------------------------------------------------------
 
 
-def say(words):
-    print(words, file=sys.stderr, flush=True)
-
-
 def run(args):
     """The `predict` verb; returns the exit code."""
     in_blocks = check_output(args)
@@ -268,7 +243,10 @@ def run(args):
         if output:
             atomic.refuse_inputs(flag, output, source, *used)
     with data.iter_sections(source, channel=args.channel) as sections:
-        norms = normalisations(sections, records, args.normalise)
+        pixels, remarks = intensity.sample(sections), {}  # what several networks remark is said once
+        norms = [intensity.normalisation_for(pixels, one, args.normalise, remarks.setdefault) for one in records]
+        for words in remarks:
+            say(words)
         sizes = rescale.seen_sizes(sections, records, args.rescale, say)
         how = {"engine": args.engine, "precision": precision}
         if in_blocks:
@@ -300,15 +278,6 @@ def check_output(args):
     return in_blocks
 
 
-def normalisations(sections, records, how):
-    """How each network sees the stack; what is to be said of its gray values is said once."""
-    pixels, remarks = intensity.sample(sections), {}
-    norms = [intensity.normalisation_for(pixels, record, how, remarks.setdefault) for record in records]
-    for words in remarks:
-        say(words)
-    return norms
-
-
 def run_blocks(args, sections, record, norm, how):
     """`predict` to OME-Zarr: the workers load the network, so this process does not."""
     (weights,) = args.weight_path
@@ -330,12 +299,11 @@ def run_sections(args, sections, records, norms, sizes, how):
         grid = tiling.choose(size, field, max_tile=args.tile, halo=args.overlap)
         say(f"sections of {size_words(size)} px: {grid.words}")
     large = math.prod(sections.shape[1:]) > LARGE_PX
-    if large:
-        say_memory(args, sections)
     how |= {"tile": args.tile, "overlap": args.overlap, "tta": args.tta, "batch": args.batch_size}
     predictors = (section_predictor(*one, **how) for one in zip(networks, norms, strict=True))
     predict = mean_of([rescale.seen_at(*one) for one in zip(sizes, predictors, strict=True)])
     if large:
+        say_memory(args, sections)
         predictions = (predict(Unread(sections, index)) for index in range(len(sections)))
     else:  # the next section is read while one is predicted, and predicted while one is written
         predictions = tiling.ahead(map(predict, tiling.ahead(sections)))

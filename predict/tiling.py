@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from files.atomic import DataError
-from network.mirror import reflect
+from files.sections import reflect
 
 MAX_TILE = 1024  # default largest side of a network's input, px
 
@@ -112,7 +112,7 @@ def round_up(length, multiple, remainder=0):
 
 
 def choose(shape, field, *, max_tile=None, halo=None):
-    """Choose the `Grid` for sections of one shape.
+    """Choose the `Grid` for sections of one shape, (H, W); a DataError where `max_tile` or `halo` breaks a rule.
 
     A section that fits into one input is predicted in one piece, mirrored up to the next valid size: there are no
     seams, and the network sees the borders as it saw those of its training windows. A larger one is tiled with a halo
@@ -120,25 +120,18 @@ def choose(shape, field, *, max_tile=None, halo=None):
     quadruple), with an eighth of `max_tile`. Tiles are then made as small as their number allows, so that the last of
     a row is not mostly mirror.
 
-    Parameters
-    ----------
-    shape : (H, W)
-    field : network.field.ReceptiveField
-    max_tile : int, optional
-        Largest side of the network's input, in pixels: memory. The largest valid one up to `MAX_TILE` if not given.
-    halo : int, optional
-        Overrides the choice of the halo, also for a section predicted in one piece.
-
-    Raises
-    ------
-    DataError
-        If `max_tile` or `halo` breaks a rule; the message names the flag.
+    `max_tile` is the largest side of the network's input, in px: memory; without it the largest valid one up to
+    `MAX_TILE`. `halo` overrides the choice of the halo, also for a section predicted in one piece.
     """
     multiple, shrink, plus = field.multiple, field.shrink, field.remainder
     most = max_tile or MAX_TILE - (MAX_TILE - plus) % multiple
     if most % multiple != plus:
         raise DataError(f"--tile must be a multiple of {multiple}{f' plus {plus}' if plus else ''}. Received: {most}")
-    halo = _choose_halo(shape, field, most) if halo is None else halo
+    if halo is None and (shrink or max(shape) <= most):
+        halo = shrink
+    elif halo is None:
+        covering = round_up(field.radius, multiple)
+        halo = covering if covering <= most // 4 else most // 8 // multiple * multiple
     if halo < shrink or (halo - shrink) % multiple:
         rule = f"{shrink} (the network's own loss) plus a" if shrink else "a non-negative"
         raise DataError(f"--overlap must be {rule} multiple of {multiple}. Received: {halo}")
@@ -150,13 +143,6 @@ def choose(shape, field, *, max_tile=None, halo=None):
         filled = length if count == 1 else multiple * -(-length // (multiple * count))
         tile.append(round_up(filled + 2 * halo, multiple, plus))
     return Grid(tuple(shape), tuple(tile), halo, multiple, shrink, field.radius)
-
-
-def _choose_halo(shape, field, most):
-    if field.shrink or max(shape) <= most:
-        return field.shrink
-    covering = round_up(field.radius, field.multiple)
-    return covering if covering <= most // 4 else most // 8 // field.multiple * field.multiple
 
 
 def _cuts(length, usable, multiple):
@@ -239,16 +225,13 @@ def pixels_read(grid, part, tta="none"):
 
 
 def predict_part(grid, part, pixels, predict, total, *, corner=(0, 0), tta="none", batch=1):
-    """Predict a part of a section: its tiles, and the mean over the turned and mirrored versions of the section.
+    """Predict a part of a section, rows and columns: its tiles, and the mean over turned and mirrored versions (`tta`).
 
     A version has tiles of its own, counted from the corner that is its first; turned back, each tile is added where
     it belongs. So the numbers of a part are those that the whole section has there.
 
     Parameters
     ----------
-    grid : Grid
-    part : tuple of slice
-        Rows and columns of the section.
     pixels : ndarray of shape (h, w)
         What the tiles read (`pixels_read`) or more, from the row and column `corner` of the section on.
     predict : callable
@@ -256,13 +239,6 @@ def predict_part(grid, part, pixels, predict, total, *, corner=(0, 0), tta="none
         filled with repeats, and (h, w) is the tile: one compilation serves them all.
     total : ndarray of the shape of the part
         Zeros, float32, for the result.
-    tta : str
-        A name in `TRANSFORMS`.
-
-    Raises
-    ------
-    ValueError
-        If `predict` returns another shape than it should.
     """
     held = tuple(slice(start, start + length) for start, length in zip(corner, pixels.shape, strict=True))
     for version, turned, placed, tiles in _versions(grid, part, tta):

@@ -19,13 +19,8 @@ from files.fetching import ISBI_ROLES
 def check(prediction, labels, given, sections):
     """Return warnings where a prediction was made from other images than are labelled, or is the images; or refuse it.
 
-    Parameters
-    ----------
-    prediction, given : Sections
-        Of `score.evaluation`: what is to be scored, and what ``--image_path`` names, which may be None.
-    labels : Stack
-    sections : sequence of int
-        Which of the labels these are.
+    `prediction` and `given` (what ``--image_path`` names, or None) are `Sections` of `score.evaluation`, `labels` is a
+    Stack, and `sections` are the numbers of those that are scored.
     """
     made_from = prediction.reader.made_of.get("pixels_sha256")
     own, other = images_of(labels)

@@ -11,6 +11,7 @@ import base64
 import html
 import io
 from pathlib import Path
+from string import Template
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from score.scores import SCORES
 
 ZOOM = 2  # pictures are drawn with 2 x 2 pixels for each of the data's, so that hatches and outlines stay fine
 MOST_SECTIONS = 30
+PAGE = Path(__file__).with_name("report.html")
 PICTURES = ("section-*.png", "curves-*.png")  # beside report.html
 BLUE, ORANGE, MAGENTA = figures.BLUE, figures.ORANGE, "#CC3C96"
 STRIPES = "repeating-linear-gradient({0}deg,{1} 0 2px,transparent 2px 6px)"
@@ -280,8 +282,7 @@ def _page(result, charts, blocks):
         f"{name}: {html.escape(words)}</li>"
         for name, (colour, _, angle, fill, words) in MARKS.items()
     )
-    return PAGE.format(
-        style=STYLE,
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(
         lead=_lead(result),
         source=" against ".join(html.escape(result[key]) for key in ("prediction", "mask_path") if key in result),
         table=_table_html(result),
@@ -293,40 +294,3 @@ def _page(result, charts, blocks):
         blocks="".join(blocks),
         left_out=f"{left_out} better sections are left out of the pictures." if left_out > 0 else "",
     )
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Segmentation scores</title><style>{style}</style></head><body>
-<h1>Segmentation scores</h1><p class="lead">{lead}</p><p class="note">{source}</p>
-<h2>Scores</h2>{table}<p class="note">* {note}</p>
-<h2>How the threshold matters</h2><div class="charts">{charts}</div>
-<h2>Sections, worst first</h2>
-<p>Errors are drawn for the prediction cut at {threshold}. Borders a few pixels off are not errors.</p>
-<ul class=legend>{legend}</ul>{blocks}<p class="note">{left_out}</p>
-<h2>What the scores mean</h2><dl class="words">{words}</dl>
-</body></html>
-"""
-
-STYLE = """
-body { max-width: 1240px; margin: 0 auto; padding: 1rem; color: #1c1f23; font: 16px/1.5 system-ui, sans-serif }
-h2 { margin: 2rem 0 .6rem }
-h3 { margin: 1.8rem 0 .3rem }
-.note, figcaption, th small { color: #5b6470; font-size: .9rem; overflow-wrap: anywhere }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: .4rem .7rem; border-bottom: 1px solid #d9dde2; text-align: right; vertical-align: baseline }
-th:first-child { text-align: left }
-th small { display: block; font-weight: 400 }
-td:nth-child(2) { font-weight: 700 }
-img { width: 100%; height: auto; display: block }
-figure, dd { margin: 0 }
-.charts, .values { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem }
-.charts figure { width: 600px }
-.pictures { display: grid; gap: .5rem .8rem; grid-template-columns: 3fr 1fr; align-items: start }
-.pictures.n3 { grid-template-columns: 2fr 1fr }
-.pictures figure { grid-column: 2 }
-.pictures figure:last-child { grid-column: 1; grid-row: 1 / span 3 }
-.values div { display: flex; gap: .4rem }
-.legend { list-style: none; padding: 0 }
-.swatch { display: inline-block; width: 34px; height: 16px; border: 2px solid; margin-right: .6rem }
-.words { display: grid; grid-template-columns: max-content 1fr; gap: .4rem 1.2rem }
-"""

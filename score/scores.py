@@ -144,18 +144,9 @@ def v_scores(
 ) -> dict[str, Curve]:
     """Return the two leaderboard scores, ``{"v_rand": Curve, "v_info": Curve}``; higher is better.
 
-    Parameters
-    ----------
-    probabilities : ndarray of shape (S, H, W), or iterable of S arrays of shape (H, W)
-        Interior probability, 0..1; compared as float32.
-    references : like `probabilities`
-        Masks, interior > 0. Their 4-connected components are the true segments.
-
-    Notes
-    -----
-    F-scores after `thin_borders`, over the pixels with reference > 0 [1]_. Each score is the maximum over the
-    thresholds of the MEAN over the sections, so the two may choose different thresholds. Sections without
-    reference interior do not count.
+    They are F-scores after `thin_borders`, over the pixels with reference > 0, whose 4-connected components are the
+    true segments [1]_. Each score is the maximum over the thresholds of the MEAN over the sections, so the two may
+    choose different thresholds. Sections without reference interior do not count.
     """
 
     def both(probability, truth, threshold):

@@ -37,20 +37,10 @@ def components(mask: np.ndarray) -> np.ndarray:
 def thin_borders(interior: np.ndarray) -> np.ndarray:
     """Flood the membrane from the segments until only dams, one pixel wide, are left between them.
 
-    Parameters
-    ----------
-    interior : ndarray of bool, shape (H, W)
-        True = cell interior. Its 4-connected components are the basins.
-
-    Returns
-    -------
-    ndarray of int32, shape (H, W)
-        Segments 1..K and dams 0. A section without any interior is one segment.
-
-    Notes
-    -----
-    The border thinning of doi:10.3389/fnana.2015.00142, in the order of the challenge's scorer: first in,
-    first out; the first pixels are queued column by column.
+    The 4-connected components of `interior`, bool of shape (H, W), are the basins; the result, int32, holds segments
+    1..K and dams 0, or one segment where nothing is interior. This is the border thinning of
+    doi:10.3389/fnana.2015.00142, in the order of the challenge's scorer: first in, first out; the first pixels are
+    queued column by column.
 
     >>> thin_borders(np.array([[1, 1, 0, 0, 0, 1]], bool))
     array([[1, 1, 1, 0, 2, 2]], dtype=int32)
@@ -75,26 +65,17 @@ def pairs_of_labels(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, 
 def segment(
     probability: np.ndarray, threshold: float, *, min_size: int = 0, background: float | None = None, lines: bool = True
 ) -> np.ndarray:
-    """Turn an interior probability into instances by a seeded watershed.
+    """Turn an interior probability P, (H, W), into instances by a seeded watershed: uint32, 0 = line or background.
 
     Parameters
     ----------
-    probability : ndarray of shape (H, W)
-        Interior probability, 0..1.
-    threshold : float
-        The seeds are the 4-connected components of P > threshold.
-    min_size : int
-        Seeds of fewer pixels are dropped and taken over by their neighbours.
+    threshold, min_size : float, int
+        The seeds are the 4-connected components of P > threshold. Those of fewer pixels are dropped and taken over by
+        their neighbours; without any seed all is 0, or one segment where there is no `background`.
     background : float or None
         Pixels with P <= background stay 0; None: the segments fill the section, as neurites do.
     lines : bool
         Leave a line of zeros, one pixel wide, between segments that touch.
-
-    Returns
-    -------
-    ndarray of uint32, shape (H, W)
-        Segments 1..K, 0 = line or background. Without any seed: all 0 if `background` is given, else one
-        segment.
     """
     from skimage.segmentation import watershed
 

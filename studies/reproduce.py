@@ -25,7 +25,7 @@ from pathlib import Path
 
 from files.atomic import DataError, locked, make_writable, refuse_existing, refuse_inputs, write_text
 from files.flags import number, up_to
-from files.shell import Terminated
+from files.shell import Terminated, say
 from studies import comparison, records, rows
 
 SUITE = Path(__file__).resolve().parent.parent / "dilatedUnet.py"
@@ -159,10 +159,6 @@ def finish(args, plans, done):
         say(f"not reproduced: {problem}")
     print(whole, end="")
     return 130 if not done else 1 if problems else 0
-
-
-def say(sentence):
-    print(sentence, file=sys.stderr, flush=True)
 
 
 def listing(plan, missing) -> Iterator[str]:

@@ -24,7 +24,7 @@ ORDER = [
     *("data", "figures", "augment", "clr_callback"),
     *("network.unet", "network.field", "network.layers", "network.losses", "network.optimizers"),
     *("network.startup", "network.device", "network.distribution", "network.hashing"),
-    *("network.outline", "network.mirror"),
+    *("network.outline",),
     *("files.fetching", "files.labels", "files.omezarr", "files.rois", "files.writing", "files.stacks"),
     *("files.hdf5", "files.mrc", "files.tiff"),
     *("files.sections", "files.synthetic", "files.atomic", "files.shell", "files.flags"),

@@ -1,5 +1,6 @@
 """Where a training starts from: weights of another run, and the time that it may take."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def test_a_fine_tuned_run_has_its_own_normalisation_names_its_start_and_needs_it
     train(f"{flags} 1")
     run, there = strict("run/run.json"), prediction.read_record("start")
     assert run["normalisation"] != there["normalisation"]
-    assert run["init_from"] == strict("run/best.json")["init_from"] == initial._origin(Path("start"))
+    sha256 = hashlib.sha256(Path("start.weights.h5").read_bytes()).hexdigest()
+    assert run["init_from"] == strict("run/best.json")["init_from"] == {"weights": "start", "sha256": sha256}
     network, record = prediction.load_network("run/best")
     assert record["network"]["bn_momentum"] == 0
     theirs = prediction.load_network("start")[0]

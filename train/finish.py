@@ -6,11 +6,12 @@ from functools import cache
 import numpy as np
 
 import data
+import figures
 from data import DataError
 from files import atomic
+from files.shell import say
 from predict import prediction
-from score import segments
-from train.progress import say
+from score import evaluation, scores, segments
 from train.record import HISTORY
 from train.trainee import averaged_weights
 
@@ -32,15 +33,21 @@ def finish(recorder, stacks, tta):
     record["training_seconds"] = round(journal.seconds, 1)
     record["final"] = journal.rows[-1] | {"best_val_loss": journal.best if math.isfinite(journal.best) else None}
     record |= choose(stacks, chosen, interior_of)
-    prediction.add_to_record(place.weights, **{key: record[key] for key in prediction.SEGMENTATION if key in record})
+    kept = {key: record[key] for key in prediction.SEGMENTATION if key in record}
+    atomic.write_json(prediction.record_file(place.weights), prediction.read_record(place.weights) | kept)
     sections = list(split.held_out or split.inner or some(split.train))
     interior = np.stack([interior_of(i) for i in sections])
     role = "held_out" if split.held_out else "training_sections"
     truth = cells or stacks.masks
     shown = np.stack(list(prediction.segment_stack(interior, record))) if cells else interior
     record[role] = score(truth.sections[sections], shown, sections, bool(cells))
-    draw_section(stacks.images, truth, shown, sections, place.picture(role))
-    draw_curves(journal, recorder.course, place)
+    middle, course = len(sections) // 2, recorder.course
+    pictures = (stacks.images.sections[sections[middle]], truth.sections[sections[middle]], shown[middle])
+    titles = (f"section {sections[middle]}", "truth", "prediction")
+    figures.panel(*pictures, place.picture(role), titles=titles)
+    figures.curves({key: [row.get(key) for row in journal.rows] for key in HISTORY}, place.picture("curves"))
+    rates = [float(course.rate(n)) for n in range(len(journal.rows) * course.steps_per_epoch)]
+    figures.learning_rate(rates, place.picture("learning_rate"), label=course.mode)
     atomic.write_json(place.record, record)
     say(f"weights: {place.weights}; record, history and pictures: {place.folder}")
 
@@ -58,8 +65,6 @@ def some(sections, most=6):
 
 def choose(stacks, chosen, interior_of):
     """How `predict --segment` cuts the probability into cells: what is best on some training sections."""
-    from score import scores
-
     truth = (stacks.cells or stacks.masks).sections[chosen]
     if not (truth > 0).any():
         return {"threshold": 0.5}
@@ -71,8 +76,6 @@ def choose(stacks, chosen, interior_of):
 
 def score(truth, shown, sections, cells=False):
     """Scores of whole sections, of labels where they are of cells, and a plain word where they are worth nothing."""
-    from score import evaluation
-
     what = "cell" if cells else "interior"
     if not (truth > 0).any():
         say(f"WARNING: no section of these holds {what}, so there is nothing to score")
@@ -107,27 +110,8 @@ def degenerate(interior, truth):
     return None
 
 
-def draw_section(images, truth, shown, sections, path):
-    """Raw, truth and prediction of the middle one of the scored sections."""
-    import figures
-
-    i = len(sections) // 2
-    titles = (f"section {sections[i]}", "truth", "prediction")
-    figures.panel(images.sections[sections[i]], truth.sections[sections[i]], shown[i], path, titles=titles)
-
-
 def draw_weights(stacks, weights, path):
     """The first training section with its border weights."""
-    import figures
-
     i = stacks.split.train[0]
     labels = segments.components(stacks.masks.sections[i] > 0)
     figures.weight_map(weights[i], path, image=stacks.images.sections[i], labels=labels)
-
-
-def draw_curves(journal, course, place):
-    import figures
-
-    figures.curves({key: [row.get(key) for row in journal.rows] for key in HISTORY}, place.picture("curves"))
-    rates = [float(course.rate(n)) for n in range(len(journal.rows) * course.steps_per_epoch)]
-    figures.learning_rate(rates, place.picture("learning_rate"), label=course.mode)

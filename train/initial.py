@@ -6,8 +6,8 @@ import time
 import keras
 
 from data import DataError
+from files.shell import say
 from predict import prediction
-from train.progress import say
 
 TIMED = 4  # updates that are timed for --minutes, after two that compile
 SHARE = 0.9  # of the minutes for the updates; the rest is for checkpoints and the scores at the end
@@ -19,20 +19,13 @@ def start_from(network, path):
 
     What does not fit because the network has another number of classes or channels keeps its random start, and is
     named. The gray values are normalised by the new training sections' own mean and deviation, not by those of the
-    other network: it saw gray values of mean 0 and deviation 1, and sees them again.
-
-    Returns
-    -------
-    dict
-        Which weights those are, for the record.
-
-    Raises
-    ------
-    DataError
-        If the weights belong to a network of another kind; the message says with which flags it was built.
+    other network: it saw gray values of mean 0 and deviation 1, and sees them again. Returns which weights those are,
+    for the record; a DataError says with which flags a network of another kind was built.
     """
-    start = _origin(path)
-    source, record = prediction.load_network(path)
+    try:
+        source, record = prediction.load_network(path)
+    except DataError as error:
+        raise DataError(str(error).replace("--weight_path", "--init_from", 1)) from error
     ours, theirs = ({layer.name: layer for layer in net.layers if layer.weights} for net in (network, source))
     shapes = {name: [w.shape for w in theirs[name].weights] if name in theirs else None for name in ours}
     other = [name for name, layer in ours.items() if [w.shape for w in layer.weights] != shapes[name]]
@@ -43,7 +36,8 @@ def start_from(network, path):
         for ours_is, theirs_is in zip(ours[name].weights, theirs[name].weights, strict=True):
             ours_is.assign(keras.ops.convert_to_numpy(theirs_is))
     say(f"starts from {prediction.weight_file(path)}" + f", but for {', '.join(other)}" * bool(other))
-    return start
+    with open(prediction.weight_file(path), "rb") as file:
+        return {"weights": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _dilations(layers):
@@ -70,12 +64,3 @@ def laid_out(updates, steps_per_epoch):
     """
     steps = min(steps_per_epoch, max(1, updates // FEWEST_EPOCHS))
     return max(1, updates // steps), steps
-
-
-def _origin(path):
-    try:
-        prediction.read_record(path)
-    except DataError as error:
-        raise DataError(str(error).replace("--weight_path", "--init_from", 1)) from error
-    with open(prediction.weight_file(path), "rb") as file:
-        return {"weights": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,13 +1,12 @@
-"""What a run says on stderr: sentences, and how far it is."""
+"""How far a run is, on stderr."""
 
 import sys
 import time
+from datetime import timedelta
+
+from files.shell import say
 
 QUIET_S = 60  # between the lines of a log at least; an epoch may take longer
-
-
-def say(words, end="\n"):
-    print(words, end=end, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -40,20 +39,9 @@ class Progress:
         return (
             f"epoch {-(-update // course.steps_per_epoch)}/{course.epochs} [{'#' * filled}{'.' * (20 - filled)}] "
             f"update {update}/{total}  loss {loss:.3f}  dice {dice:.3f}  lr {rate:.1e}  "
-            f"{course.batch_size / seconds:.2f} images/s  {clock(seconds * (total - update))} left"
+            f"{course.batch_size / seconds:.2f} images/s  {timedelta(seconds=round(seconds * (total - update)))} left"
         )
 
     def end(self):
         if self.active:
             say("")
-
-
-def clock(seconds):
-    """Hours, minutes and seconds.
-
-    >>> clock(3725)
-    '1:02:05'
-    """
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -18,10 +18,10 @@ from keras import ops
 
 from data import DataError
 from files import atomic
+from files.shell import say
 from network import device
 from predict import prediction
 from predict.intensity import dark_lines
-from train.progress import say
 
 # What may differ between a run and its resumption; every other setting must be the same.
 FREE_ON_RESUME = (

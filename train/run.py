@@ -16,15 +16,16 @@ import numpy as np
 import augment
 import clr_callback
 import data
+import figures
 from data import DataError
 from files import atomic, shell
+from files.shell import say
 from network import device, distribution, layers, losses, optimizers, unet
 from predict import prediction
 from train import initial
 from train import record as records
 from train.feed import Feed, Stacks, pixel_weights
 from train.finish import draw_weights, finish
-from train.progress import say
 from train.recorder import Recorder
 from train.trainee import Course, Trainee, find_rates
 
@@ -34,10 +35,7 @@ SPLIT = ("train", "inner", "held_out", "gap")
 
 
 def run(args, defaults=None):
-    """Train as the parsed command line says; returns the exit code.
-
-    `defaults` are the settings of a command line without flags: an older run whose record lacks a flag had those.
-    """
+    """Train as the parsed command line says; returns the exit code. `defaults` as in `record.prepare`."""
     with refused():
         spread = distribution.start(args.distribute)
     if args.batch_size % spread.replicas:
@@ -100,7 +98,10 @@ def fit(args, recorder, feed, extra, stacks):
     spread, journal = recorder.spread, recorder.journal
     try:
         if not journal.stopped:
-            update(args, recorder, feed, extra)
+            first_epoch, replicas = len(journal.rows), spread.replicas
+            batches = spread.feed(lambda slices: feed.training(first_epoch, replicas, slices))
+            length = {"initial_epoch": first_epoch, "epochs": args.epochs, "steps_per_epoch": args.steps_per_epoch}
+            recorder.model.fit(batches, **length, callbacks=[recorder, *extra], shuffle=False, verbose=0)
         if spread.chief:
             with spread.apart():
                 finish(recorder, stacks, args.tta)
@@ -114,14 +115,6 @@ def fit(args, recorder, feed, extra, stacks):
         return getattr(stop, "code", 130)
     spread.agree(0)  # who leaves early takes the others along
     return 0
-
-
-def update(args, recorder, feed, extra):
-    """`keras.Model.fit`."""
-    first_epoch, replicas = len(recorder.journal.rows), recorder.spread.replicas
-    batches = recorder.spread.feed(lambda slices: feed.training(first_epoch, replicas, slices))
-    length = {"initial_epoch": first_epoch, "epochs": args.epochs, "steps_per_epoch": args.steps_per_epoch}
-    recorder.model.fit(batches, **length, callbacks=[recorder, *extra], shuffle=False, verbose=0)
 
 
 def together(spread, step):
@@ -176,7 +169,11 @@ def load(args):
     images, masks, messages = data.load_pair(images, masks, **how)
     for message in messages:
         say(message)
-    check_window(args, images)
+    side, lost = output_side(args)
+    if args.arch == "unet2015":
+        with refused():
+            field_of(args).check_size("--window", args.window)
+    data.check_window(images, side, 1 if lost else 2 ** (args.depth if args.arch == "unet2015" else len(args.filters)))
     cells = masks if args.instances else None
     if cells:
         apart = np.stack([losses.separate(np.maximum(section, 0)) > 0 for section in cells.sections])
@@ -185,14 +182,6 @@ def load(args):
     labelled = [i for i, section in enumerate(masks.sections) if section.max() >= 0]
     split = split_of(args, len(images.sections), labelled)
     return Stacks(images, masks, cells, split, data.Normalisation.fit(images.sections[list(split.train)]))
-
-
-def check_window(args, images):
-    side, lost = output_side(args)
-    if args.arch == "unet2015":
-        with refused():
-            field_of(args).check_size("--window", args.window)
-    data.check_window(images, side, 1 if lost else 2 ** (args.depth if args.arch == "unet2015" else len(args.filters)))
 
 
 def output_side(args):
@@ -272,24 +261,20 @@ def make_trainee(args, course, normalisation, precision, spread=None):
 
 def new_record(args, stacks, precision, network):
     now, split, settings = records.sitting(args.argv), stacks.split, network_settings(args)
+    pixels = {"image_sha256": stacks.images.sections, "mask_sha256": stacks.masks.sections}
     return {
         "argv": args.argv,
         **now,
         "recipe": args.recipe,
         "settings": {key: value for key, value in sorted(vars(args).items()) if key not in records.FREE_ON_RESUME},
-        "epochs": args.epochs,
-        "finished": False,
-        "sittings": [now | {"from_epoch": 0}],
-        "precision": precision,
-        "seed": args.seed,
+        **{"epochs": args.epochs, "finished": False, "sittings": [now | {"from_epoch": 0}]},
+        **{"precision": precision, "seed": args.seed},
         "split": {key: list(getattr(split, key)) for key in SPLIT} | {"protocol": split.protocol},
         "normalisation": stacks.normalisation.to_dict(),
         "intensity": records.intensity(stacks.images.sections[list(split.train)]),
         "data": {
-            "images": args.image_path,
-            "masks": args.mask_path or args.image_path,
-            "image_sha256": data.sha256_pixels(stacks.images.sections),
-            "mask_sha256": data.sha256_pixels(stacks.masks.sections),
+            **{"images": args.image_path, "masks": args.mask_path or args.image_path},
+            **{key: data.sha256_pixels(sections) for key, sections in pixels.items()},
             "voxel_nm": stacks.images.voxel_nm,
             **({} if args.ignore_label is None else {"labelled": float(np.mean(stacks.masks.sections >= 0))}),
         },
@@ -363,8 +348,6 @@ def extra_callbacks(args, place):
 
 def preview(args, stacks):
     """--augment_preview: what the network will see."""
-    import figures
-
     atomic.refuse_inputs("--augment_preview", args.augment_preview, stacks.images.source, stacks.masks.source)
     refuse_picture(args, Path(args.augment_preview))
     shown, truth = feed_of(args, stacks).preview(stacks.normalisation)
@@ -381,8 +364,6 @@ def refuse_picture(args, path):
 
 def find_learning_rate(args, trainee, feed, place):
     """--lr_find: raise the rate from update to update, draw the loss against it, suggest a range."""
-    import figures
-
     path = place.picture("lr_find")
     refuse_picture(args, path)
     rates, found = find_rates(trainee, feed.training(0), args.lr_find)
