@@ -24,59 +24,28 @@ from network.hashing import random_words
 
 CLIP_SD = 3.0  # grid displacements are clipped here, so that no pixel can leave the source window
 _LIMITS = {
-    "max_rotation_deg": (0, 180),
-    "scale": (0.25, 4),
-    "max_shear_deg": (0, 44),
-    "max_shift_px": (0, 1024),
-    "elastic_grid": (2, 32),
-    "elastic_sd_px": (0, 100),
-    "brightness": (0, 5),
-    "contrast": (0, 4),
-    "gamma": (0, 1),
-    "noise": (0, 5),
+    **{"max_rotation_deg": (0, 180), "scale": (0.25, 4), "max_shear_deg": (0, 44), "max_shift_px": (0, 1024)},
+    **{"elastic_grid": (2, 32), "elastic_sd_px": (0, 100)},
+    **{"brightness": (0, 5), "contrast": (0, 4), "gamma": (0, 1), "noise": (0, 5)},
 }
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ranges that `draw` draws from; the defaults change nothing but the crop.
+    """Ranges that `draw` draws from; the defaults change nothing but the crop."""
 
-    Parameters
-    ----------
-    flips, quarter_turns : bool
-        Mirror rows and columns with probability 1/2 each; turn by 0, 90, 180 or 270 degrees.
-    max_rotation_deg : float
-        Angle uniform in +- this; 180 is any angle.
-    scale : (float, float)
-        Magnification, log-uniform between these; above 1 enlarges.
-    max_shear_deg : float
-        Shear angle of the columns, uniform in +- this.
-    max_shift_px : float
-        Shift of the content in rows and in columns, uniform in +- this.
-    elastic_grid : int
-        The displacement grid has this many nodes per side, corner to corner of the window.
-    elastic_sd_px : float
-        Standard deviation of the nodes' displacements; 0 is none.
-    brightness : float
-        Offset, uniform in +- this, in standard deviations of the raw data.
-    contrast, gamma : float
-        Factor and exponent, log-uniform in 1 / (1 + this) .. 1 + this.
-    noise : float
-        Standard deviation of the pixels' noise, uniform in 0 .. this, in standard deviations of the raw data.
-    """
-
-    flips: bool = False
-    quarter_turns: bool = False
-    max_rotation_deg: float = 0.0
-    scale: tuple[float, float] = (1.0, 1.0)
-    max_shear_deg: float = 0.0
-    max_shift_px: float = 0.0
-    elastic_grid: int = 3
-    elastic_sd_px: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    gamma: float = 0.0
-    noise: float = 0.0
+    flips: bool = False  # mirror rows and columns with probability 1/2 each
+    quarter_turns: bool = False  # turn by 0, 90, 180 or 270 degrees
+    max_rotation_deg: float = 0.0  # angle uniform in +- this; 180 is any angle
+    scale: tuple[float, float] = (1.0, 1.0)  # magnification, log-uniform between these; above 1 enlarges
+    max_shear_deg: float = 0.0  # of the columns, uniform in +- this
+    max_shift_px: float = 0.0  # of the content in rows and in columns, uniform in +- this
+    elastic_grid: int = 3  # nodes per side of the displacement grid, corner to corner of the window
+    elastic_sd_px: float = 0.0  # standard deviation of the nodes' displacements; 0 is none
+    brightness: float = 0.0  # offset, uniform in +- this, in standard deviations of the raw data
+    contrast: float = 0.0  # factor, log-uniform in 1 / (1 + this) .. 1 + this
+    gamma: float = 0.0  # exponent, likewise
+    noise: float = 0.0  # standard deviation of the pixels' noise, uniform in 0 .. this, in those of the raw data
 
     def __post_init__(self):
         object.__setattr__(self, "scale", tuple(self.scale))  # hashable, also where a list was given

@@ -36,6 +36,9 @@ STYLES = tuple(
 WIDTH_IN, DPI = 9.0, 160
 """A figure is 1440 px wide, shown at 900 px or less: 10 pt letters are then 14 px high."""
 
+PLAIN = "{x:.3g}"
+"""A tick is written as 0.01, not as a power or with an offset in the corner."""
+
 GIF_PX, GIF_GRAYS, GIF_FRAME_MS = 256, 32, 200
 """Of an animation: height, grays (noise is what costs, and fewer grays are less noise), time of a section."""
 
@@ -73,7 +76,7 @@ def learning_rate(rates, path, *, label=""):
     figure, axes = _chart(3.0, "update", "learning rate", label)
     axes.plot(np.arange(1, len(rates) + 1), rates, color=BLUE, linewidth=1.8, label="schedule")
     axes.set_ylim(bottom=0)
-    _plain_numbers(axes.yaxis)
+    axes.yaxis.set_major_formatter(PLAIN)
     return _save(figure, path)
 
 
@@ -303,7 +306,7 @@ def _draw_row(axes, title, columns, epochs):
     if title == "loss":
         _log_if_wide(axes, [*columns.values()])
     if title == "learning rate":
-        _plain_numbers(axes.yaxis)
+        axes.yaxis.set_major_formatter(PLAIN)
     else:
         _legend(axes)
 
@@ -327,14 +330,7 @@ def _log_if_wide(axes, lines):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
-        _plain_numbers(axes.yaxis)
-
-
-def _plain_numbers(axis):
-    """Write a tick as 0.01, not as a power or with an offset in the corner."""
-    from matplotlib.ticker import FuncFormatter
-
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.yaxis.set_major_formatter(PLAIN)
 
 
 def _whole_numbers(axes):

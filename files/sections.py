@@ -18,24 +18,14 @@ MOST_SECTIONS = 2**20  # a header that speaks of more is damaged
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Serial sections in memory.
+    """Serial sections in memory."""
 
-    Attributes
-    ----------
-    sections : ndarray of shape (S, H, W), in the file's own type
-    voxel_nm : (z, y, x) in nanometres, z None where only the pixel size is known; None where nothing is
-    names : one name per section
-    source : the file, folder or data set they came from
-    description : axes and encoding, in words
-    made_of : what a prediction of this suite is made of, else empty
-    """
-
-    sections: np.ndarray
-    voxel_nm: tuple[float | None, float, float] | None = None
-    names: list[str] = field(default_factory=list)
-    source: str = ""
-    description: str = ""
-    made_of: dict = field(default_factory=dict)
+    sections: np.ndarray  # (S, H, W), in the file's own type
+    voxel_nm: tuple[float | None, float, float] | None = None  # (z, y, x); z None where only the pixel size is known
+    names: list[str] = field(default_factory=list)  # one per section
+    source: str = ""  # the file, folder or data set they came from
+    description: str = ""  # axes and encoding, in words
+    made_of: dict = field(default_factory=dict)  # of what a prediction of this suite is made
 
     shape = property(lambda self: self.sections.shape)
     dtype = property(lambda self: self.sections.dtype)

@@ -24,48 +24,22 @@ LEAST = {"filters": 1, "centre_dilations": 1, "dilate_rate": 1, "levels": 1, "cl
 
 def build(
     *,
-    filters=FILTERS,
-    dilate=True,
-    dilate_rate=2,
-    addition=True,
+    filters=FILTERS,  # of the contracting levels; the centre has as many as the last level
+    dilate=True,  # centre convolutions dilated by `centre_dilations` instead of 1
+    dilate_rate=2,  # dilation of the second convolution of each contracting level
+    addition=True,  # the centre's output is the sum of its convolutions instead of the last one alone
     centre_dilations=(1, 2, 4, 8, 16, 32),
-    dropout=0.3,
-    bn_momentum=MOMENTUM,
-    classes=2,
-    precision="float32",
-    seed=0,
-    kinds=None,
+    dropout=0.3,  # fraction dropped after each batch norm but the last two, and after each pooling
+    bn_momentum=MOMENTUM,  # of batch norm's moving averages, in [0, 1); a run of few updates wants 0.9
+    classes=2,  # channels of the softmax; class 1 is the interior
+    precision="float32",  # "bfloat16" computes in it and keeps float32 weights, statistics and softmax
+    seed=0,  # of the initial weights and the dropout masks
+    kinds=None,  # `network.outline` for a network without Keras; by default `network.layers`
 ):
-    """The U-net of the 2017 study, or a wider, deeper or shallower one of the same design.
+    """The U-net of the 2017 study, or a wider, deeper or shallower one of the same design, as a keras.Model.
 
-    Parameters
-    ----------
-    filters : sequence of int
-        Filters of the contracting levels; the centre has as many as the last level.
-    dilate : bool
-        Centre convolutions dilated by `centre_dilations` instead of 1.
-    dilate_rate : int
-        Dilation of the second convolution of each contracting level.
-    addition : bool
-        The centre's output is the sum of its convolutions instead of the last one alone.
-    dropout : float
-        Fraction dropped after each batch norm but the last two, and after each pooling.
-    bn_momentum : float
-        Of batch norm's moving averages, in [0, 1); a run of few updates wants 0.9.
-    classes : int
-        Channels of the softmax; class 1 is the interior.
-    precision : {"float32", "bfloat16"}
-        bfloat16 computes in bfloat16 and keeps float32 weights, statistics and softmax.
-    seed : int
-        Of the initial weights and the dropout masks.
-    kinds : module
-        `network.outline` for a network without Keras; by default `network.layers`.
-
-    Returns
-    -------
-    keras.Model
-        (B, h, w, 1) float32, standardised, h and w multiples of 2 ** len(filters), to the interior probability
-        (B, h, w), float32. A ValueError if an argument is out of its range.
+    (B, h, w, 1) float32, standardised, h and w multiples of 2 ** len(filters), to the interior probability (B, h, w),
+    float32. A ValueError if an argument is out of its range.
     """
     _check(filters=filters, centre_dilations=centre_dilations, dilate_rate=dilate_rate, classes=classes)
     make = _Layers(kinds, precision, dropout, seed, bn_momentum)
@@ -102,11 +76,11 @@ def build(
 
 def build_2015(
     *,
-    filters=64,
-    levels=4,
-    padding="valid",
-    dropout=0.5,
-    batch_norm=False,
+    filters=64,  # of the first level; each level down doubles them
+    levels=4,  # poolings of the contracting path
+    padding="valid",  # as published; "same" keeps the size, a multiple of 2 ** levels
+    dropout=0.5,  # fraction dropped at the end of the contracting path
+    batch_norm=False,  # behind every 3 x 3 convolution, which the paper (of the same year) does not have
     bn_momentum=MOMENTUM,
     classes=2,
     precision="float32",
@@ -115,30 +89,10 @@ def build_2015(
 ):
     """The U-Net of Ronneberger, Fischer & Brox 2015 (arXiv 1505.04597, figure 1): 23 convolutions at 4 levels.
 
-    Parameters
-    ----------
-    filters : int
-        Filters of the first level; each level down doubles them.
-    levels : int
-        Poolings of the contracting path.
-    padding : {"valid", "same"}
-        "valid" as published: the output lacks `field_of(...).shrink` px on each side (572 in, 388 out), and
-        only the sizes of its `valid_sizes` fit. "same" keeps the size, a multiple of 2 ** levels.
-    dropout : float
-        Fraction dropped at the end of the contracting path.
-    batch_norm : bool
-        Batch norm behind every 3 x 3 convolution, which the paper (of the same year) does not have.
-    bn_momentum, classes, precision, seed, kinds
-        As of `build`.
+    (B, h, w, 1) float32, standardised, to the interior probability (B, h - 2 shrink, w - 2 shrink), float32. Unpadded,
+    the output lacks `field_of(...).shrink` px on each side (572 in, 388 out), and only the sizes of its `valid_sizes`
+    fit. `with_logits` gives the logits as well.
 
-    Returns
-    -------
-    keras.Model
-        (B, h, w, 1) float32, standardised, to the interior probability (B, h - 2 shrink, w - 2 shrink), float32;
-        `with_logits` gives the logits as well.
-
-    Notes
-    -----
     What the paper leaves open is done as its authors' released network does it: the two deepest feature maps of
     the contracting path are dropped out, the upper of them before it is pooled and copied. One difference: that
     network has a ReLU behind each up-convolution, the paper's figure has none, and neither has this one.

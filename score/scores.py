@@ -20,8 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from score.segments import DAM, above, components, pairs_of_labels, segment, thin_borders
-from score.topology import topology_errors
+from score.segments import DAM, above, components, pairs_of_labels, segment, thin_borders, topology_errors
 
 FIXED_THRESHOLD = 0.5
 BINS = 15  # of the calibration

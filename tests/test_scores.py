@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 from skimage import measure
 
-from score import scores, segments, topology
+from score import scores, segments
 
 GOLDEN_SECTIONS = [0, 7, 14, 21, 26, 29]
 CHALLENGE = ("v_rand", "v_info", "rand_error", "pixel_error")
@@ -217,7 +217,7 @@ def test_scores_of_pairs_equal_going_through_all_pairs(stack):
 def test_warping_equals_the_naive_one(pair):
     probability, reference = pair
     for t in (0.0, 0.30000000000000004, 0.5):
-        splits, mergers = topology.topology_errors(probability, reference, t)
+        splits, mergers = segments.topology_errors(probability, reference, t)
         assert (splits.sum(), mergers.sum()) == naive_warping(probability, reference, t)
 
 
