@@ -453,6 +453,7 @@ def contradictions(given, args):
         (args.resume and args.force, "--resume goes on with a run and --force replaces it: choose one"),
         (args.steps_per_epoch % execution, "--steps_per_execution must be a divisor of --steps_per_epoch"),
         (args.window % multiple and not of_2015, f"--window must be a multiple of {multiple}. Received: {args.window}"),
+        (0 < args.dropout <= 1 / 512, f"--dropout must be 0, or above 1/512. Received: {args.dropout}"),
         (pixels > BATCH_PX, f"--batch_size windows must hold at most {BATCH_PX} px together. Received: {pixels}"),
         (of_2015 and len(args.filters) > 1, "--filters of unet2015 is one number, doubled at every level"),
         (of_2015 and not args.batch_norm and args.bn_momentum != 0.99, "--bn_momentum goes with --batch_norm"),

@@ -19,7 +19,6 @@ from network.outline import MOMENTUM
 
 FILTERS = (44, 88, 176)
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # and the dtype policy of each
-LEAST = {"filters": 1, "centre_dilations": 1, "dilate_rate": 1, "levels": 1, "classes": 2}
 
 
 def build(
@@ -39,9 +38,8 @@ def build(
     """The U-net of the 2017 study, or a wider, deeper or shallower one of the same design, as a keras.Model.
 
     (B, h, w, 1) float32, standardised, h and w multiples of 2 ** len(filters), to the interior probability (B, h, w),
-    float32. A ValueError if an argument is out of its range.
+    float32.
     """
-    _check(filters=filters, centre_dilations=centre_dilations, dilate_rate=dilate_rate, classes=classes)
     make = _Layers(kinds, precision, dropout, seed, bn_momentum)
     inputs = make.input()
     x, skips = inputs, []
@@ -97,7 +95,6 @@ def build_2015(
     the contracting path are dropped out, the upper of them before it is pooled and copied. One difference: that
     network has a ReLU behind each up-convolution, the paper's figure has none, and neither has this one.
     """
-    _check(filters=filters, levels=levels, classes=classes)
     make = _Layers2015(kinds, precision, dropout, seed, bn_momentum, padding)
     inputs = make.input()
     x, skips = inputs, []
@@ -144,13 +141,6 @@ def with_logits(network):
 
     logits = keras.layers.Activation("linear", dtype="float32", name="logits")(network.get_layer("head_conv").output)
     return keras.Model(network.input, (network.output, logits), name=f"{network.name}_with_logits")
-
-
-def _check(**settings):
-    for name, value in settings.items():
-        least, numbers = LEAST[name], [value] if isinstance(value, int) else value
-        if min(numbers, default=0) < least:
-            raise ValueError(f"{name} must be at least {least}. Received: {value}")
 
 
 class _Layers:

@@ -102,15 +102,8 @@ def test_the_logits_belong_to_the_probability_and_share_its_weights(settings):
 
 @cases(
     "settings, words",
-    (TINY | {"filters": ()}, "filters must be at least 1"),
-    (TINY | {"dilate_rate": 0}, "dilate_rate must be at least 1. Received: 0"),
-    (TINY | {"classes": 1}, "classes must be at least 2"),
     (TINY | {"dropout": 1.0}, "dropout must be 0, or above 1/512 and below 1. Received: 1.0"),
-    (TINY | {"centre_dilations": (0,)}, "centre_dilations must be at least 1"),
-    (TINY_2015 | {"filters": 0}, "filters must be at least 1"),
-    (TINY_2015 | {"levels": 0}, "levels must be at least 1"),
     (TINY_2015 | {"padding": "full"}, "padding"),
-    (TINY_2015 | {"classes": 1}, "classes must be at least 2"),
 )
 def test_wrong_arguments_are_refused_by_name(settings, words):
     with pytest.raises(ValueError, match=words):
