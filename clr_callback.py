@@ -1,6 +1,6 @@
 """Cyclical learning rates (L. N. Smith 2015, arXiv 1506.01186) for any Keras model and backend.
 
-The schedule is a pure function of the update number, counted from 0, that imports without Keras.
+The schedule is a pure function of the update number, counted from 0.
 
     model.fit(x, y, callbacks=[CyclicLR(base_lr=1e-5, max_lr=1e-2, step_size=2000)])
 
@@ -8,8 +8,7 @@ The schedule is a pure function of the update number, counted from 0, that impor
 [0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
 """
 
-import functools
-
+import keras
 import numpy as np
 
 MODES = ("triangular", "triangular2", "exp_range")
@@ -30,10 +29,7 @@ def cosine(update, base_lr, max_lr, updates, warm_up=0):
 
     Loshchilov & Hutter 2016 (arXiv 1608.03983), without restarts: a schedule that ends low.
     """
-    if isinstance(update, (int, float, np.ndarray, np.generic)):
-        ops = np  # whose functions have the same names
-    else:
-        from keras import ops
+    ops = np if isinstance(update, (int, float, np.ndarray, np.generic)) else keras.ops  # of the same names
     done = ops.clip((update - warm_up) / max(1, updates - 1 - warm_up), 0.0, 1.0)
     falling = base_lr + (max_lr - base_lr) * 0.5 * (1 + ops.cos(np.pi * done))
     return ops.where(update < warm_up, max_lr * (update + 1) / (warm_up + 1), falling)
@@ -60,19 +56,7 @@ def rate_of(mode, base_lr, max_lr, step_size, gamma=1.0, updates=0):
 # -- for Keras --------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def __getattr__(name):
-    """`CyclicLR` and `Schedule` as Keras's callback and schedule; Keras is imported where one is asked for."""
-    if name not in ("CyclicLR", "Schedule"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import keras
-
-    if name == "CyclicLR":
-        return type(name, (_CyclicLR, keras.callbacks.Callback), {"__doc__": _CyclicLR.__doc__})
-    return type(name, (_Schedule, keras.optimizers.schedules.LearningRateSchedule), {"__doc__": _Schedule.__doc__})
-
-
-class _Schedule:
+class Schedule(keras.optimizers.schedules.LearningRateSchedule):
     """A pure function of the update number as an in-graph schedule: no callback has to touch the optimizer.
 
     `rate` takes the update number, an int or a float32 tensor (exact up to 2**24), and gives the learning rate.
@@ -82,12 +66,10 @@ class _Schedule:
         self.rate = rate
 
     def __call__(self, step):
-        from keras import ops
-
-        return ops.cast(self.rate(ops.cast(step, "float32")), "float32")
+        return keras.ops.cast(self.rate(keras.ops.cast(step, "float32")), "float32")
 
 
-class _CyclicLR:
+class CyclicLR(keras.callbacks.Callback):
     """Sets the learning rate of every update, and records the rate that was used.
 
     Parameters
@@ -149,12 +131,12 @@ class _CyclicLR:
 
     def schedule(self):
         """The same rates as a `LearningRateSchedule`."""
-        return __getattr__("Schedule")(self.rate)
+        return Schedule(self.rate)
 
     def on_train_begin(self, logs=None):
         self.update = int(self.model.optimizer.iterations)
         configured = self.model.optimizer._learning_rate
-        self._in_graph = isinstance(configured, _Schedule)
+        self._in_graph = isinstance(configured, Schedule)
         if callable(configured) and not self._in_graph:
             raise ValueError("CyclicLR needs an optimizer with a constant learning rate, or with its own schedule().")
         if not self._in_graph and self.model.steps_per_execution > 1:

@@ -6,8 +6,6 @@
 `score_arrays` does the same for arrays in memory; training calls it for the held-out sections.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

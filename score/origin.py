@@ -4,8 +4,6 @@
 other: `predict --image_path isbi2012` means the test stack, `evaluate --mask_path isbi2012` the training labels.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from pathlib import Path

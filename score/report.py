@@ -5,8 +5,6 @@ network and no other file. Every mark differs in pattern as well as in colour, a
 what it shows.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import io

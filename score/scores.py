@@ -11,8 +11,6 @@ doi:10.3389/fnana.2015.00142; [2]_ warping error, doi:10.1109/CVPR.2010.5539950;
 [4]_ SEG, doi:10.1093/bioinformatics/btu080; [5]_ calibration, arXiv:1706.04599.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Sections have shape (H, W), axes (row, column); 1 = cell interior, 0 = membrane.
 in a fixed order is compiled by numba, see `compiled`.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Callable

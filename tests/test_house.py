@@ -34,7 +34,7 @@ DOOR = ("augment", "clr_callback", "data", "dilatedUnet", "figures", "start")
 FILES = [*ROOT.glob("*.py"), *(file for room in ROOMS for file in ROOT.glob(f"{room}/*.py") if file.stem != "__init__")]
 MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts): ast.parse(f.read_text()) for f in sorted(FILES)}
 WITHOUT_KERAS = [name for name in ORDER if name.startswith(("score.", "studies.", "files."))]
-WITHOUT_KERAS += ["clr_callback", "predict.prediction"]
+WITHOUT_KERAS += ["predict.prediction"]
 LIGHT, KERAS = ["data", "score.scores", "score.evaluation", "figures"], {"keras", "tensorflow", "jax", "torch"}
 HEAVY = KERAS | {"scipy", "skimage", "numba", "tifffile", "matplotlib", "pooch", "PIL", "requests"}
 
