@@ -1,5 +1,6 @@
 """What happens after every epoch, and that nothing which is not finite is kept."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from conftest import arrays
 
 from data import DataError
 from train import record as records
+from train import recorder as recorders
 from train.recorder import Recorder
 from train.trainee import Course
 
@@ -55,3 +57,42 @@ def test_what_is_not_finite_stops_the_run_and_is_not_kept(recorder, what):
     assert str(error.value).endswith("the checkpoint of epoch 0 stays. Try a lower --lr.")
     assert recorder.place.checkpoint.read_bytes() == before
     assert not recorder.saved
+
+
+# -- what a run says
+
+
+COURSE = Course(10, 10, 3, patience=0, mode="none", lr=1e-3, max_lr=1e-3, step_size=1, gamma=1.0)
+ROW = {"epoch": 5, "update": 50, "learning_rate": 1e-3, "loss": 0.9, "dice": 0.5, "val_loss": 0.8, "val_dice": 0.6}
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """A progress after 40 of 100 updates, on a terminal or not, whose clock goes on by `seconds` at every look."""
+
+    def start(terminal, seconds):
+        clock = itertools.count(0, seconds)
+        monkeypatch.setattr(recorders.time, "monotonic", lambda: next(clock))
+        monkeypatch.setattr(recorders.sys.stderr, "isatty", lambda: terminal, raising=False)
+        found = recorders.Progress(COURSE)
+        found.start(40)
+        return found
+
+    return start
+
+
+def test_on_a_terminal_one_line_shows_epoch_update_loss_dice_rate_speed_and_time_left(started, capsys):
+    started(True, 2).show(50, 0.9, 0.5, 1e-3)
+    words = r"epoch 5/10 \[#{10}\.{10}\].*update 50/100.*loss 0.900.*dice 0.500.*lr 1.0e-03.*15.00 images/s.*0:00:10"
+    assert re.fullmatch(rf"\r.*{words}.*", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(1, 0), (19, 1), (70, 4)])
+def test_a_log_gets_a_line_per_epoch_or_per_minute_whichever_is_rarer(started, capsys, seconds, lines):
+    log = started(False, seconds)
+    for _ in range(4):  # a look at the clock each, and two more for a line
+        log.show(50, 0.9, 0.5, 1e-3)
+        log.log(ROW)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == lines
+    assert all("update 50/100" in line and "val_loss 0.800" in line and "left" in line for line in said)

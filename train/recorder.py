@@ -2,7 +2,9 @@
 
 import contextlib
 import math
+import sys
 import time
+from datetime import timedelta
 
 import keras
 
@@ -10,10 +12,10 @@ from data import DataError
 from files import shell
 from network import distribution
 from predict import prediction
-from train.progress import Progress
 from train.record import Journal, save_checkpoint
 from train.trainee import averaged_weights
 
+QUIET_S = 60  # between the lines of a log at least; an epoch may take longer
 OF_WEIGHTS = (
     *("network", "normalisation", "intensity", "seed", "precision", "split", "data", "command", "versions", "commit"),
     *("receptive_field_px", "init_from"),
@@ -114,3 +116,41 @@ class Recorder(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self.progress.end()
+
+
+class Progress:
+    """One line that is written over on a terminal; elsewhere a line per epoch or per minute, whichever is rarer."""
+
+    def __init__(self, course):
+        self.course, self.active = course, sys.stderr.isatty()
+
+    def start(self, update):
+        self.began = self.said = time.monotonic()
+        self.first = update
+
+    def show(self, update, loss, dice, rate):
+        """After an update."""
+        if self.active:
+            shell.say(f"\r{self.line(update, loss, dice, rate)}\x1b[K", end="")
+
+    def log(self, row):
+        """After an epoch."""
+        if self.active or time.monotonic() - self.said < QUIET_S:
+            return
+        self.said = time.monotonic()
+        validation = f"  val_loss {row['val_loss']:.3f}" if "val_loss" in row else ""
+        shell.say(self.line(row["update"], row["loss"], row["dice"], row["learning_rate"]) + validation)
+
+    def line(self, update, loss, dice, rate):
+        course, total = self.course, self.course.updates
+        seconds = (time.monotonic() - self.began) / max(1, update - self.first)
+        filled = 20 * update // total
+        return (
+            f"epoch {-(-update // course.steps_per_epoch)}/{course.epochs} [{'#' * filled}{'.' * (20 - filled)}] "
+            f"update {update}/{total}  loss {loss:.3f}  dice {dice:.3f}  lr {rate:.1e}  "
+            f"{course.batch_size / seconds:.2f} images/s  {timedelta(seconds=round(seconds * (total - update)))} left"
+        )
+
+    def end(self):
+        if self.active:
+            shell.say("")
