@@ -123,9 +123,8 @@ def instance_messages(reader, ignore=None):
 def match(images, masks, instances):
     """Return the images that have masks, the mask of each, and what was done in words."""
     kept = range(len(images.names))
-    if (
-        instances and os.path.isdir(images.source) and os.path.isdir(masks.source)
-    ):  # the frames whose number is on a mask
+    both_folders = os.path.isdir(images.source) and os.path.isdir(masks.source)
+    if instances and both_folders:  # the frames whose number is on a mask
         numbers = {_last_number(name) for name in masks.names}
         labelled = [i for i, name in enumerate(images.names) if _last_number(name) in numbers]
         kept = labelled if len(labelled) == len(masks.names) < len(kept) else kept

@@ -16,7 +16,6 @@ from files.sections import is_voxel, memory_words, require_memory, size_words
 from files.shell import say
 from network import device, outline, startup, unet
 from predict import blocks, engines, intensity, rescale, tiling
-from score import origin
 
 FORMAT = "dilated-unet weights 1"
 SUFFIX = ".weights.h5"
@@ -283,7 +282,7 @@ def run_blocks(args, sections, record, norm, how):
     (weights,) = args.weight_path
     settings = {"network": record["network"], "normalisation": norm.to_dict()}
     if math.prod(sections.shape) <= HASHED_PX:
-        settings[blocks.PIXELS] = origin.sha256(sections)
+        settings[blocks.PIXELS] = data.sha256_pixels(sections)
     how |= {"normalisation": json.dumps(norm.to_dict())}
     about = {"weights": weight_file(weights), "how": how, "settings": settings, "log": say}
     blocks.run(args, sections, unet.field_from_settings(record["network"]), load=load_windows_predictor, **about)
@@ -308,7 +307,7 @@ def run_sections(args, sections, records, norms, sizes, how):
     else:  # the next section is read while one is predicted, and predicted while one is written
         predictions = tiling.ahead(map(predict, tiling.ahead(sections)))
     weights = ",".join(quote(weight_file(path).name) for path in args.weight_path)
-    made_of = {"pixels_sha256": origin.sha256(sections), "weights": weights, "normalise": args.normalise}
+    made_of = {"pixels_sha256": data.sha256_pixels(sections), "weights": weights, "normalise": args.normalise}
     made_of |= {"rescaled": ",".join("{}x{}".format(*size) for size in sizes)} if args.rescale else {}
     about = {"count": len(sections), "shape": sections.shape[1:], "voxel_nm": sections.voxel_nm, "made_of": made_of}
     write(args, tiling.counted(predictions, "section", len(sections)), segmentation_of(records), **about)

@@ -12,7 +12,7 @@ from conftest import cases, refused
 
 import data
 from files.atomic import DataError
-from score import evaluation, origin, report, scores, segments
+from score import evaluation, report, scores, segments
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def origin_of(images, labels, given=None):
 def said_of(prediction, labels, given=None):
     which = range(len(prediction))
     given = given and evaluation.Sections(given, which)
-    return origin.check(evaluation.Sections(prediction, which), labels, given, which)
+    return evaluation.check_origin(evaluation.Sections(prediction, which), labels, given, which)
 
 
 @pytest.fixture

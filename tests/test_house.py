@@ -14,7 +14,7 @@ ORDER = [
     *("predict.prediction", "predict.blocks", "predict.engines"),
     *("predict.rescale", "predict.intensity", "predict.tiling"),
     *("studies.reproduce", "studies.records", "studies.rows", "studies.comparison", "studies.verdicts"),
-    *("score.evaluation", "score.report", "score.origin", "score.scores", "score.segments"),
+    *("score.evaluation", "score.report", "score.scores", "score.segments"),
     *("data", "figures", "augment", "clr_callback"),
     *("network.unet", "network.field", "network.layers", "network.losses", "network.optimizers"),
     *("network.startup", "network.device", "network.distribution", "network.hashing", "network.outline"),

@@ -22,7 +22,6 @@ import dilatedUnet
 from files import sections
 from network import outline, unet
 from predict import engines, intensity, prediction, tiling
-from score import origin
 
 RECORD = {"normalisation": {"mean": 120.0, "std": 45.0, "epsilon": 1e-10}}
 SETTINGS = {"filters": [8, 12], "dilate": False, "dilate_rate": 1, "addition": True, "dropout": 0.3, "classes": 2}
@@ -302,7 +301,7 @@ def test_of_a_large_section_no_more_is_read_than_a_row_of_tiles(predict, monkeyp
     predict(section[None], *words)
     whole, done = tifffile.imread("out.tif"), len(read)
     monkeypatch.setattr(prediction, "LARGE_PX", 1000)
-    monkeypatch.setattr(origin, "sha256", lambda sections: "")
+    monkeypatch.setattr(data, "sha256_pixels", lambda sections: "")
     assert "each section takes about 0.14 MB of memory" in predict(section[None], *words, "--force").err
     np.testing.assert_array_equal(tifffile.imread("out.tif"), whole)
     assert max(rows.stop - rows.start for rows, _ in read[done + 1 :]) <= 112
