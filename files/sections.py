@@ -310,8 +310,8 @@ def pixel_words(voxel_nm):
 def pixel_factors(voxel_nm, trained_nm):
     """Return how many pixels of the training a pixel's height and width are; None where about one, or not known.
 
-    >>> pixel_factors((50.0, 8.0, 4.0), (50.0, 4.0, 4.2)), pixel_factors((30.0, 4.3, 4.0), (None, 4.0, 4.0))
-    ((2.0, 0.952...), None)
+    >>> pixel_factors((50.0, 8.0, 4.0), (50.0, 4.0, 4.0)), pixel_factors((30.0, 4.3, 4.0), (None, 4.0, 4.0))
+    ((2.0, 1.0), None)
     """
     if voxel_nm is None or trained_nm is None:
         return None
