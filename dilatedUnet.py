@@ -6,6 +6,7 @@
     python dilatedUnet.py reproduce table --quick
     python dilatedUnet.py fetch isbi2012
     python dilatedUnet.py check --image_path X --mask_path Y
+    python dilatedUnet.py export --output network.zip
 
 `python dilatedUnet.py VERB --help` lists the flags of a verb. Nothing heavy is imported before the flags are parsed.
 """
@@ -33,6 +34,7 @@ VERBS = {
     "reproduce": "train the published tables row by row, compare and render",
     "fetch": "download a data set into the cache",
     "check": "say what the files are, before any training",
+    "export": "write a trained network for other programs: bioimage.io, ONNX, TorchScript",
 }
 DATA_SETS = ("isbi2012", "dic-hela", "phc-u373")
 SHIPPED = Path(__file__).resolve().parent / "weights" / "isbi2012_standard"
@@ -340,6 +342,10 @@ def add_flags(name, verb):
 
         reproduce.add_arguments(verb)
         verb.set_defaults(run=partial(reproduce.run, parse=parse))
+    elif name == "export":
+        from predict.export import add_arguments
+
+        add_arguments(verb, SHIPPED)
     elif name == "fetch":
         verb.add_argument("name", choices=DATA_SETS, help="data set")
     for title, flags in {"train": TRAIN, "predict": PREDICT, "check": CHECK}.get(name, {}).items():
@@ -528,6 +534,17 @@ def run_check(args):
     lines = data.describe(images, masks, **how)
     print("\n".join([*lines, *describe_recipes()]))
     return 2 if any(line.startswith("problem:") for line in lines) else 0
+
+
+def run_export(args):
+    from network import startup
+    from predict import export
+
+    export.check(args)
+    if args.image_path:
+        look_for(test=args.image_path)
+    startup.prepare("-1")
+    return export.run(args)
 
 
 def say(words):

@@ -11,7 +11,7 @@ from conftest import ROOT, python
 ORDER = [
     *("dilatedUnet", "train.run", "train.finish", "train.recorder", "train.trainee", "train.feed"),
     *("train.initial", "train.record"),
-    *("predict.prediction", "predict.blocks", "predict.engines"),
+    *("predict.export", "predict.twins", "predict.prediction", "predict.blocks", "predict.engines"),
     *("predict.rescale", "predict.intensity", "predict.tiling"),
     *("studies.reproduce", "studies.records", "studies.rows", "studies.comparison", "studies.verdicts"),
     *("score.evaluation", "score.report", "score.scores", "score.segments"),
@@ -27,7 +27,7 @@ DOOR = ("augment", "clr_callback", "data", "dilatedUnet", "figures", "start")
 FILES = [*ROOT.glob("*.py"), *(file for room in ROOMS for file in ROOT.glob(f"{room}/*.py") if file.stem != "__init__")]
 MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts): ast.parse(f.read_text()) for f in sorted(FILES)}
 WITHOUT_KERAS = [name for name in ORDER if name.startswith(("score.", "studies.", "files."))]
-WITHOUT_KERAS += ["predict.prediction"]
+WITHOUT_KERAS += ["predict.prediction", "predict.export"]
 LIGHT, KERAS = ["data", "score.scores", "score.evaluation", "figures"], {"keras", "tensorflow", "jax", "torch"}
 HEAVY = KERAS | {"scipy", "skimage", "numba", "tifffile", "matplotlib", "pooch", "PIL", "requests"}
 
