@@ -16,8 +16,8 @@ import data
 from data import DataError, Normalisation
 from files import atomic
 from files.flags import file
+from files.sections import reflect
 from network.field import field_of
-from network.mirror import reflect
 from predict import intensity, prediction, tiling, twins
 
 EXTRA = "-r requirements-export.txt"
