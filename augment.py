@@ -104,18 +104,11 @@ def _generator(seed, *key):
 
 
 def draw(recipe, *, seed, epoch, index, sections, shape, window):
-    """Draw the numbers of crop `index` of `epoch`.
+    """Draw the numbers of crop `index` of `epoch` from these sections of a `shape`, rows and columns.
 
     The same random numbers are consumed whatever the recipe is, so two recipes see the same crops, and a stronger
     setting of one change leaves the others as they were. Sections are dealt like cards: in an epoch, each
     `len(sections)` crops in a row visit all of them once.
-
-    Parameters
-    ----------
-    sections : sequence of int
-        The sections to draw from.
-    shape : (int, int)
-        Rows and columns of a section, each at least `window`.
     """
     random = _generator(seed, epoch, index, 0)
     origin = tuple(int(random.integers(side - window + 1)) for side in shape)

@@ -45,7 +45,7 @@ SYNTHETIC_TEST_SEED = 1_000_003
 
 
 def resolve(name_or_path, role, *, log=print):
-    """Turn what was typed into a path or a stack.
+    """Turn what was typed into a Path or a Stack.
 
     Parameters
     ----------
@@ -55,10 +55,6 @@ def resolve(name_or_path, role, *, log=print):
         is returned as it is.
     role : {"image", "mask", "test", "test_mask"}
         Which part of a data set is meant; any other word only serves in messages.
-
-    Returns
-    -------
-    Path or Stack
     """
     if isinstance(name_or_path, Stack):
         return name_or_path
@@ -95,22 +91,10 @@ def _inside(path, role):
 
 
 def iter_sections(path, *, what="image", ids=False, channel=None):
-    """Open a stack for reading section by section.
+    """Open a stack as a StackReader, section by section; `path` and `what` are the name and the role of `resolve`.
 
-    Parameters
-    ----------
-    path : str, Path or Stack
-        As in `resolve`.
-    what : str
-        The role, for `resolve` and for messages.
-    ids : bool
-        The values are numbers of cells: what is stored, without the palette.
-    channel : int, optional
-        Which to read, from 0, where there are several.
-
-    Returns
-    -------
-    StackReader
+    With `ids` the values are numbers of cells: what is stored, without the palette. `channel` is which to read, from
+    0, where there are several.
     """
     found = resolve(path, what)
     if isinstance(found, Path) and omezarr.is_zarr(within(found)[0]):
@@ -119,13 +103,7 @@ def iter_sections(path, *, what="image", ids=False, channel=None):
 
 
 def read_stack(path, *, what="image", channel=None):
-    """Read a whole stack into memory; as `iter_sections` does.
-
-    Raises
-    ------
-    DataError
-        Where the file is missing, empty, cut off, not a TIFF or PNG, RGB, or holds NaN.
-    """
+    """Read a whole stack into memory, as `iter_sections` opens it; a DataError where it is cut off, or holds NaN."""
     return load(iter_sections(path, what=what, channel=channel))
 
 
@@ -145,8 +123,6 @@ def synthetic(sections=30, size=(512, 512), seed=0):
 def _painted(sections, size, seed):
     from files.synthetic import paint
 
-    if sections < 1 or len(size) != 2 or min(size) < 1 or seed < 0:
-        raise DataError(f"sections and size must be >= 1, the seed >= 0. Received: {sections}, {size}, {seed}")
     arrays = paint(sections, size, seed)
     for array in arrays:
         array.flags.writeable = False  # shared by everybody who asks for the same stack

@@ -15,15 +15,9 @@ MOST = 16  # times larger or smaller: beyond it a voxel size is wrong, or nothin
 
 
 def seen_sizes(sections, records, asked, log):
-    """Say which pixel sizes differ; return the size (H, W) at which each network looks at a section.
+    """Say which pixel sizes differ; return the size (H, W) at which each network looks at a section of a StackReader.
 
-    Parameters
-    ----------
-    sections : StackReader
-    records : list of dict
-        Of the weights.
-    asked : bool
-        Whether --rescale was given; else the sizes are that of the section.
+    `records` are those of the weights; `asked` says whether --rescale was given, else the sizes are the section's own.
     """
     size, sizes = sections.shape[1:], []
     for trained in [(record.get("data") or {}).get("voxel_nm") for record in records]:
@@ -34,12 +28,8 @@ def seen_sizes(sections, records, asked, log):
         sizes.append(_size(size, factors) if asked and factors else size)
         if factors:
             found = f"pixels are {pixel_words(sections.voxel_nm)}, those of the training {pixel_words(trained)}"
-            then = (
-                f"resampled to {size_words(sizes[-1])} px and back"
-                if asked
-                else "--rescale with a TIFF --output resamples"
-            )
-            log(f"{'' if asked else 'warning: '}{found}: {then}")
+            back = f"{found}: resampled to {size_words(sizes[-1])} px and back"
+            log(back if asked else f"warning: {found}: --rescale with a TIFF --output resamples")
         elif asked:
             log("--rescale: the pixels are those of the training sections to within a tenth, so nothing is resampled")
     return sizes
