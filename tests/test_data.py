@@ -88,10 +88,7 @@ def test_the_share_of_interior_is_said_and_what_looks_wrong_is_warned_about(valu
 
 @cases(
     "values, words",
-    (
-        np.kron([[0, 128], [255, 128]], np.ones((20, 20), int)),
-        "up to section 0: 0, 128, 255; .*if one of the three",
-    ),
+    (np.kron([[0, 128], [255, 128]], np.ones((20, 20), int)), "up to section 0: 0, 128, 255; .*if one of the three"),
     (np.kron(np.arange(36).reshape(6, 6), np.ones((9, 9), int)), "looks like an instance mask"),
     (np.random.default_rng(0).integers(0, 256, (40, 40)), r"0, 1, 2, 3, 4, 5, 6, 7, ...; it looks like an image"),
     (np.random.default_rng(0).random((40, 40)), "or a probability map"),

@@ -62,14 +62,7 @@ ENCODINGS = {
 }
 
 
-PARTS = [
-    (slice(0, 40), slice(0, 36)),
-    (slice(3, 4), slice(0, 36)),
-    (slice(15, 33), slice(17, 36)),
-    (slice(0, 1), slice(35, 36)),
-]
-
-
+PARTS = [np.s_[0:40, 0:36], np.s_[3:4, 0:36], np.s_[15:33, 17:36], np.s_[0:1, 35:36]]
 TYPES, OTHER_TYPES = ["uint8", "uint16", "float32", "bool"], ["int8", "int16", "int32", "uint32", "float16", "float64"]
 TYPES = [*product(ENCODINGS, TYPES), *product(("plain", "big-endian lzw"), OTHER_TYPES)]
 
