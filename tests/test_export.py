@@ -168,11 +168,10 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
     assert said.endswith(install)
 
 
-@cases("damage", {"split": 3, "data": {"voxel_nm": [1]}}, {"data": {"voxel_nm": ["a", -1, True]}}, {"data": None})
-def test_a_record_that_says_odd_things_is_exported_without_them(export, tmp_path, damage):
+def test_a_record_that_says_little_is_exported(export, tmp_path):
     run = export()
     record = json.loads((tmp_path / "mine.json").read_text())
-    (tmp_path / "mine.json").write_text(json.dumps(record | damage))
+    (tmp_path / "mine.json").write_text(json.dumps({"split": 3} | {k: record[k] for k in record if k[0] in "fn"}))
     assert run("--output", "x.zip").code == 0
     assert "scale" not in description(zipfile.ZipFile(tmp_path / "x.zip"))["inputs"][0]["axes"][2]
 
