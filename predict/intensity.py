@@ -45,9 +45,13 @@ def normalisation_for(pixels, record, how, log):
     how : {"training", "own"}
         Of --normalise; with the mean and standard deviation of `pixels`, 1 and 2 are of no concern.
     """
-    trained, dtype, white, levels = _training(record)
+    trained, kept = Normalisation.from_dict(record["normalisation"]), record.get("intensity")
+    dtype, white, levels = "uint8", 255.0, None  # of old records, which do not say
+    if kept is not None:
+        dtype, white = kept["dtype"], float(_white(kept["dtype"], kept["max"]) or kept["max"])
+        levels = np.array([kept["percentiles"][level - 1] for level in LEVELS])
     found, own = np.percentile(pixels.astype(np.float64), LEVELS), Normalisation.fit(pixels)
-    lines = (record.get("intensity") or {}).get("dark_lines", 0)
+    lines = (kept or {}).get("dark_lines", 0)
     turned = abs(lines) > LINES and dark_lines(pixels) * np.sign(lines) < -LINES
     if levels is not None:
         ours, theirs = (
@@ -95,15 +99,6 @@ def dark_lines(sections):
         ratios.append(np.log((dark.mean() + 1e-9) / (bright.mean() + 1e-9)))
     found = float(np.mean(ratios))
     return round(found, 4) if np.isfinite(found) else 0.0
-
-
-def _training(record):
-    """Normalisation, type, white and percentiles (None if unknown) of the training sections."""
-    trained, kept = Normalisation.from_dict(record["normalisation"]), record.get("intensity")
-    if kept is None:
-        return trained, "uint8", 255.0, None
-    white = _white(kept["dtype"], kept["max"]) or kept["max"]
-    return trained, kept["dtype"], float(white), np.array([kept["percentiles"][level - 1] for level in LEVELS])
 
 
 def _white(dtype, largest):
