@@ -219,6 +219,12 @@ TRAINING = (
     flag("--momentum", "of rmsprop and sgd (default: 0; unet2015: 0.99)", type=number(float, 0, 0.9999)),
     flag("--ema", "momentum of a moving average of the weights", type=number(float, 0, 0.99999), default=0.0),
     flag(
+        "--average_warmup",
+        "the averages of the weights and of batch norm soon forget their start: at update t a momentum of at most "
+        "(1 + t) / (10 + t)",
+        **BINARY | {"default": 0},
+    ),
+    flag(
         "--loss",
         "binary cross-entropy, 1 - soft Dice, or their sum (default); weighted: softmax cross-entropy with class and "
         "border weights (default of unet2015)",
@@ -463,6 +469,7 @@ def contradictions(given, args):
         (pixels > BATCH_PX, f"--batch_size windows must hold at most {BATCH_PX} px together. Received: {pixels}"),
         (of_2015 and len(args.filters) > 1, "--filters of unet2015 is one number, doubled at every level"),
         (of_2015 and not args.batch_norm and args.bn_momentum != 0.99, "--bn_momentum goes with --batch_norm"),
+        (args.average_warmup and of_2015 and not (args.batch_norm or args.ema), "--average_warmup goes with --ema"),
         (only_2015 and not of_2015, "--depth, --padding and --batch_norm go with --arch unet2015"),
         ((args.w0 is not None or args.sigma) and not weighted, "--w0 and --sigma go with --loss weighted"),
         (args.instances and args.invert_mask, "--invert_mask is of no use with --instances"),

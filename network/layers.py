@@ -4,7 +4,7 @@ import keras
 from keras import Input, Model, ops
 from keras.layers import Add, Concatenate, Conv2D, Conv2DTranspose, Cropping2D, MaxPooling2D
 
-from network import device, distribution
+from network import device, distribution, optimizers
 from network.hashing import random_bytes
 from network.outline import EPSILON, MOMENTUM
 
@@ -57,6 +57,8 @@ class BatchNormDropout(_Masking):
     with `momentum`, epsilon 1e-3 (Ioffe & Szegedy 2015, arXiv 1502.03167). Four float32 parameters a channel.
     """
 
+    update = None  # a function that gives the number of the update, where the averages are warmed up
+
     def __init__(self, rate=0.0, seed=0, momentum=MOMENTUM, **kwargs):
         super().__init__(rate, seed, **kwargs)
         self.momentum = momentum
@@ -75,8 +77,9 @@ class BatchNormDropout(_Masking):
             return _normalise(x, self.gamma, self.beta, self.moving_mean, self.moving_variance)
         mask, factor = self.mask(x)
         y, mean, variance = _normalise_by_batch(x, self.gamma * factor, self.beta * factor)
+        momentum = optimizers.warmed_up(self.momentum, self.update()) if self.update else self.momentum
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            moving.assign(moving * self.momentum + ops.stop_gradient(batch) * (1 - self.momentum))
+            moving.assign(moving * momentum + ops.stop_gradient(batch) * (1 - momentum))
         return y if mask is None else y * mask
 
 

@@ -1,4 +1,4 @@
-"""The optimizers by name; RMSprop with the arithmetic of 2017."""
+"""The optimizers by name; RMSprop with the arithmetic of 2017; moving averages that are warmed up."""
 
 import keras
 from keras import ops
@@ -21,6 +21,27 @@ class RMSprop(keras.optimizers.RMSprop):
             self.assign(self._momentums[index], self.momentum * self._momentums[index] + step)
             step = self._momentums[index]
         self.assign_sub(variable, step)
+
+
+def warmed_up(momentum, update):
+    """Momentum of a moving average at an update, from 0: of the first few it is the mean, not of its start.
+
+    min(momentum, (1 + t) / (10 + t)), as in `tf.train.ExponentialMovingAverage`.
+    """
+    update = ops.cast(update, "float32")
+    return ops.minimum(momentum, (1 + update) / (10 + update))
+
+
+class Warm:
+    """An optimizer whose moving average of the weights is warmed up: before the optimizer in the list of bases."""
+
+    @property
+    def ema_momentum(self):
+        return warmed_up(self._ema_momentum, self.iterations)
+
+    @ema_momentum.setter
+    def ema_momentum(self, momentum):
+        self._ema_momentum = momentum
 
 
 OPTIMIZERS = {

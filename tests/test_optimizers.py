@@ -1,4 +1,4 @@
-"""RMSprop as in 2017."""
+"""RMSprop as in 2017, and averages that forget their start."""
 
 import keras
 import numpy as np
@@ -23,3 +23,15 @@ def test_rmsprop_divides_by_the_root_plus_epsilon(momentum):
         expected -= m
     np.testing.assert_allclose(np.array(weights), expected, rtol=1e-4)
     assert abs(expected[0]) > 0.02, "Keras 3's own would hardly have moved this one"
+
+
+@pytest.mark.jax
+def test_a_warmed_up_average_of_the_weights_soon_forgets_its_start():
+    weight = keras.Variable(np.float32([8]))
+    optimizer = type("sgd", (optimizers.Warm, keras.optimizers.SGD), {})(1.0, use_ema=True, ema_momentum=0.22)
+    optimizer.build([weight])
+    expected = 8
+    for momentum, value in ((0, 7), (2 / 11, 6), (0.22, 5), (0.22, 4)):
+        optimizer.apply([keras.ops.ones(1)], [weight])
+        expected = momentum * expected + (1 - momentum) * value
+    np.testing.assert_allclose(optimizer._model_variables_moving_average[0], expected, rtol=1e-6)

@@ -262,7 +262,8 @@ def test_a_run_that_dies_at_the_worst_moments_ends_as_if_it_had_not(train, monke
 @pytest.mark.skipif(TENSORFLOW, reason="the test above says more of TensorFlow")
 def test_adam_with_averaged_weights_resumes_exactly(train, monkeypatch, tmp_path):
     flags = (
-        HOLDOUT + " --augment elastic --optimizer adam --ema 0.5 --clr_mode cosine --max_lr 1e-2 --steps_per_epoch 1"
+        f"{HOLDOUT} --augment elastic --optimizer adam --ema 0.5 --clr_mode cosine --max_lr 1e-2 --steps_per_epoch 1 "
+        "--average_warmup 1"
     )
     train(f"{flags} --run_dir whole")
     with monkeypatch.context() as patch:

@@ -57,12 +57,12 @@ def test_the_rate_of_every_update_is_the_courses(flags, rates):
         assert float(course.rate(update)) == pytest.approx(rate, rel=1e-3)
 
 
-def test_an_update_uses_the_rate_of_its_number(small):
+def test_an_update_uses_the_rate_of_its_number_and_is_counted_for_batch_norm(small):
     """Two trainees that differ in the rate of update 1 alone are the same after update 0, and not after update 1."""
     found, images = {}, tifffile.imread(small / "images.tif")
     stacks = [data.Stack(array, None, [], "") for array in (images, (images > 128).astype(np.uint8))]
     for mode in ("none", "triangular --max_lr 2e-3 --step_size 1"):
-        args = parse(f"--optimizer sgd --lr 1e-3 --clr_mode {mode}")
+        args = parse(f"--optimizer sgd --lr 1e-3 --average_warmup 1 --clr_mode {mode}")
         read = Stacks(*stacks, None, training.split_of(args, 10), data.Normalisation.fit(images))
         made = training.make_trainee(args, training.course_of(args), read.normalisation, "float32")
         feed, states = training.feed_of(args, read).training(0), found.setdefault(mode[:4], [])
@@ -72,6 +72,7 @@ def test_an_update_uses_the_rate_of_its_number(small):
     first, second = ([np.array_equal(*pair) for pair in zip(*(s[i] for s in found.values()))] for i in (0, 1))  # noqa: B905
     assert all(first)
     assert not all(second)
+    assert (made.updates, made.network.get_layer("head_bn").update()) == (2, 1)
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)

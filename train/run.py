@@ -245,14 +245,15 @@ def make_trainee(args, course, normalisation, precision, spread=None):
     with spread.scope():
         network = unet.from_settings(network_settings(args), precision=precision, seed=args.seed)
         how = {"recipe": recipe_of(args), "window": args.window, "loss": args.loss, "shrink": output_side(args)[1]}
-        how["partly"] = args.ignore_label is not None
+        how |= {"partly": args.ignore_label is not None, "warmup": args.average_warmup}
         trainee = Trainee(network, normalisation=normalisation, **how)
         options = {"learning_rate": clr_callback.Schedule(course.rate)}
         if args.optimizer in ("sgd", "rmsprop"):
             options["momentum"] = args.momentum
         if args.ema:
             options |= {"use_ema": True, "ema_momentum": args.ema}
-        optimizer = optimizers.OPTIMIZERS[args.optimizer](**options)
+        kind = optimizers.OPTIMIZERS[args.optimizer]
+        optimizer = (type(args.optimizer, (optimizers.Warm, kind), {}) if args.average_warmup else kind)(**options)
         updates = device.steps_per_execution(args.steps_per_execution, args.steps_per_epoch)
         trainee.compile(optimizer, steps_per_execution=updates, jit_compile=device.use_xla(spread.replicas))
         trainee.optimizer.build(network.trainable_variables)

@@ -11,7 +11,7 @@ from keras import ops
 
 import augment
 import clr_callback
-from network import device, distribution, losses, unet
+from network import device, distribution, layers, losses, unet
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ class Trainee(keras.Model):
     Its input is what `augment.batch` returns; its output holds the interior probability and the mask that was warped
     with the image, and for the weighted loss the weights, warped likewise, and the logits. An unpadded network loses
     `shrink` px on each side, and so do mask and weights. `partly`: pixels whose mask is below 0 are left out.
+    `warmup`: batch norm's averages are warmed up.
     """
 
-    def __init__(self, network, *, recipe, window, normalisation, loss, shrink=0, partly=False):
+    def __init__(self, network, *, recipe, window, normalisation, loss, shrink=0, partly=False, warmup=False):
         super().__init__(name="trainee")
         self.network, self.shrink, self.partly = network, shrink, partly
         self.with_logits = unet.with_logits(network) if loss == "weighted" else None
@@ -71,8 +72,14 @@ class Trainee(keras.Model):
         self.warp_validation = device.fused(partial(augment.warp, recipe=augment.RECIPES["none"], **constants))
         self.loss_function = weighted_loss if self.with_logits else partial(plain_loss, losses.LOSSES[loss])
         self.dice = keras.metrics.Mean(name="dice")
+        self.updates = self.add_weight(initializer="zeros", trainable=False, name="updates") if warmup else None
+        for layer in network.layers if warmup else ():
+            if isinstance(layer, layers.BatchNormDropout):
+                layer.update = lambda: self.updates - 1  # `call` has counted this one
 
     def call(self, x, training=False):
+        if training and self.updates is not None:
+            self.updates.assign_add(1)
         image, *labels = (self.warp_training if training else self.warp_validation)(x)
         kept = slice(self.shrink, labels[0].shape[1] - self.shrink)
         labels = [label[:, kept, kept] for label in labels]
@@ -99,7 +106,8 @@ class Trainee(keras.Model):
 
     def state(self):
         """Everything that changes during training: weights, statistics, dropout keys, optimizer slots."""
-        return [*self.network.variables, *self.optimizer.variables]
+        counted = [] if self.updates is None else [self.updates]
+        return [*self.network.variables, *self.optimizer.variables, *counted]
 
     def take_over(self, other):
         """Become what another trainee, perhaps on several devices, is."""
