@@ -33,6 +33,7 @@ from train.record import hardware, versions
 
 PROGRAM = Path(unet.__file__).parent.parent / "dilatedUnet.py"
 NETWORK = {"dilate": True, "dilate_rate": 2}
+RECORDED = NETWORK | {"filters": [*unet.FILTERS], "addition": True, "classes": 2, "dropout": 0.3}
 STOCK = "stock float32, model.predict"
 STOCK_LIMIT = 1024  # px a side: `model.predict` takes a section whole, which is gigabytes for larger ones
 
@@ -123,7 +124,7 @@ def predict_command(weights, file, engine, precision):
 def random_weights(folder):
     """Weights and record of an untrained network, as a run writes them."""
     path = Path(folder) / "weights"
-    record = {"network": NETWORK, "normalisation": {"mean": 127.0, "std": 42.0, "epsilon": 1e-10}}
+    record = {"network": RECORDED, "normalisation": {"mean": 127.0, "std": 42.0, "epsilon": 1e-10}}
     prediction.save_weights(unet.build(**NETWORK), path, record)
     return path
 
