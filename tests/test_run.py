@@ -238,7 +238,7 @@ def die_at(monkeypatch, where):
 
 def test_a_run_that_dies_at_the_worst_moments_ends_as_if_it_had_not(train, monkeypatch, tmp_path):
     """Before the first checkpoint, in mid-epoch, between weights, their record and the checkpoint, after the end."""
-    exact = f"{EXACT} --optimizer adam --ema 0.5"
+    exact = f"{EXACT} --optimizer adam --ema 0.5 --average_warmup 1"
     train(f"{exact} --epochs 3 --run_dir whole")
     deaths = [
         (2, (recorder, "save_checkpoint", 1, "before")),
