@@ -57,7 +57,7 @@ def _planes(tif, path, what, channel):
         sizes = some(sorted({size_words(s.shape) for s in tif.series}, key=natural_key))
         raise refusal(what, path, f"holds {len(tif.series)} separate images ({sizes}); one stack is needed")
     axes = list(zip(series.axes, series.shape, strict=True))  # no dict: an axis without a name is Q, as is the next
-    if "S" in series.axes:
+    if "S" in series.axes and not _is_numbered(tif.pages[0]):
         rule, count = colour_rule(dict(axes)["S"]), dict(axes)["S"]
         hint = f"; {count} sections need photometric='minisblack' when tifffile writes them"
         raise refusal(what, path, rule + hint * (series.axes[0] == "S"))
@@ -71,6 +71,11 @@ def _planes(tif, path, what, channel):
     chosen = channel_of(channels if picks else 1, channel, what, f"{path} (axes {series.axes})")
     planes = np.arange(math.prod(series.shape[:-2])).reshape(series.shape[:-2])
     return (planes.take(chosen, series.axes.index("C")) if picks else planes).ravel().tolist()
+
+
+def _is_numbered(page):
+    """Tell numbers of cells from colours: tifffile, and so napari, writes 3 or 4 sections as planes of one picture."""
+    return page.planarconfig == 2 and page.dtype in (np.int32, np.uint32)
 
 
 def _check_pages(tif, series, count, path, what):
@@ -168,7 +173,7 @@ def _page_part(page, height, width, rows, columns):
 def _as_shown(page, read, path, what, ids):
     """Return the function that reads gray values as they are shown, and a list of remarks."""
     known = "PhotometricInterpretation" in page.tags  # without it tifffile says 0
-    if known and page.photometric not in (0, 1, 3, 4):
+    if known and page.photometric not in (0, 1, 3, 4) and not _is_numbered(page):
         name = getattr(page.photometric, "name", page.photometric)
         raise refusal(what, path, f"is of the colour kind {name}; sections must be gray")
     if ids or not known:

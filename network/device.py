@@ -44,9 +44,11 @@ def accelerator():
 
         first = jax.devices()[0]
         return None if first.platform == "cpu" else first.device_kind
+    import keras
     import torch
 
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    kind = keras.ops.zeros(1).device.type  # where Keras puts what it makes
+    return None if kind == "cpu" else torch.cuda.get_device_name(0) if kind == "cuda" else f"{kind.upper()} device"
 
 
 def may_have_accelerator():
@@ -66,11 +68,12 @@ def choose_precision(asked, engine="keras"):
     """The precision to compute in: what was asked for, or for "auto" bfloat16 where it is the faster one.
 
     That is on GPUs, and with TensorFlow or the engine OpenVINO on processors with AVX512-BF16 or AMX whose bfloat16
-    products are the faster ones: on some of them they are not. XLA's CPU convolutions gain nothing.
+    products are the faster ones: on some of them they are not. XLA's CPU convolutions gain nothing. PyTorch's dilated
+    bfloat16 convolutions give NaN gradients on some processors (2.13), and nobody has tried its GPUs.
     """
     if asked != "auto":
         return asked
-    if engine == "keras" and accelerator():
+    if engine == "keras" and accelerator() and backend() != "torch":
         return "bfloat16"
     has = {"avx512_bf16", "amx_bf16"} & set(_cpu_field("flags").split())
     gains = has and (engine == "openvino" or backend() == "tensorflow") and _speedup_of_bfloat16(engine) > 1.15
@@ -134,10 +137,10 @@ def compiled(model, precision):
 def use_xla(replicas):
     """`jit_compile` of the model: XLA's CPU convolutions are several times slower than oneDNN's.
 
-    TensorFlow's sums over several replicas do not compile.
+    TensorFlow's sums over several replicas do not compile. PyTorch's compiler needs another one, of C++.
     """
     wanted = accelerator() is not None and replicas == 1
-    return wanted if backend() == "tensorflow" else "auto"
+    return {"tensorflow": wanted, "torch": False}.get(backend(), "auto")
 
 
 def fused(function):
@@ -153,8 +156,8 @@ def fused(function):
 
 
 def steps_per_execution(asked, steps_per_epoch):
-    """Updates per call of the compiled step: several on an accelerator, whose queue must not run dry."""
-    if asked or not accelerator():
+    """Updates per call of the compiled step: several on an accelerator, whose queue must not run dry; 1 on PyTorch."""
+    if asked or not accelerator() or backend() == "torch":
         return asked or 1
     return max(n for n in range(1, min(10, steps_per_epoch) + 1) if steps_per_epoch % n == 0)
 

@@ -25,6 +25,8 @@ def prepare(gpu, shared=False, engine="keras"):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    if gpu == "-1":
+        os.environ["KERAS_TORCH_DEVICE"] = "cpu"  # no Apple GPU either
     if shared:
         check_cluster()
     else:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HOLDOUT, assert_same_run, files, same_weights, strict
+import tifffile
+from conftest import HOLDOUT, TINY, assert_same_run, cases, files, same_weights, strict
 
 from network import unet
 from predict import prediction
@@ -61,6 +62,25 @@ def test_a_fine_tuned_run_has_its_own_normalisation_names_its_start_and_needs_it
         path.unlink()
     train(f"{flags} 2 --resume")
     assert strict("run/run.json")["init_from"] == run["init_from"]
+
+
+@cases("asked, flags, painted", ("--threshold 0.5", (), 255), ("--segment", ("--instances",), 99))
+def test_a_prediction_corrected_in_napari_is_trained_on(call, finished, small, asked, flags, painted):
+    """It writes labels of 32 bits without a voxel size, and 3 or 4 sections as the colours of one picture."""
+    start = finished / "weights/x"
+    tifffile.imwrite("raw.tif", tifffile.imread(small / "images.tif")[:4], imagej=True, metadata={"axes": "ZYX"})
+    predicted = ("--image_path", "raw.tif", "--weight_path", start, "--output", "predicted.tif", "--engine", "keras")
+    assert call("predict", *predicted, *asked.split()).code == 0
+    corrected = tifffile.imread("predicted.tif").astype(np.uint32)
+    corrected[:, 9:30, 20:50], corrected[:, 30, 20:50] = painted, 0
+    planes = {"photometric": "rgb", "planarconfig": "separate"}
+    tifffile.imwrite("corrected.tif", corrected, compression="zlib", **planes)
+    pair = ("--image_path", "raw.tif", "--mask_path", "corrected.tif", *flags)
+    assert call("check", *pair, "--window", 32).code == 0
+    train = f"{TINY} --protocol all --epochs 1 --steps_per_epoch 1 --run_dir run --init_from"
+    done = call(*pair, *train.split(), start)
+    assert done.code == 0, done.err
+    assert strict("run/run.json")["init_from"] == initial._origin(start)
 
 
 def test_a_run_laid_out_for_minutes_is_resumed_as_it_was_laid_out(train, monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ from conftest import ome_zarr
 from data import iter_sections, read_stack
 from files import omezarr
 from files.atomic import DataError
+from files.writing import write_mask
 
 zarr = pytest.importorskip("zarr", reason="the optional extra is not installed: pip install -r requirements-zarr.txt")
 
@@ -151,3 +152,15 @@ def test_values_that_are_not_finite_are_refused(image):
     with pytest.raises(DataError, match="holds 1 NaN or infinite"):
         reader.slab(slice(0, 2), slice(0, 30), slice(0, 30))
     np.testing.assert_array_equal(reader.slab(slice(0, 2), slice(0, 8), slice(0, 8)), sections[:, :8, :8])
+
+
+@pytest.mark.parametrize("voxel_nm", [None, (None, 8.0, 4.0), (30.0, 8.0, 4.0)])
+def test_an_output_is_what_the_models_of_the_format_want(tmp_path, voxel_nm):
+    check = pytest.importorskip("ome_zarr_models", reason="ome-zarr-models is not installed").open_ome_zarr
+    write_mask(tmp_path / "m.tif", iter(np.zeros((2, 9, 9))), count=2, shape=(9, 9), voxel_nm=voxel_nm)
+    image = [ome_zarr(tmp_path / "i.zarr", pixels(1, 1, 2, 9, 9), "0.4", "tczyx"), tmp_path / "m.tif"]
+    for path, version in zip(image, ("0.4", "0.5"), strict=True):
+        with iter_sections(path) as reader:
+            shape = omezarr.array_shape(reader)
+            omezarr.create(tmp_path / version, reader, shape, shape, {"made_of": {"a": 1}})
+        assert check(zarr.open_group(tmp_path / version, mode="r")).ome_zarr_version == version

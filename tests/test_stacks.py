@@ -436,6 +436,17 @@ def test_prediction_is_float32_imagej_zyx_with_voxel_size(tmp_path):
     assert os.listdir(tmp_path / "new") == ["p.tif"]
 
 
+def test_napari_s_plugin_for_tiff_finds_the_voxel_size(tmp_path):
+    reader = pytest.importorskip("napari_tiff.napari_tiff_reader", reason="napari-tiff is not installed")
+    about = {"count": 2, "shape": (20, 30), "voxel_nm": (50, 8, 4)}
+    write_prediction(tmp_path / "p.tif", iter(gray((2, 20, 30), "float32")), **about)
+    write_mask(tmp_path / "labels.tif", iter(gray((2, 20, 30), "uint16")), dtype="uint16", **about)
+    for name in ("p", "labels"):
+        ((pixels, layer, kind),) = reader.reader_function(str(tmp_path / f"{name}.tif"))
+        assert (pixels.shape, kind, layer["units"]) == ((2, 20, 30), "image", ("um",) * 3)
+        assert layer["scale"] == pytest.approx((0.05, 0.008, 0.004))
+
+
 @pytest.mark.parametrize("voxel_nm", [None, (None, 8.0, 4.0), (30.0, 8.0, 4.0)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32"])
 @pytest.mark.parametrize("count", [1, 4])

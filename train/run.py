@@ -38,6 +38,8 @@ def run(args, defaults=None):
     """Train as the parsed command line says; returns the exit code. `defaults` as in `record.prepare`."""
     with refused():
         spread = distribution.start(args.distribute)
+    if (args.steps_per_execution or 1) > 1 and keras.backend.backend() == "torch":
+        raise DataError(f"--steps_per_execution must be 1 with PyTorch. Received: {args.steps_per_execution}")
     if args.batch_size % spread.replicas:
         rule = f"a multiple of the {spread.replicas} devices that share it"
         raise DataError(f"--batch_size must be {rule}. Received: {args.batch_size}")
