@@ -113,6 +113,8 @@ def synthetic(sections=30, size=(512, 512), seed=0):
     Both are a Stack, read-only: uint8 gray values, and uint8 0 (membrane) / 1 (interior, about 78 %). The same
     (sections, size, seed) gives the same bytes.
     """
+    if min(sections, *size) < 1 or seed < 0:
+        raise DataError(f"sections and size must be >= 1, the seed >= 0. Received: {sections}, {size}, {seed}")
     gray, interior = _painted(int(sections), tuple(int(n) for n in size), int(seed))
     names = [f"synthetic[{i}]" for i in range(len(gray))]
     about = {"voxel_nm": (50.0, 4.0, 4.0), "names": names, "description": f"painted in memory, seed {seed}"}

@@ -99,7 +99,7 @@ REFUSED = {  # what is said of which flags
     "argument --tta: invalid choice: '5'": ["predict --tta 5"],
     "invalid choice: 'cifar'": ["fetch cifar"],
     "unrecognized arguments: --no_such_flag": ["--no_such_flag"],
-    "fetch, check. Received: predct (did you mean predict?)": ["predct --weight_path x"],
+    "check, export. Received: predct (did you mean predict?)": ["predct --weight_path x"],
     "argument --output: must be a file that ends in .tif or .tiff or .zarr": ["predict --output x.png"],
     "argument --output: must be a path. Received: ''": ["predict --output="],
     "--image_path: nowhere.tif does not exist": ["check --image_path nowhere.tif"],

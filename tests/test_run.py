@@ -576,7 +576,7 @@ def test_a_published_command_trains_on_the_real_stack_and_predicts_it(call, isbi
     written = {path.name for path in (tmp_path / "weights").iterdir()}
     assert written == {f"{name}_unet.json", f"{name}_unet.weights.h5"}
     assert strict(f"weights/{name}_unet.json")["network"]["dilate"] == (name == "dilated")
-    tifffile.imwrite("three.tif", tifffile.imread(isbi / "test-volume.tif")[:3])
+    tifffile.imwrite("three.tif", tifffile.imread(isbi / "test-volume.tif")[:3], photometric="minisblack")
     call("predict", "--weight_path", f"weights/{name}_unet.weights", "--image_path", "three.tif", code=0)
     found = tifffile.imread("prediction.tif")
     assert (found.shape, found.dtype) == ((3, 512, 512), np.float32)
