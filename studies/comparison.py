@@ -4,6 +4,7 @@ The functions take the results that were found of a plan (its table, its jobs); 
 """
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -332,11 +333,14 @@ def score_panels(factor, results) -> dict:
     panels = {}
     for metric in ("held_out_v_rand", "held_out_dice"):
         scores = {level: results.values(row, metric) for level, row in factor.levels.items()}
-        points = {}
+        lines = {}
         for level, values in scores.items():
-            if values:  # sections by their label, the receptive field from the records
+            if values:  # sections by their label, "2" or "scratch, 2 sections"; the receptive field from the records
                 of_a_run = next(iter(results.of(factor.levels[level]).values()))
-                points[int(level) if level.isdigit() else of_a_run["receptive_field_px"]] = values
-        if points:
-            panels[f"held-out {TITLES[metric]}"] = {"": curve(points)}
+                *line, label = level.split(", ")
+                number = re.match("[0-9]+", label)
+                x = int(number[0]) if number else of_a_run["receptive_field_px"]
+                lines.setdefault(line[0] if line else "", {})[x] = values
+        if lines:
+            panels[f"held-out {TITLES[metric]}"] = {line: curve(points) for line, points in lines.items()}
     return panels

@@ -32,12 +32,12 @@ SUITE = Path(__file__).resolve().parent.parent / "dilatedUnet.py"
 JAX_CACHE = Path.home() / ".cache" / "dilated-unet" / "jax"
 MOST = 100  # seeds, or folds: beyond it is a slip of the keyboard
 MARK = "<!-- written by `python dilatedUnet.py reproduce"
-STUDIES = (("study", None), ("study", "sections"), ("study", "receptive"))
+STUDIES = (("study", None), ("study", "sections"), ("study", "receptive"), ("study", "finetune"))
 EVERYTHING = (("table", None), ("best", None), *STUDIES, ("unet2015", None))
 INTRODUCTION = """# Results
 
-Every table, from the records in this folder. QUICK tables are of reduced recipes for two CPU cores; they were recorded
-before the initialisation of the networks' last layer changed (see CHANGELOG.md).
+Every table, from the records in this folder. QUICK tables are of reduced recipes for two CPU cores. All but that of
+fine-tuning were recorded before the initialisation of the networks' last layer changed (see CHANGELOG.md).
 `benchmarks/` holds what was measured of speed, `start/` the run of `start.py`, `trials/` recipes that were tried.
 """
 

@@ -168,7 +168,7 @@ FACTORS = {
         Factor("optimizer", "Optimizer", {"SGD": "sgd", "Adam": "base", "Adamax": "adamax"}, "Adamax"),
         Factor("sections", "Labelled sections", {str(n): f"sections-{n}" for n in SECTIONS}, x=SECTIONS_X),
         Factor("receptive", "Receptive field", RECEPTIVE, x="receptive field, px"),
-        Factor("finetune", "Fine-tuning, on the synthetic stack", TUNED),
+        Factor("finetune", "Fine-tuning, on the synthetic stack", TUNED, x=SECTIONS_X),
     )
 }
 POSTER = ("depth", "augmentation", "lr", "optimizer")
