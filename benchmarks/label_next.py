@@ -4,7 +4,7 @@
 
 Trains from nothing on sections 6 and 18, then on 5 of 0-23, then on 10; scores the held-out sections 24-29. "suggest"
 adds those about whose segments the eight turned and mirrored versions of its network disagree, spread out; "chance"
-draws; "even" spaces all evenly. 21 trainings of a minute on two quiet cores, paired by seed. It can be resumed.
+draws; "even" spaces all evenly. 21 short trainings, paired by seed. It can be resumed.
 """
 
 import argparse
