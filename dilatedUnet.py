@@ -25,7 +25,7 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
-from files.flags import devices, file, filter_list, label_value, number, path, up_to
+from files.flags import channel, devices, file, filter_list, label_value, number, path, up_to
 
 VERBS = {
     "train": "train a network (the default verb)",
@@ -127,7 +127,7 @@ IMAGE = (
     "TIFF, MRC, HDF5 (file.h5:/array) or Zarr (folder.zarr:/array), folder of sections, folder with the challenge's "
     "files, or a name: isbi2012, synthetic"
 )
-CHANNEL = flag("--channel", "channel of --image_path, from 0, where it has several", type=number(int, 0, 2**16))
+CHANNEL = flag("--channel", "channel of --image_path, from 0, where it has several", type=channel)
 DATA = (
     flag("--image_path", IMAGE, default="isbi2012", metavar="PATH"),
     flag("--mask_path", "its labels, likewise (default: as --image_path)", metavar="PATH"),

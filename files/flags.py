@@ -25,6 +25,7 @@ def number(kind, low, high, *, above=False):
 
 
 label_value = number(int, -(2**31), 2**32 - 1)
+channel = number(int, 0, 2**16)
 
 
 def up_to(high):

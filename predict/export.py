@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import json
 import re
-import sys
 import tempfile
 import zipfile
 from functools import partial
@@ -17,6 +16,7 @@ from data import DataError, Normalisation
 from files import atomic
 from files.flags import file
 from files.sections import reflect
+from files.shell import say
 from network.field import field_of
 from predict import intensity, prediction, tiling, twins
 
@@ -119,10 +119,6 @@ def _check_words(args):
 
 
 # -- the verb ---------------------------------------------------------------------------------------------------
-
-
-def say(words):
-    print(words, file=sys.stderr, flush=True)
 
 
 def run(args):

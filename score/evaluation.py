@@ -17,7 +17,7 @@ import numpy as np
 import data
 from files import atomic
 from files.fetching import ISBI_ROLES
-from files.flags import label_value, number
+from files.flags import channel, label_value
 from files.labels import require_ids
 from files.sections import size_words
 from score import report, scores
@@ -56,7 +56,7 @@ def add_arguments(parser):
         for name, metavar, words in rows:
             kind = {"metavar": metavar} if metavar else {"action": "store_true"}
             kind |= {"type": label_value} if metavar == "VALUE" else {}
-            kind |= {"type": number(int, 0, 2**16)} if metavar == "N" else {}
+            kind |= {"type": channel} if metavar == "N" else {}
             group.add_argument(name, help=words, required=name in ("--prediction", "--mask_path"), **kind)
 
 
