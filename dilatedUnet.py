@@ -82,7 +82,7 @@ LATE = {
 }
 
 
-OPTIMIZERS = ("rmsprop", "adam", "adamax", "sgd")
+OPTIMIZERS = ("rmsprop", "adam", "adamax", "sgd", "muon")
 MANY = 10**6  # epochs, updates, sections: more of them would not be finished in a year
 SIDE = 2**14  # px
 BATCH = 1024

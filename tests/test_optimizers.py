@@ -1,4 +1,4 @@
-"""RMSprop as in 2017, and averages that forget their start."""
+"""RMSprop as in 2017, Muon, and averages that forget their start."""
 
 import keras
 import numpy as np
@@ -23,6 +23,41 @@ def test_rmsprop_divides_by_the_root_plus_epsilon(momentum):
         expected -= m
     np.testing.assert_allclose(np.array(weights), expected, rtol=1e-4)
     assert abs(expected[0]) > 0.02, "Keras 3's own would hardly have moved this one"
+
+
+@pytest.mark.jax
+@pytest.mark.parametrize("shape", [(3, 3, 4, 10), (1, 1, 8, 20)])
+def test_muons_steps_of_a_kernel_are_near_orthogonal_and_of_the_size_of_adams(shape):
+    """Against the polar factor of the momentum, by numpy's singular values, after two updates."""
+    random = np.random.default_rng(0)
+    kernel = keras.Variable(np.zeros(shape, np.float32))
+    optimizer = optimizers.Muon(learning_rate=1.0)
+    optimizer.build([kernel])
+    gradients = random.standard_normal((2, *shape)).astype(np.float32)
+    rows, columns = np.prod(shape[:-1]), shape[-1]
+    before, average = np.zeros(shape), 0
+    for gradient in gradients:
+        optimizer.apply([keras.ops.convert_to_tensor(gradient)], [kernel])
+        step, before = (before - np.array(kernel)).reshape(rows, columns), np.array(kernel)
+        average = 0.95 * average + gradient
+        left, _, right = np.linalg.svd((gradient + 0.95 * average).reshape(rows, columns), full_matrices=False)
+        along = np.diag(left.T @ step @ right.T) / (0.2 * np.sqrt(max(rows, columns)))
+        np.testing.assert_allclose(along, 0.95, atol=0.35, err_msg="one speed along every singular direction")
+    assert 0.1 < np.sqrt(np.mean(step**2)) < 0.3
+
+
+@pytest.mark.jax
+@pytest.mark.parametrize("shape", [(12,), (3, 3, 16, 2)])
+def test_muon_is_adam_for_biases_and_for_the_head(shape):
+    values = {}
+    for kind in (optimizers.Muon, keras.optimizers.Adam):
+        weights = keras.Variable(np.ones(shape, np.float32))
+        optimizer = kind(0.1)
+        optimizer.build([weights])
+        for gradient in np.random.default_rng(0).standard_normal((3, *shape)).astype(np.float32):
+            optimizer.apply([keras.ops.convert_to_tensor(gradient)], [weights])
+        values[kind] = np.array(weights)
+    np.testing.assert_array_equal(*values.values())
 
 
 @pytest.mark.jax

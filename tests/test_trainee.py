@@ -31,6 +31,7 @@ def trainee(words=""):
     ("--momentum 0.9", optimizers.RMSprop, {"momentum": 0.9}),
     ("--optimizer adam", keras.optimizers.Adam, {"beta_1": 0.9}),
     ("--optimizer adamax", keras.optimizers.Adamax, {}),
+    ("--optimizer muon", optimizers.Muon, {"beta_1": 0.9}),
     ("--optimizer sgd --momentum 0.5", keras.optimizers.SGD, {"momentum": 0.5}),
     ("--ema 0.9", optimizers.RMSprop, {"use_ema": True, "ema_momentum": 0.9}),
 )
