@@ -6,12 +6,13 @@
 
 A step is forward, backward and RMSprop update, BCE + Dice, 3 windows of 512 x 512 px. "PyTorch" is the dilated network
 of 2017, layer by layer, in bfloat16 by autocast, channels last unless it says otherwise; MONAI and
-segmentation_models_pytorch (SMP) bring networks of their own, to be compared by GFLOP/s. FLOPs are those of the
-convolutions, forward and backward, counted by PyTorch; ours are those of "PyTorch", which has the same 2 772 816
-parameters, as has the standard network. The peak is that of a product of two large square matrices. Every candidate
-lives in a process of its own; in each round each of one precision is told in turn to do its steps, while the others
-wait (in up to 20 GB of memory together). What is not installed, crashes, or has a loss that is not finite after an
-update is named and left out.
+segmentation_models_pytorch (SMP) bring networks of their own, to be compared by GFLOP/s. ", compiled" behind a name
+compiles it, its loss too. PyTorch takes an NVIDIA GPU where it finds one. FLOPs are those of the convolutions, forward
+and backward, counted by PyTorch; ours are those of "PyTorch", which has the same 2 772 816 parameters, as has the
+standard network. The peak is that of a product of two large square matrices. Every candidate lives in a process of its
+own; in each round each of one precision is told in turn to do its steps, while the others wait (in up to 20 GB of
+memory together). What is not installed, crashes, or has a loss that is not finite after an update is named and left
+out.
 """
 
 import argparse
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 PARAMETERS_2017 = 2_772_816  # moving averages of the batch norms included
 MATRIX = 4096  # rows and columns
 PRECISIONS = ("float32", "bfloat16")
+COMPILED = ", compiled"
 
 
 # -- the network of 2017 in PyTorch ------------------------------------------------------------------------------
@@ -118,7 +120,6 @@ def smp_network():
 
 NETWORKS = {
     "PyTorch": dilated_network,
-    "PyTorch, compiled": dilated_network,
     "PyTorch, channels first": dilated_network,
     "PyTorch, standard": standard_network,
     "MONAI BasicUNet": monai_network,
@@ -135,32 +136,44 @@ def torch_step(name, precision, batch, window):
     from torch.utils.flop_counter import FlopCounterMode
 
     torch.manual_seed(0)
-    network = NETWORKS[name]()
+    torch.backends.cudnn.benchmark = True
+    device = torch_device()
+    network = NETWORKS[name.removesuffix(COMPILED)]()
     if name.startswith("PyTorch"):
         assert parameters(network) == PARAMETERS_2017
     layout = torch.contiguous_format if "channels first" in name else torch.channels_last
-    network.to(memory_format=layout).train()
+    network.to(device, memory_format=layout).train()
     optimizer = torch.optim.RMSprop(network.parameters(), lr=1e-3, alpha=0.9, eps=1e-7)
-    x = torch.randn(batch, 1, window, window).to(memory_format=layout)
-    truth = (torch.rand(batch, window, window) < 0.78).float()
-    called = torch.compile(network) if "compiled" in name else network
+    x = torch.randn(batch, 1, window, window, device=device).to(memory_format=layout)
+    truth = (torch.rand(batch, window, window, device=device) < 0.78).float()
 
-    def step(called=called):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            logits = called(x)
+    def loss_of(x, truth):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+            logits = network(x)
         interior = torch.softmax(logits.float(), 1)[:, 1]
         overlap = 2 * (truth * interior).sum() + 1
         p = interior.clip(1e-7, 1 - 1e-7)
         bce = -(truth * p.log() + (1 - truth) * (1 - p).log()).mean()
-        loss = bce + 1 - overlap / (truth.sum() + interior.sum() + 1)
+        return bce + 1 - overlap / (truth.sum() + interior.sum() + 1)
+
+    called = torch.compile(loss_of) if name.endswith(COMPILED) else loss_of
+
+    def step(called=called):
+        loss = called(x, truth)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss.item()
+        return loss.detach()
 
     with FlopCounterMode(display=False) as counter:
-        step(network)
+        step(loss_of)
     return step, {"flop": counter.get_total_flops(), "parameters": parameters(network)}
+
+
+def torch_device():
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def our_step(precision, batch, window):
@@ -175,8 +188,9 @@ def our_step(precision, batch, window):
 def torch_product(precision):
     import torch
 
-    a, b = torch.randn(2, MATRIX, MATRIX, dtype=getattr(torch, precision))
-    return lambda: (a @ b)[0, 0].item()
+    side = 2 * MATRIX if torch_device() == "cuda" else MATRIX
+    a, b = torch.randn(2, side, side, dtype=getattr(torch, precision), device=torch_device())
+    return lambda: (a @ b)[0, 0], {"flop": 2 * side**3}
 
 
 def tensorflow_product(precision):
@@ -184,7 +198,7 @@ def tensorflow_product(precision):
 
     a, b = (tf.cast(tf.random.normal((MATRIX, MATRIX)), precision) for _ in range(2))
     product = tf.function(lambda: tf.matmul(a, b)[0, 0])
-    return lambda: float(product())
+    return lambda: float(product()), {"flop": 2 * MATRIX**3}
 
 
 def candidate(name, precision, batch, window):
@@ -192,13 +206,12 @@ def candidate(name, precision, batch, window):
     if name == "ours":
         return our_step(precision, batch, window)
     if name.endswith("product"):
-        product = {"PyTorch": torch_product, "TensorFlow": tensorflow_product}[name.split()[0]](precision)
-        return product, {"flop": 2 * MATRIX**3}
+        return {"PyTorch": torch_product, "TensorFlow": tensorflow_product}[name.split()[0]](precision)
     return torch_step(name, precision, batch, window)
 
 
 def work(name, precision, batch, window):
-    """Prepare a candidate, say what is known of it, then do a step for every line on stdin and say how long it took."""
+    """Prepare a candidate, say what is known of it; for every line on stdin do so many steps, and say what one took."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -218,10 +231,12 @@ def work(name, precision, batch, window):
         except PackageNotFoundError:
             continue
     say(**known, versions=versions)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         start = time.perf_counter()
-        step()
-        say(seconds=time.perf_counter() - start)
+        for _ in range(int(line)):
+            found = step()
+        float(found)  # which a GPU has to finish first
+        say(seconds=(time.perf_counter() - start) / int(line))
 
 
 # -- the parent, which takes turns --------------------------------------------------------------------------------
@@ -231,17 +246,8 @@ class Worker:
     """A candidate's process."""
 
     def __init__(self, python, name, precision, args):
-        words = [
-            python,
-            __file__,
-            "--worker",
-            name,
-            precision,
-            "--batch_size",
-            args.batch_size,
-            "--window",
-            args.window,
-        ]
+        words = [python, __file__, "--worker", name, precision]
+        words += ["--batch_size", args.batch_size, "--window", args.window]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(list(map(str, words)), text=True, **pipes)
         self.known = self.hear()
@@ -250,10 +256,10 @@ class Worker:
         line = self.process.stdout.readline()
         return json.loads(line) if line else {"missing": "its process ended"}
 
-    def step(self):
-        """Do a step; {"seconds": ...}, or {"missing": why}."""
+    def step(self, count=1):
+        """Do so many steps; {"seconds": those of one}, or {"missing": why}."""
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write("go\n")
+            self.process.stdin.write(f"{count}\n")
             self.process.stdin.flush()
         return self.hear()
 
@@ -265,7 +271,7 @@ class Worker:
 
 
 def names(only):
-    found = ("TensorFlow product", "PyTorch product", "ours", *NETWORKS)
+    found = ("TensorFlow product", "PyTorch product", "ours", *NETWORKS, "PyTorch" + COMPILED)
     return [name for name in found if not only or name in only]
 
 
@@ -303,7 +309,11 @@ def measure(workers, rounds, steps):
 
 def table(workers, found):
     """Rows of the report: seconds, and where the FLOPs are known, GFLOP/s and its fraction of the peak."""
-    same = [worker.known["flop"] for (name, _), worker in workers.items() if NETWORKS.get(name) is dilated_network]
+    same = [
+        w.known["flop"]
+        for (name, _), w in workers.items()
+        if NETWORKS.get(name.removesuffix(COMPILED)) is dilated_network
+    ]
     rows = []
     for (name, precision), (median, low, high) in found.items():
         known = dict(workers[name, precision].known)

@@ -26,7 +26,6 @@ import data
 import dilatedUnet
 from files import atomic
 from network import device, losses, unet
-from network.layers import Upsample
 from train import run as training
 from train.feed import Stacks
 from train.record import Place, hardware, versions
@@ -47,12 +46,14 @@ class StockLayers(unet._Layers):
         return keras.layers.Dropout(self.rate, dtype=self.dtype, name=name)(x)
 
     def __call__(self, kind, x, name, **settings):
-        return super().__call__(keras.layers.UpSampling2D if kind is Upsample else kind, x, name, **settings)
+        if kind == "Upsample":
+            return keras.layers.UpSampling2D(dtype=self.dtype, name=name)(x)
+        return super().__call__(kind, x, name, **settings)
 
 
-def stock_network(**settings):
+def stock_network(layers=StockLayers, **settings):
     """`unet.build` with `StockLayers`."""
-    ours, unet._Layers = unet._Layers, StockLayers
+    ours, unet._Layers = unet._Layers, layers
     try:
         return unet.build(**settings)
     finally:
@@ -80,7 +81,8 @@ class Program:
         self.trainee = training.make_trainee(self.args, course, stacks.normalisation, precision)
         self.recorder = Recorder(place, {}, course)
         self.recorder.on_epoch_end = lambda *_: None  # the checkpoint is an epoch's cost, not an update's
-        self.feed = training.feed_of(self.args, stacks).training(0)
+        self.batches = training.feed_of(self.args, stacks)
+        self.feed = self.batches.training(0)
 
     def __call__(self, updates):
         clock = Clock()
