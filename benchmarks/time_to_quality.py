@@ -1,8 +1,12 @@
-"""Held-out V_rand against training time: this suite's recipe, the study's of 2017, and the usual Keras U-Net.
+"""Held-out V_rand against training time: this suite's recipe, the study's of 2017, the usual Keras U-Net, and rivals.
 
-    python benchmarks/time_to_quality.py --minutes 20                       all, one after the other
+    python benchmarks/time_to_quality.py --minutes 20                       all of this suite, one after the other
     python benchmarks/time_to_quality.py --only start.py --minutes 2        a quick look
     python benchmarks/time_to_quality.py --record results/benchmarks/time_to_quality*.json --figure time.png
+    python benchmarks/time_to_quality.py --only "SMP ResNet-34" nnU-Net --python PEERS/bin/python --seeds 0 1 2
+
+The rivals train in PyTorch, with their own networks, as `rivals.py` says; PEERS is an environment with what
+`requirements-rivals.txt` lists. `--minutes` is where a recipe is cut off, and where a rival's learning rate ends.
 
 Sections 24-29 of ISBI-2012 are held out, and scored whenever `--every` seconds of training have passed; the clock
 stands still meanwhile. "start.py" is that script's recipe, to its end; "start.py / 2" has half the updates, and its
@@ -10,13 +14,16 @@ learning rate falls twice as fast. "2017" is the published dilated recipe, RMSpr
 epochs fit into the time. "usual" is the U-Net that most Keras tutorials train: 31 million parameters, padded, no batch
 norm, sections rescaled to 256 x 256 and predictions scaled back, binary cross-entropy, Adam 1e-4, batches of 2, light
 affine augmentation, float32; it runs in this suite's program, so what is slow or fast about it is the recipe. All start
-from scratch with the same seed.
+from scratch with the same seeds; with several, means and their standard deviations are drawn.
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -46,22 +53,34 @@ RECIPES = {
     "usual": "--protocol holdout --inner_sections 0 --arch unet2015 --padding same --window 256 --batch_size 2 "
     "--loss bce --optimizer adam --lr 1e-4 --clr_mode none --augment affine --precision float32 --epochs 5000",
 }
+RIVALS = ("SMP ResNet-34", "SMP EfficientNet-B0", "MONAI BasicUNet", "nnU-Net")
 USUAL_SIDE = 256
 LATE = 5  # minutes over which a recipe that swings is averaged
+MARKS = (0.96, 0.975, 0.978)  # V_rand of which is said when it was reached
+
+
+def stacks_of(recipe, options, seed):
+    """A recipe's parsed command line, its stacks, and the held-out sections' gray values and labels."""
+    words = [*recipe.split(), "--image_path", options.image_path, "--val_sections", options.val_sections]
+    args = dilatedUnet.parse([*words, "--seed", str(seed)])
+    stacks = training.load(args)
+    held_out = list(stacks.split.held_out)
+    return args, stacks, stacks.images.sections[held_out], stacks.masks.sections[held_out]
+
+
+def v_rand(found, truth):
+    return evaluation.score_arrays(found, truth, ("v_rand",))["v_rand"]
 
 
 class Run:
     """One recipe, its stack, and the predictor of its held-out sections."""
 
-    def __init__(self, name, image_path, seed):
-        words = [*RECIPES[name].split(), "--image_path", image_path, "--seed", str(seed)]
-        self.args = args = dilatedUnet.parse(words)
-        stacks = training.load(args)
-        images, masks, held_out = stacks.images, stacks.masks, list(stacks.split.held_out)
-        self.raw, self.truth = images.sections[held_out], masks.sections[held_out]
+    def __init__(self, name, options, seed):
+        self.args, stacks, self.raw, self.truth = stacks_of(RECIPES[name], options, seed)
+        args, self.tta = self.args, options.tta
         self.rescaled = name == "usual"
         if self.rescaled:
-            images, masks = rescaled(images), rescaled(masks, binary=True)
+            images, masks = rescaled(stacks.images), rescaled(stacks.masks, binary=True)
             normalisation = data.Normalisation.fit(images.sections[list(stacks.split.train)])
             stacks = replace(stacks, images=images, masks=masks, normalisation=normalisation)
         self.normalisation = stacks.normalisation
@@ -71,13 +90,13 @@ class Run:
 
     def v_rand(self):
         """Of the held-out sections, each at full size."""
-        predict = prediction.section_predictor(self.trainee.network, self.normalisation)
+        predict = prediction.section_predictor(self.trainee.network, self.normalisation, tta=self.tta)
         with averaged_weights(self.trainee):
             if self.rescaled:
                 found = [resize(predict(small(s)), s.shape, order=1) for s in self.raw]
             else:
                 found = [predict(section) for section in self.raw]
-        return evaluation.score_arrays(np.stack(found), self.truth, ("v_rand",))["v_rand"]
+        return v_rand(np.stack(found), self.truth)
 
     def points(self, minutes, every):
         """[(seconds of training, updates, V_rand), ...]"""
@@ -104,10 +123,47 @@ class Watch(keras.callbacks.Callback):
         if last or self.seconds - self.scored >= self.every:
             self.scored = self.seconds
             updates = (epoch + 1) * self.run.args.steps_per_epoch
-            self.found.append((round(self.seconds, 1), updates, round(self.run.v_rand(), 4)))
-            print("{:6.0f} s, {:5d} updates: V_rand {:.4f}".format(*self.found[-1]), flush=True)
+            self.found.append(point(self.seconds, updates, self.run.v_rand()))
         self.model.stop_training = last
         self.began = time.monotonic()
+
+
+def point(seconds, updates, score):
+    print(f"{seconds:6.0f} s, {updates:5d} updates: V_rand {score:.4f}", flush=True)
+    return round(seconds, 1), updates, round(score, 4)
+
+
+def rival_points(name, options, seed):
+    """What a rival, which trains in a process of its own, chose for itself, and its points as in `Run.points`."""
+    _, stacks, raw, truth = stacks_of(OURS, options, seed)
+    train, norm = list(stacks.split.train), stacks.normalisation
+    task = {"images": stacks.images.sections[train], "masks": stacks.masks.sections[train], "held_out": raw}
+    task |= {"mean": norm.mean, "std": norm.std}
+    scored = trained(name, task, options, seed)
+    chosen = next(scored)
+    print("{threads} threads, {precision}, of {seconds_an_update}".format(**chosen), flush=True)
+    return chosen, [point(seconds, updates, v_rand(found, truth)) for seconds, updates, found in scored]
+
+
+def trained(name, task, options, seed):
+    """What a rival chose for itself; then, as they come, (seconds, updates, predictions of the held-out sections)."""
+    with tempfile.TemporaryDirectory() as folder, Path(folder, "log.txt").open("w+") as log:
+        np.savez(Path(folder, "task.npz"), **task)
+        how = {key: getattr(options, key) for key in ("minutes", "every", "tta", "threads", "precision")}
+        how |= {"name": name, "folder": folder, "seed": seed}
+        words = [options.python, Path(__file__).with_name("rivals.py"), json.dumps(how)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+        with subprocess.Popen(words, **pipes) as process:
+            for line in process.stdout:
+                said = json.loads(line)
+                if "updates" not in said:
+                    yield said
+                    continue
+                yield said["seconds"], said["updates"], np.load(Path(folder, "found.npy"))
+                print("go", file=process.stdin, flush=True)
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{name} ended:\n" + "".join(log.readlines()[-10:]))
 
 
 def small(section):
@@ -126,39 +182,82 @@ def main():
     parser.add_argument("--image_path", default="isbi2012")
     parser.add_argument("--minutes", type=float, default=25, help="of training, for each recipe at most")
     parser.add_argument("--every", type=float, default=60, help="seconds of training between two scores")
-    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--seed", type=int, default=0)
+    names = [*RECIPES, *RIVALS]
+    of = {"nargs": "+", "choices": names, "default": list(RECIPES), "metavar": "NAME", "help": ", ".join(names)}
+    parser.add_argument("--only", **of)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--val_sections", default="24-29", help="the sections to hold out")
+    parser.add_argument("--tta", default="none", choices=("none", "8"), help="turned and mirrored versions to average")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of the rivals (default: this one)")
+    counts = {"type": int, "nargs": "+", "default": sorted({1, os.cpu_count()})}
+    parser.add_argument("--threads", **counts, help="of the rivals; the fastest is taken")
+    auto = {"choices": ("auto", "float32", "bfloat16"), "default": "auto"}
+    parser.add_argument("--precision", **auto, help="of the rivals; auto: the fastest")
     parser.add_argument("--json", help="write the record there")
     parser.add_argument("--record", nargs="+", help="train nothing: compare what these records hold")
     parser.add_argument("--figure", help="draw V_rand against time there, a PNG")
     args = parser.parse_args()
     found = recorded(args.record) if args.record else measured(args)
-    print("\n".join(comparison(found)))
+    means = {name: mean_points(list(runs.values())) for name, runs in found.items()}
+    print("\n".join([*comparison({name: points for name, (points, _) in means.items()}), *reached(found)]))
     if args.figure:
-        lines = {name: ([t / 60 for t, _, _ in p], [v for _, _, v in p], [0.0] * len(p)) for name, p in found.items()}
-        title = "Sections 24-29 of ISBI-2012, held out"
+        lines = {
+            name: ([t / 60 for t, _, _ in points], [v for _, _, v in points], spread)
+            for name, (points, spread) in means.items()
+        }
+        title = f"Sections {args.val_sections} of {args.image_path}, held out"
         figures.factor({"V_rand": lines}, args.figure, xlabel="minutes of training", title=title)
 
 
 def recorded(paths):
-    """{recipe: points} of records."""
+    """{recipe: {seed: points}} of records; the older ones hold the points of seed 0 alone."""
     found = {}
     for path in paths:
-        found |= json.loads(Path(path).read_text())["points"]
+        for name, runs in json.loads(Path(path).read_text())["points"].items():
+            found.setdefault(name, {}).update(runs if isinstance(runs, dict) else {"0": runs})
     return found
 
 
 def measured(args):
-    """{recipe: points}, trained one after the other."""
+    """{recipe: {seed: points}}, trained one after the other; the record is written after each."""
     print(device.describe(device.choose_precision("auto")))
-    found = {}
-    for name in args.only:
-        print(f"{name}: {RECIPES[name]}", flush=True)
-        found[name] = Run(name, args.image_path, args.seed).points(args.minutes, args.every)
-    if args.json:
-        record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
-        atomic.write_json(Path(args.json), record | {"recipes": RECIPES, "points": found})
+    found, chosen = {}, {}
+    for seed in args.seeds:
+        for name in args.only:
+            print(f"{name}, seed {seed}: {RECIPES.get(name, 'its own program')}", flush=True)
+            if name in RECIPES:
+                keras.utils.clear_session()
+                points = Run(name, args, seed).points(args.minutes, args.every)
+            else:
+                chosen[f"{name}, seed {seed}"], points = rival_points(name, args, seed)
+            found.setdefault(name, {})[str(seed)] = points
+            if args.json:
+                record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
+                record |= {"recipes": RECIPES, "rivals": chosen, "points": found}
+                atomic.write_json(Path(args.json), record)
     return found
+
+
+def mean_points(runs):
+    """Points of the mean over a recipe's runs, at even times that all runs have seen, and their standard deviations."""
+    if len(runs) == 1:
+        return runs[0], [0.0] * len(runs[0])
+    first, last = max(run[0][0] for run in runs), min(run[-1][0] for run in runs)
+    times = np.linspace(first, last, min(map(len, runs)))
+    updates, values = (
+        np.array([np.interp(times, *np.array(run, float).T[[0, column]]) for run in runs]) for column in (1, 2)
+    )
+    means = (times.tolist(), updates.mean(axis=0).round().astype(int).tolist(), values.mean(axis=0).tolist())
+    return list(zip(*means, strict=True)), values.std(axis=0, ddof=1).tolist()
+
+
+def reached(found):
+    """Lines: with what each recipe's runs ended, and after how many minutes each first had each of `MARKS`."""
+    for name, runs in found.items():
+        yield f"{name}, seeds {', '.join(runs)}: V_rand {', '.join(f'{points[-1][2]:.4f}' for points in runs.values())}"
+        for mark in MARKS:
+            times = [next((f"{t / 60:.1f}" for t, _, v in points if v >= mark), "never") for points in runs.values()]
+            yield f"    minutes to {mark}: {', '.join(times)}"
 
 
 def comparison(found):
