@@ -134,22 +134,20 @@ class NnUNet:
     def __init__(self, name, task, how):
         for place in ("raw", "preprocessed", "results"):
             os.environ[f"nnUNet_{place}"] = str(Path(how["folder"], place))
-        described, plans = planned(Path(how["folder"], "raw", "Dataset001_EM"), task)
+        plan(Path(how["folder"], "raw", "Dataset001_EM"), task)
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-        from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+        from nnunetv2.run.run_training import get_trainer_from_args
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precisions = PRECISIONS if self.device.type == "cpu" else ("float16",)  # on a GPU it has its own autocast
-        self.trainer = trainer = nnUNetTrainer(plans, "2d", "all", described, self.device)
+        self.trainer = trainer = get_trainer_from_args("1", "2d", "all", device=self.device)
         trainer.on_train_start()
         trainer.network.train()
         self.parts, self.updates = (trainer.network, trainer.optimizer), 0
-        mirrored = trainer.inference_allowed_mirroring_axes
-        self.predictor = nnUNetPredictor(
-            use_mirroring=how["tta"] != "none", perform_everything_on_device=True, device=self.device, allow_tqdm=False
-        )
-        managers = (trainer.plans_manager, trainer.configuration_manager)
-        self.predictor.manual_initialization(trainer.network, *managers, None, described, "nnUNetTrainer", mirrored)
+        how = {"use_mirroring": how["tta"] != "none", "allow_tqdm": False}
+        self.predictor = nnUNetPredictor(perform_everything_on_device=True, device=self.device, **how)
+        described = (trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json, "nnUNetTrainer")
+        self.predictor.manual_initialization(trainer.network, *described, trainer.inference_allowed_mirroring_axes)
 
     def update(self, done):
         self.trainer.lr_scheduler.step(done * self.trainer.num_epochs)
@@ -170,8 +168,8 @@ class NnUNet:
         return np.float32(found[1, 0])
 
 
-def planned(folder, task):
-    """The training sections as PNG files in nnU-Net's layout, planned and preprocessed: its description and plans."""
+def plan(folder, task):
+    """Write the training sections as PNG files in nnU-Net's layout; plan and preprocess them."""
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
     from skimage import io
@@ -192,7 +190,6 @@ def planned(folder, task):
     api.extract_fingerprint_dataset(1, num_processes=1)
     _, name = api.plan_experiment_dataset(1, Planner)
     api.preprocess_dataset(1, name, ("2d",), (1,))
-    return described, json.loads((folder.parents[1] / "preprocessed" / folder.name / f"{name}.json").read_text())
 
 
 # -- a rival's process ---------------------------------------------------------------------------------------------
