@@ -59,10 +59,10 @@ LATE = 5  # minutes over which a recipe that swings is averaged
 MARKS = (0.96, 0.975, 0.978)  # V_rand of which is said when it was reached
 
 
-def stacks_of(recipe, options, seed):
+def stacks_of(recipe, image_path, seed, val_sections=None):
     """A recipe's parsed command line, its stacks, and the held-out sections' gray values and labels."""
-    words = [*recipe.split(), "--image_path", options.image_path, "--val_sections", options.val_sections]
-    args = dilatedUnet.parse([*words, "--seed", str(seed)])
+    words = [*recipe.split(), "--image_path", image_path, "--seed", str(seed)]
+    args = dilatedUnet.parse(words + (["--val_sections", val_sections] if val_sections else []))
     stacks = training.load(args)
     held_out = list(stacks.split.held_out)
     return args, stacks, stacks.images.sections[held_out], stacks.masks.sections[held_out]
@@ -75,9 +75,9 @@ def v_rand(found, truth):
 class Run:
     """One recipe, its stack, and the predictor of its held-out sections."""
 
-    def __init__(self, name, options, seed):
-        self.args, stacks, self.raw, self.truth = stacks_of(RECIPES[name], options, seed)
-        args, self.tta = self.args, options.tta
+    def __init__(self, name, image_path, seed, val_sections=None, tta="none"):
+        args, stacks, self.raw, self.truth = stacks_of(RECIPES[name], image_path, seed, val_sections)
+        self.args, self.tta = args, tta
         self.rescaled = name == "usual"
         if self.rescaled:
             images, masks = rescaled(stacks.images), rescaled(stacks.masks, binary=True)
@@ -135,7 +135,7 @@ def point(seconds, updates, score):
 
 def rival_points(name, options, seed):
     """What a rival, which trains in a process of its own, chose for itself, and its points as in `Run.points`."""
-    _, stacks, raw, truth = stacks_of(OURS, options, seed)
+    _, stacks, raw, truth = stacks_of(OURS, options.image_path, seed, options.val_sections)
     train, norm = list(stacks.split.train), stacks.normalisation
     task = {"images": stacks.images.sections[train], "masks": stacks.masks.sections[train], "held_out": raw}
     task |= {"mean": norm.mean, "std": norm.std}
@@ -186,7 +186,7 @@ def main():
     of = {"nargs": "+", "choices": names, "default": list(RECIPES), "metavar": "NAME", "help": ", ".join(names)}
     parser.add_argument("--only", **of)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--val_sections", default="24-29", help="the sections to hold out")
+    parser.add_argument("--val_sections", metavar="LIST", help="the sections to hold out (default: the last fifth)")
     parser.add_argument("--tta", default="none", choices=("none", "8"), help="turned and mirrored versions to average")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the rivals (default: this one)")
     counts = {"type": int, "nargs": "+", "default": sorted({1, os.cpu_count()})}
@@ -205,7 +205,7 @@ def main():
             name: ([t / 60 for t, _, _ in points], [v for _, _, v in points], spread)
             for name, (points, spread) in means.items()
         }
-        title = f"Sections {args.val_sections} of {args.image_path}, held out"
+        title = f"Held-out sections of {args.image_path}: {args.val_sections or 'the last fifth'}"
         figures.factor({"V_rand": lines}, args.figure, xlabel="minutes of training", title=title)
 
 
@@ -227,7 +227,7 @@ def measured(args):
             print(f"{name}, seed {seed}: {RECIPES.get(name, 'its own program')}", flush=True)
             if name in RECIPES:
                 keras.utils.clear_session()
-                points = Run(name, args, seed).points(args.minutes, args.every)
+                points = Run(name, args.image_path, seed, args.val_sections, args.tta).points(args.minutes, args.every)
             else:
                 chosen[f"{name}, seed {seed}"], points = rival_points(name, args, seed)
             found.setdefault(name, {})[str(seed)] = points
