@@ -1,4 +1,4 @@
-"""The networks: the standard and the dilated U-net of the 2017 study, and the U-Net of 2015, each built by one loop.
+"""The networks: standard and dilated U-net of 2017, the U-Net of 2015, a residual one, each built by one loop.
 
 They are made of the layers of `layers`, of Keras, or of their namesakes in `outline`, which compute nothing.
 
@@ -17,7 +17,7 @@ from network import outline
 from network.field import field_of
 from network.outline import MOMENTUM
 
-FILTERS = (44, 88, 176)
+FILTERS, RESIDUAL_FILTERS = (44, 88, 176), (16, 32, 64, 128, 128)
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # and the dtype policy of each
 
 
@@ -117,7 +117,44 @@ def build_2015(
     return make.model(inputs, make.interior(x, classes), "unet2015")
 
 
-ARCHITECTURES = {"unet2017": build, "unet2015": build_2015}
+def build_residual(
+    *,
+    filters=RESIDUAL_FILTERS,  # of the levels; the last is the centre
+    dropout=0.0,  # fraction dropped in the centre
+    bn_momentum=MOMENTUM,
+    classes=2,
+    precision="float32",
+    seed=0,
+    kinds=None,
+):
+    """A residual U-net that spends its work at low resolution: few channels on top, residual blocks further down.
+
+    (B, h, w, 1) float32, standardised, h and w multiples of 2 ** (len(filters) - 1), to the interior (B, h, w). A block
+    adds to its input what two convolutions make of it (He et al. 2016, arXiv 1512.03385). Behind each convolution
+    but the head stand a ReLU and a batch norm, as in `build`.
+    """
+    make = _Layers(kinds, precision, dropout, seed, bn_momentum)
+    inputs = make.input()
+    x, skips = inputs, []
+    for level, width in enumerate(filters, 1):
+        if skips:
+            x = make("MaxPooling2D", x, f"down{level - 1}_pool")
+        x = make.conv_norm(x, width, f"down{level}_conv1")
+        for block in range(1, min(level, 3)):
+            y = make.conv_norm(x, width, f"down{level}_block{block}_conv1")
+            y = make.conv_norm(y, width, f"down{level}_block{block}_conv2")
+            x = make("Add", [x, y], f"down{level}_block{block}_sum")
+        skips.append(x)
+    x = make.drop(x, "centre_drop")
+    for level in range(len(filters) - 1, 0, -1):
+        x = make("Upsample", x, f"up{level}_upsample")
+        x = make("Concatenate", [skips[level - 1], x], f"up{level}_concatenate")
+        for number in (1, 2):
+            x = make.conv_norm(x, filters[level - 1], f"up{level}_conv{number}")
+    return make.model(inputs, make.interior(x, classes), "residual_unet")
+
+
+ARCHITECTURES = {"unet2017": build, "unet2015": build_2015, "resunet": build_residual}
 
 
 def from_settings(settings, **more):
@@ -171,6 +208,9 @@ class _Layers:
         options = {"padding": self.padding, "dilation_rate": (dilation, dilation), "activation": activation}
         options |= {"kernel_size": (size, size), "kernel_initializer": self.initial(size, x.shape[-1])}
         return self("Conv2D", x, name, filters=width, **options)
+
+    def conv_norm(self, x, width, name):
+        return self.batch_norm(self.conv(x, width, name), name.replace("conv", "bn"))
 
     def interior(self, x, classes):
         x = self.conv(x, classes, "head_conv", size=1, activation=None)

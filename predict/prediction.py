@@ -83,10 +83,12 @@ SETTINGS = {
         **{"filters": _list_of(_whole(1, 2**14), 10), "dilate": _flag, "dilate_rate": _whole(1, 2**10)},
         **{"addition": _flag, "classes": _whole(2, 256), "dropout": _dropout},
     },
+    "resunet": {"filters": _list_of(_whole(1, 2**14), 10), "classes": _whole(2, 256), "dropout": _dropout},
     "unet2015": {"filters": _whole(1, 2**14), "levels": _whole(1, 8), "padding": ("same", "valid").__contains__},
 }
 EITHER = {"arch": SETTINGS.__contains__, "bn_momentum": _number(0, 0.9999)}
 OPTIONAL = {
+    "resunet": EITHER,
     "unet2017": EITHER | {"centre_dilations": _list_of(_whole(1, 2**10), 32)},
     "unet2015": EITHER | {"batch_norm": _flag, "classes": _whole(2, 256), "dropout": _dropout},
 }

@@ -157,7 +157,7 @@ def test_a_recipe_is_what_its_flags_are_and_is_shown_where_one_looks(call, small
 
 @cases(
     "flags, changed",
-    ("--epochs 7", {"epochs"}),
+    ("--epochs 8", {"epochs"}),
     ("--protocol kfold --fold 1", {"protocol", "fold"}),
     ("--protocol all", {"protocol", "inner_sections"}),
     ("--protocol published", {"protocol", "inner_sections", "val_windows"}),
@@ -165,7 +165,9 @@ def test_a_recipe_is_what_its_flags_are_and_is_shown_where_one_looks(call, small
     ("--optimizer sgd", {"optimizer"}),
     ("--clr_mode none", {"clr_mode", "max_lr"}),
     ("--clr_mode triangular --step_size 5", {"clr_mode", "step_size"}),
-    ("--arch unet2015", {"arch", "filters", "window", "loss"}),
+    ("--arch unet2015", {"arch", "filters", "window", "loss", "bn_momentum"}),
+    ("--arch unet2017", {"arch", "filters"}),
+    ("--dilate 1", {"arch", "filters", "dilate"}),
     ("--ema 0", {"ema"}),
 )
 def test_a_flag_by_hand_wins_over_the_recipe(flags, changed):

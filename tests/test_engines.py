@@ -27,6 +27,7 @@ NETWORKS = {
         [(1, 64, 96), (2, 128, 40)],
     ),
     "2015": ({"arch": "unet2015", "filters": 4, "levels": 3}, [(1, 92, 100), (2, 124, 92)]),
+    "residual": ({"arch": "resunet", "filters": (4, 6, 8, 10)}, [(1, 64, 96), (2, 128, 40)]),
     "2015 padded": ({"arch": "unet2015", "filters": 4, "padding": "same"}, [(1, 64, 96), (2, 128, 48)]),
 }
 
@@ -65,7 +66,9 @@ def agreement(found, expected):
 
 
 @openvino
-@pytest.mark.parametrize("name", [pytest.param("dilated", marks=pytest.mark.jax), "standard", "2015", "2015 padded"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("dilated", marks=pytest.mark.jax), "standard", "2015", "2015 padded", "residual"]
+)
 def test_openvino_agrees_with_keras_for_every_size_of_input_and_needs_no_keras(name, tmp_path):
     settings, shapes = NETWORKS[name]
     network, without = trained_like(settings, windows_of(*shapes[0])), unet.from_settings(settings, kinds=outline)

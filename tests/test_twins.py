@@ -47,6 +47,7 @@ def torchscript(network, path):
     {"filters": (3, 4)},
     {"filters": (3, 4, 5), "dilate": False, "dilate_rate": 1},
     {"filters": (3,), "addition": False, "centre_dilations": (1, 3), "classes": 4},
+    {"arch": "resunet", "filters": (2, 3, 4), "classes": 3},
     {"arch": "unet2015", "filters": 2, "levels": 2},
     {"arch": "unet2015", "filters": 2, "levels": 1, "batch_norm": True, "classes": 3},
     {"arch": "unet2015", "filters": 2, "levels": 3, "padding": "same", "batch_norm": True},

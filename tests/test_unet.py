@@ -1,4 +1,4 @@
-"""The networks of 2017: shapes, parameters, initialisation; of both architectures: precision, logits, records."""
+"""The networks of 2017 and the residual one: shapes, initialisation; of all: precision, logits, records."""
 
 import keras
 import numpy as np
@@ -13,6 +13,7 @@ from train.run import network_settings
 
 TINY = {"filters": (4, 6, 8), "centre_dilations": (1, 2, 4)}
 TINY_2015 = {"arch": "unet2015", "filters": 4, "levels": 3, "padding": "same"}
+RESIDUAL = {"arch": "resunet", "filters": (2, 4, 6, 8)}
 
 # Name, height relative to the input, channels: spec of the study, layer by layer.
 GOLDEN = """
@@ -66,8 +67,21 @@ def test_every_layer_has_the_shape_of_the_study_and_the_flags_dilate_and_add_wha
     assert "centre_sum" not in [layer.name for layer in unet.build(**TINY, addition=False).layers]
 
 
+def test_the_residual_network_adds_to_its_input_what_two_convolutions_make_of_it_below_the_first_level():
+    network = unet.build_residual()
+    convolutions = [layer for layer in network.layers if hasattr(layer, "kernel")]
+    sums = {layer.name: layer for layer in network.layers if layer.name.endswith("_sum")}
+    assert (len(convolutions), len(sums)) == (28, 7)
+    assert unet.field_of(network).multiple == 16
+    added = sums["down3_block2_sum"]._inbound_nodes[0].input_tensors
+    assert [x._keras_history.operation.name for x in added] == ["down3_block1_sum", "down3_block2_bn2"]
+    widths = {layer.name: layer.filters for layer in convolutions if layer.name.endswith("conv1")}
+    assert [widths[f"down{level}_conv1"] for level in range(1, 6)] == [16, 32, 64, 128, 128]
+    assert [widths[f"up{level}_conv1"] for level in range(1, 5)] == [16, 32, 64, 128]
+
+
 @pytest.mark.parametrize("shape", [(8, 8), pytest.param((16, 40), marks=pytest.mark.jax), (72, 24)])
-@pytest.mark.parametrize("settings", [TINY, TINY_2015], ids=["2017", "2015"])
+@pytest.mark.parametrize("settings", [TINY, TINY_2015, RESIDUAL], ids=["2017", "2015", "residual"])
 def test_any_multiple_of_8_goes_in_and_a_probability_comes_out(settings, shape):
     x = np.random.default_rng(0).normal(size=(2, *shape, 1)).astype(np.float32)
     interior = np.asarray(unet.from_settings(settings)(x))
@@ -77,7 +91,7 @@ def test_any_multiple_of_8_goes_in_and_a_probability_comes_out(settings, shape):
 
 
 @pytest.mark.jax
-@pytest.mark.parametrize("settings", [TINY, TINY_2015], ids=["2017", "2015"])
+@pytest.mark.parametrize("settings", [TINY, TINY_2015, RESIDUAL], ids=["2017", "2015", "residual"])
 def test_precision_bfloat16_agrees_with_float32_and_keeps_float32_weights(settings):
     x = np.random.default_rng(0).normal(size=(1, 64, 64, 1)).astype("float32")
     full, half = (unet.from_settings(settings, seed=3, precision=precision) for precision in unet.PRECISIONS)
@@ -87,7 +101,7 @@ def test_precision_bfloat16_agrees_with_float32_and_keeps_float32_weights(settin
     assert 0 < difference.max() < 0.05
 
 
-@pytest.mark.parametrize("settings", [TINY, TINY_2015 | {"classes": 4}], ids=["2017", "2015"])
+@pytest.mark.parametrize("settings", [TINY, TINY_2015 | {"classes": 4}, RESIDUAL], ids=["2017", "2015", "residual"])
 def test_the_logits_belong_to_the_probability_and_share_its_weights(settings):
     network = unet.from_settings(settings, precision="bfloat16")
     both = unet.with_logits(network)
@@ -104,13 +118,17 @@ def test_the_logits_belong_to_the_probability_and_share_its_weights(settings):
     "settings, words",
     (TINY | {"dropout": 1.0}, "dropout must be 0, or above 1/512 and below 1. Received: 1.0"),
     (TINY_2015 | {"padding": "full"}, "padding"),
+    (RESIDUAL | {"dropout": 1.0}, "dropout must be 0"),
 )
 def test_wrong_arguments_are_refused_by_name(settings, words):
     with pytest.raises(ValueError, match=words):
         unet.from_settings(settings)
 
 
-@pytest.mark.parametrize("flags", ["--bn_momentum 0.9 --classes 256", "--arch unet2015 --batch_norm --bn_momentum 0.9"])
+FLAGS = ("--bn_momentum 0.9 --classes 256", "--arch unet2015 --batch_norm --bn_momentum 0.9", "--arch resunet")
+
+
+@pytest.mark.parametrize("flags", FLAGS)
 def test_a_network_of_any_flags_is_read_back_from_its_record(flags, tmp_path):
     settings = network_settings(dilatedUnet.parse([*flags.split(), "--filters", "4"]))
     normalisation = {"mean": 120.0, "std": 45.0, "epsilon": 1e-10}

@@ -148,7 +148,7 @@ def refused():
 
 def place_of(args):
     """Run folder and weight file, from the flags or from the network's name."""
-    network = args.arch if args.arch == "unet2015" else ("dilated" if args.dilate else "standard") + "_unet"
+    network = args.arch if args.arch != "unet2017" else ("dilated" if args.dilate else "standard") + "_unet"
     name = Path(args.weight_path).name if args.weight_path else f"{network}-{args.protocol}-{args.seed}"
     folder = Path(args.run_dir or Path("runs") / name.removesuffix(".h5").removesuffix(".weights"))
     return records.Place(folder, prediction.weight_file(args.weight_path or folder / "best.weights"))
@@ -175,7 +175,7 @@ def load(args):
     if args.arch == "unet2015":
         with refused():
             field_of(args).check_size("--window", args.window)
-    data.check_window(images, side, 1 if lost else 2 ** (args.depth if args.arch == "unet2015" else len(args.filters)))
+    data.check_window(images, side, 1 if lost else field_of(args).multiple)
     cells = masks if args.instances else None
     if cells:
         apart = np.stack([losses.separate(np.maximum(section, 0)) > 0 for section in cells.sections])
@@ -237,6 +237,8 @@ def network_settings(args):
     if args.arch == "unet2015":
         own = {"arch": args.arch, "filters": args.filters[0], "levels": args.depth, "padding": args.padding}
         return own | {"batch_norm": args.batch_norm} | shared
+    if args.arch == "resunet":
+        return {"arch": args.arch, "filters": list(args.filters)} | shared
     own = {"filters": list(args.filters), "dilate": bool(args.dilate), "dilate_rate": args.dilate_rate}
     return own | {"addition": bool(args.addition)} | shared
 
