@@ -46,8 +46,8 @@ from train.trainee import averaged_weights
 
 OURS = "--recipe quick"
 RECIPES = {
-    "start.py": OURS + " --epochs 25 --steps_per_epoch 20",  # the same updates in shorter epochs, to score in between
-    "start.py / 2": OURS + " --epochs 25 --steps_per_epoch 10",
+    "start.py": OURS + " --epochs 35 --steps_per_epoch 20",  # the same updates in shorter epochs, to score in between
+    "start.py / 2": OURS + " --epochs 35 --steps_per_epoch 10",
     "2017": "--protocol holdout --inner_sections 0 --dilate 1 --dilate_rate 2 --addition 1 --lr 1e-5 --max_lr 0.01 "
     "--epochs 500",
     "usual": "--protocol holdout --inner_sections 0 --arch unet2015 --padding same --window 256 --batch_size 2 "
