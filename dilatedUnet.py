@@ -53,7 +53,7 @@ RECIPES = {
     },
     "quick": OWN
     | {"arch": "resunet", "window": 256, "epochs": 7, "optimizer": "muon", "max_lr": 4e-3, "ema": 0.98}
-    | {"bn_momentum": 0.9, "average_warmup": 1},
+    | {"bn_momentum": 0.9, "average_warmup": 1, "tta": "8", "merge": 1},
     "finetune": OWN
     | {"window": 256, "epochs": 2, "max_lr": 5e-4, "ema": 0.98, "bn_momentum": 0.9, "init_from": str(SHIPPED)},
     "strong": OWN | {"window": 512, "epochs": 80, "max_lr": 1.5e-3, "ema": 0.999, "tta": "8"},
@@ -159,19 +159,12 @@ PROTOCOL = (
     tta("of the scoring at the end: "),
 )
 NETWORK = (
-    flag(
-        "--arch",
-        "network of the 2017 study, of the U-Net paper, or a residual one for short trainings",
-        default="unet2017",
-        choices=tuple(ARCHITECTURES),
-    ),
+    flag("--arch", "network of 2017, of 2015, or a residual one", default="unet2017", choices=tuple(ARCHITECTURES)),
     flag("--dilate", "dilate the centre of unet2017: 1, 2, 4, 8, 16, 32 (default: 1)", **BINARY | {"default": None}),
     flag("--dilate_rate", "dilation of each level's second convolution in unet2017 (default: 1)", type=up_to(64)),
     flag("--addition", "sum the centre's six convolutions in unet2017 (default: 1)", **BINARY | {"default": None}),
     flag(
-        "--filters",
-        "of each level (default: 44,88,176; resunet: 16,32,64,128,128); unet2015: of the first (default: 64)",
-        type=filter_list,
+        "--filters", "of each level (44,88,176; resunet: 16,32,64,128,128), of unet2015's first (64)", type=filter_list
     ),
     flag("--depth", "poolings of unet2015 (default: 4)", type=up_to(8)),
     flag("--batch_norm", "batch norm in unet2015, which the paper lacks", action="store_true"),
@@ -235,6 +228,7 @@ TRAINING = (
         "(1 + t) / (10 + t)",
         **BINARY | {"default": 0},
     ),
+    flag("--merge", "learn at the end which borders between cells are false", **BINARY | {"default": 0}),
     flag(
         "--loss",
         "binary cross-entropy, 1 - soft Dice, or their sum (default); weighted: softmax cross-entropy with class and "
@@ -302,6 +296,7 @@ PREDICT = {
         flag("--output", "float32 0..1; .zarr: by blocks", type=stack, default="prediction.tif", metavar="FILE.tif"),
         flag("--threshold", "write an 8-bit 0/255 mask of probability > threshold", type=fraction),
         flag("--segment", "write labels, one per cell, by seeded watershed", action="store_true"),
+        flag("--merge", "take false borders away (default: 1 with --segment if learned)", **BINARY | {"default": None}),
         flag(
             "--rois",
             "with --segment: the cells' outlines, too, for ImageJ's ROI Manager",
@@ -485,6 +480,8 @@ def contradictions(given, args):
         (args.average_warmup and of_2015 and not (args.batch_norm or args.ema), "--average_warmup goes with --ema"),
         (only_2015 and not of_2015, "--depth, --padding and --batch_norm go with --arch unet2015"),
         ((args.w0 is not None or args.sigma) and not weighted, "--w0 and --sigma go with --loss weighted"),
+        (args.merge and args.instances, "--merge is of no use with --instances"),
+        (args.merge and args.protocol == "published", "--merge goes with --protocol holdout, kfold or all"),
         (args.instances and args.invert_mask, "--invert_mask is of no use with --instances"),
         (args.instances and published, "--instances goes with --protocol holdout, kfold or all"),
     )

@@ -15,7 +15,7 @@ from files import atomic, rois
 from files.sections import is_voxel, memory_words, require_memory, size_words
 from files.shell import say
 from network import device, outline, startup, unet
-from predict import blocks, engines, intensity, rescale, tiling
+from predict import blocks, borders, engines, intensity, rescale, tiling
 
 FORMAT = "dilated-unet weights 1"
 SUFFIX = ".weights.h5"
@@ -38,6 +38,12 @@ def record_file(path):
     """The record beside the weights: weights/x.weights -> weights/x.json."""
     file = weight_file(path)
     return file.with_name(file.name.removesuffix(SUFFIX) + ".json")
+
+
+def borders_file(path):
+    """What was learned of false borders: weights/x.weights -> weights/x.borders.npz."""
+    file = record_file(path)
+    return file.with_name(file.name.removesuffix(".json") + borders.SUFFIX)
 
 
 def save_weights(network, path, record):
@@ -98,6 +104,9 @@ OTHERS = {
     "smallest_cell_px": _whole(0, 2**31),
     "intensity": intensity.is_record,
     "data": lambda value: type(value) is dict and is_voxel(value.get("voxel_nm")),
+    "merge": lambda value: (
+        type(value) is dict and _number(0, 1)(value.get("threshold")) and value.get("tta") in (*tiling.TRANSFORMS,)
+    ),
 }
 
 
@@ -239,7 +248,7 @@ def run(args):
     source = data.resolve(args.image_path, "test", log=say)
     if in_blocks and isinstance(source, data.Stack):
         raise DataError(f"--image_path must be a file or folder, which workers can read. Received: {args.image_path}")
-    used = [file(path) for path in args.weight_path for file in (weight_file, record_file)]
+    used = [file(path) for path in args.weight_path for file in (weight_file, record_file, borders_file)]
     for flag, output in (("--output", args.output), ("--rois", args.rois)):
         if output:
             atomic.refuse_inputs(flag, output, source, *used)
@@ -249,12 +258,37 @@ def run(args):
         for words in remarks:
             say(words)
         sizes = rescale.seen_sizes(sections, records, args.rescale, say)
+        mergers = mergers_of(args, records, in_blocks, sections.shape)
         how = {"engine": args.engine, "precision": precision}
         if in_blocks:
             run_blocks(args, sections, records[0], norms[0], how)
         else:
-            run_sections(args, sections, records, norms, sizes, how)
+            run_sections(args, sections, records, norms, sizes, how, mergers)
     return 0
+
+
+def mergers_of(args, records, in_blocks, shape):
+    """What the networks know of false borders, if that is asked for, or can be used for --segment; sets --tta."""
+    missing = [file for file in map(borders_file, args.weight_path) if not file.is_file()]
+    missing += [record_file(path) for path, one in zip(args.weight_path, records, strict=True) if "merge" not in one]
+    large = math.prod(shape[1:]) > LARGE_PX
+    if args.merge is None:
+        args.merge = int(args.segment and not (missing or args.rescale or large))
+    for wrong, words, received in (
+        (missing, "--merge needs weights that were trained with --merge 1", missing and missing[0]),
+        (in_blocks, "--merge goes with a TIFF --output", args.output),
+        (args.rescale, "--merge goes without --rescale", "both"),
+        (large, f"--merge takes sections of at most {LARGE_PX} px", size_words(shape)),
+    ):
+        if args.merge and wrong:
+            raise DataError(f"{words}. Received: {received}")
+    if not args.merge:
+        return []
+    learned = records[0]["merge"]["tta"]
+    if args.tta != learned:
+        say(f"--merge: with --tta {learned}, with which its borders were learned")
+        args.tta = learned
+    return [borders.load(borders_file(path)) for path in args.weight_path]
 
 
 def check_output(args):
@@ -291,7 +325,7 @@ def run_blocks(args, sections, record, norm, how):
     say(f"{args.output}: 1 = interior")
 
 
-def run_sections(args, sections, records, norms, sizes, how):
+def run_sections(args, sections, records, norms, sizes, how, mergers=()):
     """`predict` to TIFF, section by section; of large ones only the prediction is in memory as a whole."""
     networks = [load_network(path, how["precision"], how["engine"])[0] for path in args.weight_path]
     names = ", ".join(f"{network.name} of {path}" for network, path in zip(networks, args.weight_path, strict=True))
@@ -303,6 +337,12 @@ def run_sections(args, sections, records, norms, sizes, how):
     how |= {"tile": args.tile, "overlap": args.overlap, "tta": args.tta, "batch": args.batch_size}
     predictors = (section_predictor(*one, **how) for one in zip(networks, norms, strict=True))
     predict = mean_of([rescale.seen_at(*one) for one in zip(sizes, predictors, strict=True)])
+    if mergers:
+        interior_of, records = predict, [record | {"threshold": record["merge"]["threshold"]} for record in records]
+
+        def predict(section):
+            return borders.merged(interior_of(section), section, mergers)
+
     if large:
         say_memory(args, sections)
         predictions = (predict(Unread(sections, index)) for index in range(len(sections)))
@@ -310,6 +350,7 @@ def run_sections(args, sections, records, norms, sizes, how):
         predictions = tiling.ahead(map(predict, tiling.ahead(sections)))
     weights = ",".join(quote(weight_file(path).name) for path in args.weight_path)
     made_of = {"pixels_sha256": data.sha256_pixels(sections), "weights": weights, "normalise": args.normalise}
+    made_of |= {"merged": 1} if mergers else {}
     made_of |= {"rescaled": ",".join("{}x{}".format(*size) for size in sizes)} if args.rescale else {}
     about = {"count": len(sections), "shape": sections.shape[1:], "voxel_nm": sections.voxel_nm, "made_of": made_of}
     write(args, tiling.counted(predictions, "section", len(sections)), segmentation_of(records), **about)

@@ -88,6 +88,8 @@ def result_of(record, history) -> dict:
     at = best_epoch(history)
     metrics = {key: column[at] for key, column in history.items()} or numbers(record.get("final"))
     metrics |= {f"held_out_{key}": value for key, value in numbers(record.get("held_out")).items()}
+    merged = numbers(record.get("held_out_merged"))
+    metrics |= {f"held_out_merged_{key}": merged[key] for key in ("v_rand", "v_info") if key in merged}
     metrics |= {f"seen_{key}": value for key, value in numbers(record.get("training_sections")).items()}
     scored = record.get("held_out") or record.get("training_sections") or {}
     settings = {key: value for key, value in record["settings"].items() if key not in rows.IGNORED}

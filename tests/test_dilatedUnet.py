@@ -160,7 +160,7 @@ def test_a_recipe_is_what_its_flags_are_and_is_shown_where_one_looks(call, small
     ("--epochs 8", {"epochs"}),
     ("--protocol kfold --fold 1", {"protocol", "fold"}),
     ("--protocol all", {"protocol", "inner_sections"}),
-    ("--protocol published", {"protocol", "inner_sections", "val_windows"}),
+    ("--protocol published", {"protocol", "inner_sections", "val_windows", "merge"}),
     ("--patience 5", {"patience", "inner_sections"}),
     ("--optimizer sgd", {"optimizer"}),
     ("--clr_mode none", {"clr_mode", "max_lr"}),

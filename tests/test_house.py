@@ -12,7 +12,7 @@ ORDER = [
     *("dilatedUnet", "train.run", "train.finish", "train.recorder", "train.trainee", "train.feed"),
     *("train.initial", "train.record"),
     *("predict.export", "predict.twins", "predict.prediction", "predict.blocks", "predict.engines"),
-    *("predict.rescale", "predict.intensity", "predict.tiling"),
+    *("predict.borders", "predict.rescale", "predict.intensity", "predict.tiling"),
     *("studies.reproduce", "studies.records", "studies.rows", "studies.comparison", "studies.verdicts"),
     *("score.evaluation", "score.report", "score.scores", "score.segments"),
     *("data", "figures", "augment", "clr_callback"),
@@ -29,7 +29,7 @@ MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts): ast.parse(f.read
 WITHOUT_KERAS = [name for name in ORDER if name.startswith(("score.", "studies.", "files."))]
 WITHOUT_KERAS += ["predict.prediction", "predict.export"]
 LIGHT, KERAS = ["data", "score.scores", "score.evaluation", "figures"], {"keras", "tensorflow", "jax", "torch"}
-HEAVY = KERAS | {"scipy", "skimage", "numba", "tifffile", "matplotlib", "pooch", "PIL", "requests"}
+HEAVY = KERAS | {"scipy", "skimage", "sklearn", "numba", "tifffile", "matplotlib", "pooch", "PIL", "requests"}
 
 
 def imports(tree, *, only_top_level=False):

@@ -187,6 +187,35 @@ def test_an_older_run_whose_paths_are_spelled_otherwise_goes_on_and_keeps_its_sc
     assert "finished after epoch 4 already; raise --epochs to go on" in again(flags).err
 
 
+def test_a_finished_run_may_still_learn_which_borders_are_false_and_predict_uses_it(again, call, tmp_path, monkeypatch):
+    """With a network that sees bright pixels as interior, so that there are borders."""
+    monkeypatch.setattr(prediction, "section_predictor", lambda *_, **__: lambda section: np.float32(section) / 255)
+    before = strict(tmp_path / "runs/x/run.json")
+    says = again("--resume --merge 1").err
+    now, weights = strict(tmp_path / "runs/x/run.json"), strict(tmp_path / "weights/x.json")
+    assert now["final"] == before["final"]
+    assert now["merge"] == weights["merge"]
+    assert set(now["held_out_merged"]["curves"]) == {"v_rand", "v_info"}
+    assert f"false borders taken away: v_rand {now['held_out_merged']['v_rand']:.4f}" in says
+    assert "finished after epoch 3 already" in again("--resume --merge 1").err
+
+    def predict(words):
+        call("predict", "--weight_path", "weights/x", "--image_path", "images.tif", "--force", *words.split())
+        return tifffile.imread("prediction.tif")
+
+    plain, maps = predict(""), predict("--merge 1")
+    held_out = now["split"]["held_out"]
+    truth = tifffile.imread("labels.tif")[held_out]
+    assert scores.v_rand(list(maps[held_out]), list(truth)).value == pytest.approx(now["held_out_merged"]["v_rand"])
+    assert (maps[held_out] != plain[held_out]).any()
+    assert (predict("--segment") != predict("--segment --merge 0")).any()
+    (tmp_path / "weights/x.borders.npz").unlink()
+    done = call(
+        "predict", "--weight_path", "weights/x", "--image_path", "images.tif", "--force", "--merge", "1", code=2
+    )
+    assert "--merge needs weights that were trained with --merge 1. Received: weights/x.borders.npz" in done.err
+
+
 def test_a_resumed_run_keeps_its_precision_whatever_is_faster_here(again, monkeypatch):
     monkeypatch.setattr(device, "choose_precision", lambda asked: "bfloat16" if asked == "auto" else asked)
     args = dilatedUnet.parse([*FINISHED, "--resume", "--precision", "auto"])

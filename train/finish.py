@@ -10,13 +10,15 @@ import figures
 from data import DataError
 from files import atomic
 from files.shell import say
-from predict import prediction
+from predict import borders, prediction
 from score import evaluation, scores, segments
 from train.record import HISTORY
 from train.trainee import averaged_weights
 
+LEARNED_PX = 2**25  # of training sections that false borders are learned from, 128 of 512 x 512
 
-def finish(recorder, stacks, tta):
+
+def finish(recorder, stacks, tta, merge=False):
     """Save the last weights, then score the chosen ones on the held-out sections, else on some training sections."""
     place, journal, network = recorder.place, recorder.journal, recorder.alone.network
     split, cells = stacks.split, stacks.cells
@@ -33,7 +35,11 @@ def finish(recorder, stacks, tta):
     record["training_seconds"] = round(journal.seconds, 1)
     record["final"] = journal.rows[-1] | {"best_val_loss": journal.best if math.isfinite(journal.best) else None}
     record |= choose(stacks, chosen, interior_of)
-    kept = {key: record[key] for key in prediction.SEGMENTATION if key in record}
+    merger, threshold = learn_borders(stacks, chosen, interior_of) if merge else (None, None)
+    if merger:
+        borders.save(prediction.borders_file(place.weights), merger)
+        record["merge"] = {"threshold": threshold, "tta": tta}
+    kept = {key: record[key] for key in (*prediction.SEGMENTATION, "merge") if key in record}
     atomic.write_json(prediction.record_file(place.weights), prediction.read_record(place.weights) | kept)
     sections = list(split.held_out or split.inner or some(split.train))
     interior = np.stack([interior_of(i) for i in sections])
@@ -41,6 +47,8 @@ def finish(recorder, stacks, tta):
     truth = cells or stacks.masks
     shown = np.stack(list(prediction.segment_stack(interior, record))) if cells else interior
     record[role] = score(truth.sections[sections], shown, sections, bool(cells))
+    if merger:
+        record[f"{role}_merged"] = score_merged(stacks, sections, interior_of, merger)
     middle, course = len(sections) // 2, recorder.course
     pictures = (stacks.images.sections[sections[middle]], truth.sections[sections[middle]], shown[middle])
     titles = (f"section {sections[middle]}", "truth", "prediction")
@@ -61,6 +69,26 @@ def finite(interior, i):
 def some(sections, most=6):
     """At most `most` of the sections, evenly spread."""
     return [sections[i * len(sections) // most] for i in range(most)] if len(sections) > most else list(sections)
+
+
+def learn_borders(stacks, chosen, interior_of):
+    """What tells a false border, of training sections; and the best threshold for `chosen` by the others' borders.
+
+    Which is 0.5 where there are no others. (None, 0.5) where no border is false, or none is true.
+    """
+    images, masks = stacks.images.sections, stacks.masks.sections
+    most = max(1, LEARNED_PX // masks[0].size)
+    parts = {i: borders.examples(interior_of(i), images[i], masks[i]) for i in some(stacks.split.train, most)}
+    merger = borders.Merger.learned(list(parts.values()))
+    if merger is None:
+        say("--merge: no border is false in the training sections, or all are, so there is nothing to learn")
+        return None, 0.5
+    others = [part for i, part in parts.items() if i not in chosen]
+    trial = borders.Merger.learned(others) if others else None
+    if trial is None or not (masks[chosen] > 0).any():
+        return merger, 0.5
+    maps = [borders.merged(interior_of(i), images[i], [trial]) for i in chosen]
+    return merger, scores.best_threshold(maps, masks[chosen])
 
 
 def choose(stacks, chosen, interior_of):
@@ -91,6 +119,15 @@ def score(truth, shown, sections, cells=False):
     if wrong or not cells:
         say(f"WARNING: {wrong}" if wrong else "the prediction beats 'always interior'")
     return found | {"degenerate": wrong}
+
+
+def score_merged(stacks, sections, interior_of, merger):
+    """The challenge's scores of whole sections once the false borders are taken away."""
+    maps = [borders.merged(interior_of(i), stacks.images.sections[i], [merger]) for i in sections]
+    found = evaluation.score_arrays(maps, stacks.masks.sections[sections], ("v_rand", "v_info"), sections=sections)
+    if found["v_rand"] is not None:
+        say(f"false borders taken away: v_rand {found['v_rand']:.4f}, v_info {found['v_info']:.4f}")
+    return found
 
 
 def degenerate(interior, truth):

@@ -56,6 +56,7 @@ class Place:
         """Every file that a run may write."""
         names = ("curves", "learning_rate", "held_out", "training_sections", "weights")
         networks = [f for path in (self.weights, self.last) for f in (path, prediction.record_file(path))]
+        networks.append(prediction.borders_file(self.weights))
         return [self.record, self.checkpoint, self.history, *networks, *map(self.picture, names)]
 
 
@@ -261,7 +262,8 @@ def check_apart(place, outputs, inputs):
 def check_same_run(place, before, record, defaults):
     now = json.loads(json.dumps(record["settings"]))
     was = {key: defaults[key] for key in now if key in defaults} | before["settings"]
-    for key in sorted((was.keys() | now.keys()) - set(PATHS)):
+    later = () if was.get("merge") else ("merge",)  # what a finished run may still learn
+    for key in sorted((was.keys() | now.keys()) - {*PATHS, *later}):
         if was.get(key) != now.get(key):
             raise DataError(f"--resume needs the same settings: --{key} was {was.get(key)}. Received: {now.get(key)}")
     weights = prediction.weight_file(str(was.get("weight_path") or place.folder / "best.weights"))
@@ -278,8 +280,10 @@ def check_same_run(place, before, record, defaults):
         raise DataError(f"{rule}. Received: {record['epochs']}")
 
 
-def nothing_left(before, epochs):
-    """A sentence if the run needs no more epochs, else None."""
+def nothing_left(before, epochs, merge=False):
+    """A sentence if the run needs no more epochs, and no false borders are to be learned, else None."""
+    if merge and not (before and before["settings"].get("merge")):
+        return None
     if not (before and before["finished"] and (before["epochs"] >= epochs or before["stopped_early"])):
         return None
     more = "it stopped early, so more --epochs change nothing" if before["stopped_early"] else "raise --epochs to go on"

@@ -73,7 +73,7 @@ def train(args, place, spread, defaults):
     extra = extra_callbacks(args, place) if spread.chief else []
     with contextlib.ExitStack() as locks:
         before = together(spread, lambda: spread.chief and begin(args, place, record, defaults, locks))
-        done = records.nothing_left(before, args.epochs) if before else None
+        done = records.nothing_left(before, args.epochs, args.merge) if before else None
         if spread.agree(bool(done)):
             say(f"{place.folder}: {done or 'finished already'}")
             return 0
@@ -106,7 +106,7 @@ def fit(args, recorder, feed, extra, stacks):
             recorder.model.fit(batches, **length, callbacks=[recorder, *extra], shuffle=False, verbose=0)
         if spread.chief:
             with spread.apart():
-                finish(recorder, stacks, args.tta)
+                finish(recorder, stacks, args.tta, args.merge)
     except BaseException as error:
         stop = error if isinstance(error, KeyboardInterrupt) else next(iter(shell.received), None)
         if stop is None:
