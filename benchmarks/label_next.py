@@ -26,8 +26,8 @@ from train.record import hardware, versions
 
 PROGRAM = [sys.executable, str(Path(__file__).resolve().parent.parent / "dilatedUnet.py")]
 RECIPE = (
-    "--recipe quick --arch unet2017 --optimizer adam --max_lr 1.5e-3 --bn_momentum 0.99 --average_warmup 0 "
-    "--filters 16,32,64 --window 192 --epochs 3 --protocol holdout --image_path isbi2012"
+    "--recipe quick --arch unet2017 --optimizer adam --max_lr 1.5e-3 --bn_momentum 0.99 --average_warmup 0 --merge 0 "
+    "--tta none --filters 16,32,64 --window 192 --epochs 3 --protocol holdout --image_path isbi2012"
 )
 CANDIDATES, HELD_OUT, SEEDS, COUNTS, WAYS = 24, slice(24, 30), range(3), (5, 10), ("suggest", "chance", "even")
 

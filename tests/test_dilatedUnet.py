@@ -249,7 +249,7 @@ def test_check_says_what_the_files_are_and_of_images_alone_no_masks(call, small,
     "flags, words",
     ("", "--window must fit into the sections"),
     ("--window 512", "--window must fit into the sections"),
-    ("--recipe strong", "at most 64. Received: 512"),
+    ("--recipe strong", "at most 64. Received: 256"),
     ("--window 60", "--window must be a positive multiple of 8"),
     ("--mask_path IMAGES", "must hold two label values"),
 )
