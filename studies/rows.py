@@ -165,6 +165,14 @@ STUDY_QUICK = {"filters": "16,32,64,128", "window": 192, "steps_per_epoch": 10}
 SECTIONS, SECTIONS_X = (1, 2, 5, 10, 24), "labelled training sections"
 RECEPTIVE = {"off": "dilation-off", "encoder": "dilation-encoder", "centre": "dilation-centre"}
 TUNED = {f"{how}, {n} section{'s' * (n > 1)}": f"{how}-{n}" for n in (1, 2, 5) for how in ("scratch", "finetune")}
+# What took the place of the standard network and Adam, one step after the other, on the hardest and the last block.
+LADDER = {
+    "Adam": {},
+    "averages": {"bn_momentum": 0.9, "average_warmup": 1},
+    "Muon": {"optimizer": "muon", "max_lr": "4e-3"},
+    "residual": {"arch": "resunet", "merge": 1},
+}
+STEPS = {f"{step}, {block}": f"ladder-{step}-{block}" for block in ("18-23", "24-29") for step in LADDER}
 FACTORS = {
     factor.name: factor
     for factor in (
@@ -174,6 +182,7 @@ FACTORS = {
         Factor("optimizer", "Optimizer", {"SGD": "sgd", "Adam": "base", "Adamax": "adamax"}, "Adamax"),
         Factor("sections", "Labelled sections", {str(n): f"sections-{n}" for n in SECTIONS}, x=SECTIONS_X),
         Factor("receptive", "Receptive field", RECEPTIVE, x="receptive field, px"),
+        Factor("ladder", "From the standard network to the recipe", STEPS),
         Factor("finetune", "Fine-tuning, on the synthetic stack", TUNED, x=SECTIONS_X),
     )
 }
@@ -185,12 +194,19 @@ def study_rows(quick: bool, factor: str | None = None) -> Table:
     factors = tuple(FACTORS[name] for name in ([factor] if factor else POSTER))
     changes = study_changes(quick)
     names = dict.fromkeys(row for f in factors for row in f.levels.values())
-    minutes = (4 if factor == "finetune" else 2) if quick else 4
+    minutes = {"finetune": 4, "ladder": 7}.get(factor, 2) if quick else 4
     rows = tuple(Row(name, flags(changes[name]), minutes) for name in names)
     pairs = {f"the {x}'s dilation": (f"dilation-{x}", "dilation-off") for x in ("encoder", "centre")}
     if factor == "finetune":
         pairs = {f"fine-tuning, {n} labelled": (f"finetune-{n}", f"scratch-{n}") for n in (1, 2, 5)}
-    comparisons = comparisons_of(pairs, HELD_OUT) if factor in ("receptive", "finetune") else ()
+    if factor == "ladder":
+        below = dict(itertools.pairwise(LADDER))
+        pairs = {
+            f"{step} in place of {under}, {block}": (f"ladder-{step}-{block}", f"ladder-{under}-{block}")
+            for block in ("18-23", "24-29")
+            for under, step in below.items()
+        }
+    comparisons = comparisons_of(pairs, HELD_OUT) if factor in ("receptive", "finetune", "ladder") else ()
     title = f"The training study: {FACTORS[factor].title.lower()}" if factor else "The training study"
     return Table("study", title, rows, quick, comparisons, factors)
 
@@ -221,6 +237,10 @@ def study_changes(quick):
         "scratch": QUICK_ADAM | {"bn_momentum": 0.9},
         "finetune": {"recipe": "finetune", "init_from": "weights/isbi2012_standard"},
     }
+    step = (QUICK_ADAM if quick else STRONG_ADAM) | {"epochs": 3 if quick else 40, "tta": 8}
+    for name, change in LADDER.items():
+        step = step | change
+        rows |= {f"ladder-{name}-{block}": step | {"val_sections": block} for block in ("18-23", "24-29")}
     for how, n in itertools.product(starts, (1, 2, 5)):
         rows[f"{how}-{n}"] = starts[how] | same | {"train_sections": spread_over(n, 24)}
     return rows
