@@ -175,7 +175,7 @@ NETWORK = (
     flag("--classes", "channels of the softmax; class 1 is the interior", type=number(int, 2, 256), default=2),
 )
 AUGMENTATION = (
-    flag("--window", "side of a training window, px: a multiple of 8 (default: 512; unet2015: 572)", type=up_to(SIDE)),
+    flag("--window", "side of a window, px: a multiple of 8, of 16 for resunet (512; unet2015: 572)", type=up_to(SIDE)),
     flag(
         "--augment",
         "affine: flips, turns, rotation, scale, shear, shift; elastic: flips, turns, 3 x 3 grid with a standard "
