@@ -172,7 +172,8 @@ LADDER = {
     "Muon": {"optimizer": "muon", "max_lr": "4e-3"},
     "residual": {"arch": "resunet", "merge": 1},
 }
-STEPS = {f"{step}, {block}": f"ladder-{step}-{block}" for block in ("18-23", "24-29") for step in LADDER}
+LADDER_BLOCKS = ("18-23", "24-29")
+STEPS = {f"{step}, {block}": f"ladder-{step}-{block}" for block in LADDER_BLOCKS for step in LADDER}
 FACTORS = {
     factor.name: factor
     for factor in (
@@ -203,7 +204,7 @@ def study_rows(quick: bool, factor: str | None = None) -> Table:
         below = dict(itertools.pairwise(LADDER))
         pairs = {
             f"{step} in place of {under}, {block}": (f"ladder-{step}-{block}", f"ladder-{under}-{block}")
-            for block in ("18-23", "24-29")
+            for block in LADDER_BLOCKS
             for under, step in below.items()
         }
     comparisons = comparisons_of(pairs, HELD_OUT) if factor in ("receptive", "finetune", "ladder") else ()
@@ -240,7 +241,7 @@ def study_changes(quick):
     step = (QUICK_ADAM if quick else STRONG_ADAM) | {"epochs": 3 if quick else 40, "tta": 8}
     for name, change in LADDER.items():
         step = step | change
-        rows |= {f"ladder-{name}-{block}": step | {"val_sections": block} for block in ("18-23", "24-29")}
+        rows |= {f"ladder-{name}-{block}": step | {"val_sections": block} for block in LADDER_BLOCKS}
     for how, n in itertools.product(starts, (1, 2, 5)):
         rows[f"{how}-{n}"] = starts[how] | same | {"train_sections": spread_over(n, 24)}
     return rows
