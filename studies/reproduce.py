@@ -37,7 +37,8 @@ EVERYTHING = (("table", None), ("best", None), *STUDIES, ("unet2015", None))
 INTRODUCTION = """# Results
 
 Every table, from the records in this folder. QUICK tables are of reduced recipes for two CPU cores. All but that of
-fine-tuning were recorded before the initialisation of the networks' last layer changed (see CHANGELOG.md).
+fine-tuning and the row `best` were recorded before the initialisation of the networks' last layer changed (see
+CHANGELOG.md).
 `benchmarks/` holds what was measured of speed, `start/` the run of `start.py`, `trials/` recipes that were tried.
 """
 
