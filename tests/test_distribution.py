@@ -93,19 +93,9 @@ def assert_same_curve(found, expected):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_loss_curve_of_one_and_only_the_first_writes(start, alone):
-    chief, other = workers(start, "pair", "--epochs", 3, folders=("first", "second"))
-    assert (chief.wait(300), other.wait(300)) == (0, 0), said(start, "pair-0") + said(start, "pair-1")
-    assert "2 processes, this one number 1" in said(start, "pair-1")
-    assert_same_curve(history(start.folder / "first"), alone[:3])
-    assert strict(start.folder / "first/run.json")["finished"]
-    assert not (start.folder / "second").exists()
-
-
-@pytest.mark.slow
-def test_where_a_process_dies_two_devices_go_on_from_the_checkpoint_along_the_loss_curve_of_one(start, alone):
-    run, resume = start.folder / "run", ("--run_dir", "run", "--resume", "--distribute", 2)
-    chief, other = workers(start, "dying")
+def test_two_processes_give_the_loss_curve_of_one_and_where_one_dies_two_devices_go_on(start, alone):
+    run = start.folder / "run"
+    chief, other = workers(start, "dying", folders=("run", "second"))
     wait_for_epochs(run, 2, chief)
     other.kill()
     other.wait()
@@ -115,7 +105,9 @@ def test_where_a_process_dies_two_devices_go_on_from_the_checkpoint_along_the_lo
         assert "another process of this run is lost" in said(start, "dying-0").splitlines()[-1]
     done = len(history(run))
     assert 2 <= done < 40, "the process died too late"
-    assert start("rest", *resume).wait(300) == 0, said(start, "rest")
+    assert "2 processes, this one number 1" in said(start, "dying-1")
+    assert not (start.folder / "second").exists()  # only the first process writes
+    assert start("rest", "--run_dir", "run", "--resume", "--distribute", 2).wait(300) == 0, said(start, "rest")
     assert "every batch shared by 2 devices" in said(start, "rest")
     assert f"resumed after epoch {done}," in said(start, "rest")
     both = history(run)
@@ -123,7 +115,8 @@ def test_where_a_process_dies_two_devices_go_on_from_the_checkpoint_along_the_lo
     assert_same_curve(both, alone)
     assert alone[-1]["loss"] < alone[0]["loss"]  # it learns
     scored = unfinish(run)
-    assert start("scoring", *resume).wait(300) == 0, said(start, "scoring")
+    chief, other = workers(start, "scoring", "--resume")
+    assert (chief.wait(300), other.wait(300)) == (0, 0), said(start, "scoring-0") + said(start, "scoring-1")
     assert strict(run / "run.json")["held_out"]["dice"] == scored["held_out"]["dice"]
 
 
