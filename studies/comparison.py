@@ -6,7 +6,7 @@ The functions take the results that were found of a plan (its table, its jobs); 
 import math
 import re
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 from score.scores import SCORES
@@ -21,6 +21,10 @@ TITLES = {
 }
 DIGITS = {"held_out_warping_error": 6}
 HELD_OUT = ("loss", "val_loss", *(f"held_out_{name}" for name in ("bce", "dice", "v_rand", "v_info", "pixel_error")))
+BY_FOLD = {
+    **{"held_out_v_rand": "V_rand", "held_out_merged_v_rand": "V_rand, false borders taken away"},
+    **{"held_out_v_info": "V_info", "held_out_merged_v_info": "V_info, false borders taken away"},
+}
 
 
 def report(results) -> tuple[list[str], list[str]]:
@@ -208,14 +212,14 @@ def held_out_table(results) -> list[str]:
 
 
 def fold_table(results) -> list[str]:
-    """V_rand of every fold."""
+    """V_rand and V_info of every fold, also with the false borders taken away."""
     folds = sorted({job.fold for job, _ in results.finished if job.protocol == "kfold"})
     body = []
-    for row in results.table.rows if folds else ():
-        values = results.metric(row.name, "held_out_v_rand")
-        cells = [plus_minus([v for (_, f), v in values.items() if f == fold]) for fold in folds]
-        body.append([row.name, *cells, plus_minus(list(values.values()))])
-    return markdown(["V_rand", *(f"fold {fold}" for fold in folds), "all"], body) if body else []
+    for row, metric in product(results.table.rows if folds else (), BY_FOLD):
+        if values := results.metric(row.name, metric):
+            cells = [plus_minus([v for (_, f), v in values.items() if f == fold]) for fold in folds]
+            body.append([row.name, BY_FOLD[metric], *cells, plus_minus(list(values.values()))])
+    return markdown(["row", "score", *(f"fold {fold}" for fold in folds), "all"], body) if body else []
 
 
 def comparison_words(results) -> list[str]:
