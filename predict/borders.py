@@ -6,7 +6,7 @@ split by a smear. Gradient boosting learns that from the labels of the training 
 the design: the learned mergers of the ISBI-2012 challenge's best entries (doi:10.3389/fnana.2015.00142).
 """
 
-import io
+import zipfile
 
 import numpy as np
 
@@ -18,6 +18,7 @@ SMOOTHING, DEPTH = 1.0, 0.03  # of the membrane: px, and the probability by whic
 PERCENTILES = (0, 5, 10, 25, 50, 75, 90, 100)
 FEATURES = 36
 MOST = 10**6  # borders that are learned from
+LARGEST = MOST * (4 * FEATURES + 1) + 1000  # bytes of a file, unpacked
 FORESTS = 3  # whose mean is taken: one depends on its seed
 
 
@@ -163,7 +164,10 @@ def save(path, merger):
 def load(path):
     """The merger of such a file, learned again, the same; or a DataError that says what is wrong with it."""
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+        with zipfile.ZipFile(path) as parts:
+            if sum(part.file_size for part in parts.infolist()) > LARGEST:
+                raise ValueError(f"it holds more than {LARGEST} bytes")
+        with np.load(path, allow_pickle=False) as file:
             features, joined = file["features"], file["joined"]
         if features.ndim != 2 or features.shape[1] != FEATURES or features.dtype != np.float32:
             raise ValueError(f"features must be float32 (N, {FEATURES})")

@@ -90,3 +90,10 @@ def test_a_broken_or_hostile_file_is_refused_in_a_sentence(change, words, tmp_pa
     np.savez(tmp_path / "x.npz", **{key: value for key, value in arrays.items() if value is not None})
     with pytest.raises(DataError, match=f"--weight_path: .* is broken: .*{words}"):
         borders.load(tmp_path / "x.npz")
+
+
+def test_a_file_that_would_unpack_to_more_than_the_largest_is_refused_unread(merger, tmp_path, monkeypatch):
+    borders.save(tmp_path / "x.borders.npz", merger)
+    monkeypatch.setattr(borders, "LARGEST", 1000)
+    with pytest.raises(DataError, match="is broken: it holds more than 1000 bytes"):
+        borders.load(tmp_path / "x.borders.npz")
