@@ -191,13 +191,25 @@ def test_a_finished_run_may_still_learn_which_borders_are_false_and_predict_uses
     """With a network that sees bright pixels as interior, so that there are borders."""
     monkeypatch.setattr(prediction, "section_predictor", lambda *_, **__: lambda section: np.float32(section) / 255)
     before = strict(tmp_path / "runs/x/run.json")
-    says = again("--resume --merge 1").err
+    with monkeypatch.context() as patch:
+        die_at(patch, (finish, "score", 2, "before"))
+        with pytest.raises(Killed):
+            again("--resume --merge 2")
+    says = again("--resume --merge 2").err
+    assert says.count("finished after epoch 1 already") == 1  # the first of two networks
+    first, second = (strict(tmp_path / f"runs/x/inner-{n}/run.json") for n in (0, 1))
+    inner = first["split"], second["split"]
+    assert inner[0]["held_out"] == inner[1]["train"]
+    assert inner[1]["held_out"] == inner[0]["train"]
+    assert inner[1]["train"] + inner[0]["train"] == before["split"]["train"]
     now, weights = strict(tmp_path / "runs/x/run.json"), strict(tmp_path / "weights/x.json")
     assert now["final"] == before["final"]
     assert now["merge"] == weights["merge"]
+    seconds = [one["training_seconds"] for one in (before, first, second)]
+    assert now["training_seconds"] == pytest.approx(sum(seconds))
     assert set(now["held_out_merged"]["curves"]) == {"v_rand", "v_info"}
     assert f"false borders taken away: v_rand {now['held_out_merged']['v_rand']:.4f}" in says
-    assert "finished after epoch 3 already" in again("--resume --merge 1").err
+    assert "finished after epoch 3 already" in again("--resume --merge 2").err
 
     def predict(words):
         call("predict", "--weight_path", "weights/x", "--image_path", "images.tif", "--force", *words.split())
@@ -209,7 +221,10 @@ def test_a_finished_run_may_still_learn_which_borders_are_false_and_predict_uses
     assert scores.v_rand(list(maps[held_out]), list(truth)).value == pytest.approx(now["held_out_merged"]["v_rand"])
     assert (maps[held_out] != plain[held_out]).any()
     assert (predict("--segment") != predict("--segment --merge 0")).any()
-    (tmp_path / "weights/x.borders.npz").unlink()
+    monkeypatch.setattr(prediction, "section_predictor", lambda *_, **__: lambda section: np.ones(section.shape, "f4"))
+    assert "no border is false in the training sections, or all are" in again("--resume --merge 2 --epochs 4").err
+    now, weights = strict(tmp_path / "runs/x/run.json"), strict(tmp_path / "weights/x.json")
+    assert not {"merge", "held_out_merged"} & (now.keys() | weights.keys())  # they were of the third epoch's weights
     done = call(
         "predict", "--weight_path", "weights/x", "--image_path", "images.tif", "--force", "--merge", "1", code=2
     )

@@ -18,8 +18,12 @@ from train.trainee import averaged_weights
 LEARNED_PX = 2**25  # of training sections that false borders are learned from, 128 of 512 x 512
 
 
-def finish(recorder, stacks, tta, merge=False):
-    """Save the last weights, then score the chosen ones on the held-out sections, else on some training sections."""
+def finish(recorder, stacks, tta, merge=0, inner=None):
+    """Save the last weights, then score the chosen ones on the held-out sections, else on some training sections.
+
+    With `merge`, false borders are learned: from this network's own predictions of its training sections, or from
+    those of `inner()`, a predictor by section number that has not seen the section.
+    """
     place, journal, network = recorder.place, recorder.journal, recorder.alone.network
     split, cells = stacks.split, stacks.cells
     predict = prediction.section_predictor(network, stacks.normalisation, tta=tta)
@@ -32,18 +36,16 @@ def finish(recorder, stacks, tta, merge=False):
         recorder.save_weights(place.last)
     network.load_weights(place.weights)
     record = recorder.record | {"finished": True, "stopped_early": journal.stopped}
-    record["training_seconds"] = round(journal.seconds, 1)
     record["final"] = journal.rows[-1] | {"best_val_loss": journal.best if math.isfinite(journal.best) else None}
     record |= choose(stacks, chosen, interior_of)
-    merger, threshold = learn_borders(stacks, chosen, interior_of) if merge else (None, None)
-    if merger:
-        borders.save(prediction.borders_file(place.weights), merger)
-        record["merge"] = {"threshold": threshold, "tta": tta}
-    kept = {key: record[key] for key in (*prediction.SEGMENTATION, "merge") if key in record}
-    atomic.write_json(prediction.record_file(place.weights), prediction.read_record(place.weights) | kept)
     sections = list(split.held_out or split.inner or some(split.train))
     interior = np.stack([interior_of(i) for i in sections])
     role = "held_out" if split.held_out else "training_sections"
+    unseen = cache(inner()) if merge > 1 else interior_of
+    runs = [atomic.read_json(place.inner(n) / "run.json", "--merge") for n in range(merge if merge > 1 else 0)]
+    record["training_seconds"] = round(journal.seconds + sum(one["training_seconds"] for one in runs), 1)
+    merger, threshold = learn_borders(stacks, chosen, unseen) if merge else (None, None)
+    keep(place, record, role, merger, {"threshold": threshold, "tta": tta})
     truth = cells or stacks.masks
     shown = np.stack(list(prediction.segment_stack(interior, record))) if cells else interior
     record[role] = score(truth.sections[sections], shown, sections, bool(cells))
@@ -58,6 +60,20 @@ def finish(recorder, stacks, tta, merge=False):
     figures.learning_rate(rates, place.picture("learning_rate"), label=course.mode)
     atomic.write_json(place.record, record)
     say(f"weights: {place.weights}; record, history and pictures: {place.folder}")
+
+
+def keep(place, record, role, merger, how):
+    """Write beside the weights how to segment by them; what was learned from earlier weights of the run goes."""
+    file, beside = prediction.borders_file(place.weights), prediction.read_record(place.weights)
+    for old, key in ((record, "merge"), (record, f"{role}_merged"), (beside, "merge")):
+        old.pop(key, None)
+    if merger:
+        borders.save(file, merger)
+        record["merge"] = how
+    else:
+        file.unlink(missing_ok=True)
+    kept = {key: record[key] for key in (*prediction.SEGMENTATION, "merge") if key in record}
+    atomic.write_json(prediction.record_file(place.weights), beside | kept)
 
 
 def finite(interior, i):
