@@ -505,10 +505,16 @@ def test_the_values_are_those_of_the_epoch_whose_weights_were_kept_like_beside_l
 
 def test_held_out_scores_stand_beside_with_their_spread_over_seeds_and_folds(reproduced):
     scores = {"unet": lambda args: {"v_rand": 0.9 + 0.02 * (args.fold or 0) + 0.001 * args.seed}}
-    out = reproduced("table", "--only", "unet", "--seeds", 2, "--folds", 2, suite=Suite(scores=scores))[1]
+    words = ("table", "--only", "unet", "--seeds", 2, "--folds", 2)
+    out = reproduced(*words, suite=Suite(scores=scores))[1]
     assert "| unet | 500 x 10 updates of 3 windows of 512 px | 4 |" in out
     assert "| 0.9105 ± 0.0116 |" in out
-    assert "| unet | 0.9005 ± 0.0007 (2) | 0.9205 ± 0.0007 (2) | 0.9105 ± 0.0116 (4) |" in out
+    assert "| unet | V_rand | 0.9005 ± 0.0007 (2) | 0.9205 ± 0.0007 (2) | 0.9105 ± 0.0116 (4) |" in out
+    assert "false borders" not in out
+    for folder in Path("runs/reproduce/table").glob("unet-kfold*"):
+        change_record(folder.name, lambda record: record.update(held_out_merged={"v_rand": 0.97, "v_info": 0.98}))
+    out = reproduced(*words, suite=Suite(scores=scores))[1]
+    assert "| unet | V_rand, false borders taken away | 0.9700 ± 0.0000 (2) | 0.9700 ± 0.0000 (2) |" in out
 
 
 def test_a_finished_run_without_the_number_is_not_reproduced(reproduced):
