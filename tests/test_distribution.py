@@ -117,7 +117,8 @@ def test_two_processes_give_the_loss_curve_of_one_and_where_one_dies_two_devices
     scored = unfinish(run)
     chief, other = workers(start, "scoring", "--resume")
     assert (chief.wait(300), other.wait(300)) == (0, 0), said(start, "scoring-0") + said(start, "scoring-1")
-    assert strict(run / "run.json")["held_out"]["dice"] == scored["held_out"]["dice"]
+    now = strict(run / "run.json")
+    assert (now["finished"], now["held_out"]["dice"]) == (True, scored["held_out"]["dice"])
 
 
 def unfinish(folder):

@@ -221,14 +221,17 @@ def test_a_finished_run_may_still_learn_which_borders_are_false_and_predict_uses
     assert scores.v_rand(list(maps[held_out]), list(truth)).value == pytest.approx(now["held_out_merged"]["v_rand"])
     assert (maps[held_out] != plain[held_out]).any()
     assert (predict("--segment") != predict("--segment --merge 0")).any()
-    monkeypatch.setattr(prediction, "section_predictor", lambda *_, **__: lambda section: np.ones(section.shape, "f4"))
-    assert "no border is false in the training sections, or all are" in again("--resume --merge 2 --epochs 4").err
-    now, weights = strict(tmp_path / "runs/x/run.json"), strict(tmp_path / "weights/x.json")
-    assert not {"merge", "held_out_merged"} & (now.keys() | weights.keys())  # they were of the third epoch's weights
+    kept = (tmp_path / "weights/x.borders.npz").rename("kept.npz")
     done = call(
         "predict", "--weight_path", "weights/x", "--image_path", "images.tif", "--force", "--merge", "1", code=2
     )
     assert "--merge needs weights that were trained with --merge 1. Received: weights/x.borders.npz" in done.err
+    kept.rename(tmp_path / "weights/x.borders.npz")
+    monkeypatch.setattr(prediction, "section_predictor", lambda *_, **__: lambda section: np.ones(section.shape, "f4"))
+    assert "no border is false in the training sections, or all are" in again("--resume --merge 2 --epochs 4").err
+    now, weights = strict(tmp_path / "runs/x/run.json"), strict(tmp_path / "weights/x.json")
+    assert not {"merge", "held_out_merged"} & (now.keys() | weights.keys())  # they were of the third epoch's weights
+    assert not (tmp_path / "weights/x.borders.npz").exists()
 
 
 def test_a_resumed_run_keeps_its_precision_whatever_is_faster_here(again, monkeypatch):

@@ -52,10 +52,6 @@ class Place:
     def picture(self, name):
         return self.folder / f"{name}.png"
 
-    def inner(self, n):
-        """Run folder of one of the networks of --merge 2 and more."""
-        return self.folder / f"inner-{n}"
-
     def outputs(self):
         """Every file that a run may write."""
         names = ("curves", "learning_rate", "held_out", "training_sections", "weights")

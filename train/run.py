@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import math
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import keras
@@ -124,27 +124,29 @@ def fit(args, recorder, feed, extra, stacks):
 
 
 def inner_predictor(args, recorder, stacks, parts):
-    """A training section's number -> its interior probability by a network that has not seen it.
+    """A training section's number -> its interior probability by a network that has not seen it; seconds of training.
 
     The networks, each without one of so many parts of the training sections, are trained here in folders of the run,
     for a quarter of its epochs; or gone on with.
     """
-    train, predictor_of = stacks.split.train, {}
+    train, predictor_of, seconds = stacks.split.train, {}, 0
     for n, part in enumerate(np.array_split(train, parts)):
         seen = data.format_sections([i for i in train if i not in part])
         how = {"protocol": "holdout", "train_sections": seen, "val_sections": data.format_sections(part.tolist())}
         how |= {"inner_sections": 0, "gap": 0, "fold": None, "folds": None, "merge": 0, "minutes": None}
-        how |= {"run_dir": str(recorder.place.inner(n)), "weight_path": None, "tensorboard": False}
+        how |= {"run_dir": str(recorder.place.folder / f"inner-{n}"), "weight_path": None, "tensorboard": False}
         how |= {"epochs": math.ceil(args.epochs / 4), "precision": recorder.record["precision"]}
         inner = argparse.Namespace(**vars(args) | how | {"force": not args.resume})
         say(f"--merge: network {n + 1} of {parts}, of the sections {seen}")
         if run(inner):  # which said why
             raise shell.received[0] if shell.received else KeyboardInterrupt
-        network, record = prediction.load_network(place_of(inner).weights)
+        place = place_of(inner)
+        seconds += records.read_record(place.record)["training_seconds"]
+        network, record = prediction.load_network(place.weights)
         norm = data.Normalisation.from_dict(record["normalisation"])
         predict = prediction.section_predictor(network, norm, tta=args.tta)
         predictor_of |= dict.fromkeys(part.tolist(), predict)
-    return lambda i: predictor_of.get(i, predict)(stacks.images.sections[i])
+    return cache(lambda i: predictor_of.get(i, predict)(stacks.images.sections[i])), seconds
 
 
 def together(spread, step):
