@@ -189,19 +189,34 @@ def test_an_older_run_whose_paths_are_spelled_otherwise_goes_on_and_keeps_its_sc
 
 def test_a_finished_run_may_still_learn_which_borders_are_false_and_predict_uses_it(again, call, tmp_path, monkeypatch):
     """With a network that sees bright pixels as interior, so that there are borders."""
-    monkeypatch.setattr(prediction, "section_predictor", lambda *_, **__: lambda section: np.float32(section) / 255)
+    asked, load = set(), prediction.load_network
+
+    def load_network(weights):
+        network, record = load(weights)
+        network.of = weights.parent.name
+        return network, record
+
+    def predictor(network, *_, **__):
+        name = getattr(network, "of", None)
+        return lambda section: (asked.add((name, section.tobytes())), np.float32(section) / 255)[1]
+
+    monkeypatch.setattr(prediction, "section_predictor", predictor)
     before = strict(tmp_path / "runs/x/run.json")
     with monkeypatch.context() as patch:
-        die_at(patch, (finish, "score", 2, "before"))
-        with pytest.raises(Killed):
-            again("--resume --merge 2")
-    says = again("--resume --merge 2").err
+        patch.setattr(prediction, "load_network", load_network)
+        with monkeypatch.context() as death:
+            die_at(death, (finish, "score", 2, "before"))
+            with pytest.raises(Killed):
+                again("--resume --merge 2")
+        says = again("--resume --merge 2").err
     assert says.count("finished after epoch 1 already") == 1  # the first of two networks
     first, second = (strict(tmp_path / f"runs/x/inner-{n}/run.json") for n in (0, 1))
-    inner = first["split"], second["split"]
-    assert inner[0]["held_out"] == inner[1]["train"]
-    assert inner[1]["held_out"] == inner[0]["train"]
-    assert inner[1]["train"] + inner[0]["train"] == before["split"]["train"]
+    halves = second["split"]["train"], first["split"]["train"]
+    assert [*halves[0], *halves[1]] == before["split"]["train"]
+    sections = [section.tobytes() for section in tifffile.imread("images.tif")]
+    for n, unseen in enumerate(halves):  # which are predicted by the network that has not seen them
+        found = {sections.index(section) for name, section in asked if name == f"inner-{n}"}
+        assert found - set(before["split"]["inner"]) == set(unseen)
     now, weights = strict(tmp_path / "runs/x/run.json"), strict(tmp_path / "weights/x.json")
     assert now["final"] == before["final"]
     assert now["merge"] == weights["merge"]
