@@ -37,7 +37,8 @@ VERBS = {
     "export": "write a trained network for other programs: bioimage.io, ONNX, TorchScript",
 }
 DATA_SETS = ("isbi2012", "dic-hela", "phc-u373")
-SHIPPED = Path(__file__).resolve().parent / "weights" / "isbi2012_standard"
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+SHIPPED, TUNED = WEIGHTS / "isbi2012_standard", WEIGHTS / "isbi2012_standard"
 NOT_GIVEN = object()  # of a flag that a recipe may set
 
 OWN = {  # for one's own sections
@@ -55,15 +56,15 @@ RECIPES = {
     | {"arch": "resunet", "window": 256, "epochs": 7, "optimizer": "muon", "max_lr": 4e-3, "ema": 0.98}
     | {"bn_momentum": 0.9, "average_warmup": 1, "tta": "8", "merge": 1},
     "finetune": OWN
-    | {"window": 256, "epochs": 2, "max_lr": 5e-4, "ema": 0.98, "bn_momentum": 0.9, "init_from": str(SHIPPED)},
+    | {"window": 256, "epochs": 2, "max_lr": 5e-4, "ema": 0.98, "bn_momentum": 0.9, "init_from": str(TUNED)},
 }
-RECIPES["strong"] = RECIPES["quick"] | {"epochs": 40, "ema": 0.99, "merge": 2}
+RECIPES["strong"] = RECIPES["quick"] | {"epochs": 40, "ema": 0.99}
 COSTS = {
     "published": "the study of 2017, which validated on its training sections. Estimated: 4 to 9 hours on 2 CPU cores, "
     "3 minutes on an H200-class GPU",
     "quick": "for your own sections. 5 to 12 minutes on 2 CPU cores",
-    "finetune": "for a few sections: goes on from the shipped network. Estimated: 6 minutes on 2 CPU cores",
-    "strong": "for your own sections, six times as many updates as quick. Estimated: 40 to 80 minutes on 2 CPU cores",
+    "finetune": "for a few sections: goes on from a trained network. Estimated: 6 minutes on 2 CPU cores",
+    "strong": "for your own sections, six times as many updates as quick. 40 to 60 minutes on 2 CPU cores",
 }
 # What depends on the network: defaults of flags that are not given.
 ARCHITECTURES = {
@@ -227,9 +228,7 @@ TRAINING = (
         "(1 + t) / (10 + t)",
         **BINARY | {"default": 0},
     ),
-    flag(
-        "--merge", "learn which borders are false; 2 to 9: by so many inner networks", type=number(int, 0, 9), default=0
-    ),
+    flag("--merge", "learn at the end which borders between cells are false", **BINARY | {"default": 0}),
     flag(
         "--loss",
         "binary cross-entropy, 1 - soft Dice, or their sum (default); weighted: softmax cross-entropy with class and "
@@ -482,7 +481,6 @@ def contradictions(given, args):
         (only_2015 and not of_2015, "--depth, --padding and --batch_norm go with --arch unet2015"),
         ((args.w0 is not None or args.sigma) and not weighted, "--w0 and --sigma go with --loss weighted"),
         (args.merge and args.instances, "--merge is of no use with --instances"),
-        (args.merge > 1 and args.distribute is not None, "--merge 2 and more run on one device: without --distribute"),
         (args.merge and args.protocol == "published", "--merge goes with --protocol holdout, kfold or all"),
         (args.instances and args.invert_mask, "--invert_mask is of no use with --instances"),
         (args.instances and published, "--instances goes with --protocol holdout, kfold or all"),

@@ -14,7 +14,11 @@ from data import DataError
 from files import atomic
 
 SUFFIX = ".borders.npz"
-SMOOTHING, DEPTH = 1.0, 0.03  # of the membrane: px, and the probability by which a seed must lie below its surroundings
+SMOOTHING = 1.0  # of the membrane, px
+MEMBRANE = 0.3  # the probability from which on a pixel is no place for a cell's middle
+WIDER = 2.0  # px by which a seed must be further from membranes than its surroundings
+DEPTH = 0.1  # the probability of membrane by which a narrow cell must lie below its surroundings, to have a seed, too
+HEIGHT = 20.0  # px of distance that a membrane is worth
 PERCENTILES = (0, 5, 10, 25, 50, 75, 90, 100)
 FEATURES = 36
 MOST = 10**6  # borders that are learned from
@@ -26,13 +30,23 @@ FORESTS = 3  # whose mean is taken: one depends on its seed
 
 
 def superpixels(probability):
-    """Labels 1..K of a section's interior probability (H, W), int32, without lines between them."""
+    """Labels 1..K of a section's interior probability (H, W), int32, without lines between them.
+
+    One for every place that lies further from membranes than its surroundings, so that they meet in narrow passages,
+    and one for every basin of the membrane that has no such place.
+    """
     from scipy import ndimage
-    from skimage.morphology import h_minima
+    from skimage.morphology import h_maxima, h_minima
     from skimage.segmentation import watershed
 
     membrane = ndimage.gaussian_filter(1 - np.asarray(probability, np.float32), SMOOTHING)
-    return watershed(membrane, ndimage.label(h_minima(membrane, DEPTH))[0]).astype(np.int32, copy=False)
+    distance = ndimage.distance_transform_edt(membrane < MEMBRANE).astype(np.float32)
+    distance = ndimage.gaussian_filter(distance, 1.5 * SMOOTHING)
+    wide, lowest = h_maxima(distance, WIDER) > 0, h_minima(membrane, DEPTH) > 0
+    basins = watershed(membrane, ndimage.label(lowest)[0])
+    narrow = np.bincount(basins.ravel(), wide.ravel()) == 0
+    seeds = ndimage.label(wide | (lowest & narrow[basins]))[0]
+    return watershed(HEIGHT * membrane - distance, seeds).astype(np.int32, copy=False)
 
 
 def borders_of(labels):
@@ -142,7 +156,7 @@ def merged(probability, section, mergers):
     """
     labels = superpixels(probability)
     pairs, pixels = borders_of(labels)
-    found = np.ones(labels.size, np.float32)
+    found = (labels.ravel() > 0).astype(np.float32)  # all membrane: no superpixel
     if len(pairs):
         features = features_of(probability, section, labels, pairs, pixels)
         false = np.mean([merger.false_borders(features) for merger in mergers], axis=0)

@@ -410,8 +410,7 @@ def cost_words(row: Row, settings: Mapping, quick: bool) -> str:
 def equivalent_windows(settings: Mapping) -> float:
     """A run's work, in training windows of 512 x 512 px of the standard network, from its resolved settings.
 
-    The work of a network goes with its filters squared, at every level a quarter of the pixels. The networks inside a
-    run that learn false borders (`--merge`) train for a quarter of its epochs each.
+    The work of a network goes with its filters squared, at every level a quarter of the pixels.
     """
     validation = settings["val_windows"]
     if settings["protocol"] != "published":  # as many windows as cover the inner sections
@@ -423,5 +422,4 @@ def equivalent_windows(settings: Mapping) -> float:
         filters = [filters[0] * 2**level for level in range(settings["depth"] + 1)]
     work = sum(count**2 / 4**level for level, count in enumerate(filters))
     work *= RESIDUAL_BLOCKS if settings["arch"] == "resunet" else 1
-    inner = settings["merge"] * math.ceil(settings["epochs"] / 4) if settings["merge"] > 1 else 0
-    return (settings["epochs"] + inner) * an_epoch * (settings["window"] / 512) ** 2 * work / STANDARD_WORK
+    return settings["epochs"] * an_epoch * (settings["window"] / 512) ** 2 * work / STANDARD_WORK

@@ -39,6 +39,17 @@ def test_borders_are_named_once_with_the_pixels_on_both_sides():
     assert len(borders.borders_of(np.ones((4, 4), np.int32))[1]) == 0
 
 
+def test_a_passage_through_a_gap_in_a_membrane_is_a_border_and_a_narrow_cell_has_a_superpixel():
+    probability = np.ones((64, 64), np.float32)
+    probability[31:33] = 0
+    probability[31:33, 30:36] = 0.99  # the gap: as bright as the cells
+    probability[2:9, 2:9] = 0
+    probability[4:7, 4:7] = 1  # a cell of 3 px
+    labels = borders.superpixels(probability)
+    assert labels.min() == 1
+    assert len({labels[20, 40], labels[50, 40], labels[5, 5]}) == 3
+
+
 def test_what_was_learned_mends_splits_of_sections_that_it_has_not_seen(merger):
     probability, sections, truth = zip(*smeared(3, seed=9), strict=True)
     found = [borders.merged(*each, [merger]) for each in zip(probability, sections, strict=True)]
@@ -63,6 +74,7 @@ def test_only_borders_with_labels_on_both_sides_are_learned_from():
 def test_a_section_without_borders_is_one_segment_and_borders_all_alike_teach_nothing(merger):
     even = np.full((32, 32), 0.9, np.float32)
     np.testing.assert_array_equal(borders.merged(even, even, [merger]), 1)
+    np.testing.assert_array_equal(borders.merged(0 * even, even, [merger]), 0)
     features, joined = merger.features, merger.joined
     assert borders.Merger.learned([(features[~joined], joined[~joined])]) is None
     assert borders.Merger.learned([(features[:0], joined[:0])]) is None

@@ -18,11 +18,10 @@ from train.trainee import averaged_weights
 LEARNED_PX = 2**25  # of training sections that false borders are learned from, 128 of 512 x 512
 
 
-def finish(recorder, stacks, tta, merge=0, inner=None):
+def finish(recorder, stacks, tta, merge=False):
     """Save the last weights, then score the chosen ones on the held-out sections, else on some training sections.
 
-    With `merge`, false borders are learned: from this network's own predictions of its training sections, or, for 2
-    and more, from what `inner` returns: a section's prediction by a network that has not seen it, and its seconds.
+    With `merge`, false borders are learned from the network's own predictions of its training sections.
     """
     place, journal, network = recorder.place, recorder.journal, recorder.alone.network
     split, cells = stacks.split, stacks.cells
@@ -41,9 +40,8 @@ def finish(recorder, stacks, tta, merge=0, inner=None):
     sections = list(split.held_out or split.inner or some(split.train))
     interior = np.stack([interior_of(i) for i in sections])
     role = "held_out" if split.held_out else "training_sections"
-    unseen, seconds = inner() if merge > 1 else (interior_of, 0)
-    record["training_seconds"] = round(journal.seconds + seconds, 1)
-    merger, threshold = learn_borders(stacks, chosen, unseen) if merge else (None, None)
+    record["training_seconds"] = round(journal.seconds, 1)
+    merger, threshold = learn_borders(stacks, chosen, interior_of) if merge else (None, None)
     keep(place, record, role, merger, {"threshold": threshold, "tta": tta})
     truth = cells or stacks.masks
     shown = np.stack(list(prediction.segment_stack(interior, record))) if cells else interior

@@ -5,12 +5,9 @@ checkpoint, so a run that was killed goes on as if it had not been. Its parts: `
 trained, `recorder` what happens after every epoch, `record` the run folder, `finish` scores and pictures.
 """
 
-import argparse
 import contextlib
 import importlib.util
-import math
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 
 import keras
@@ -109,8 +106,7 @@ def fit(args, recorder, feed, extra, stacks):
             recorder.model.fit(batches, **length, callbacks=[recorder, *extra], shuffle=False, verbose=0)
         if spread.chief:
             with spread.apart():
-                parts = min(args.merge, len(stacks.split.train))
-                finish(recorder, stacks, args.tta, parts, partial(inner_predictor, args, recorder, stacks, parts))
+                finish(recorder, stacks, args.tta, args.merge)
     except BaseException as error:
         stop = error if isinstance(error, KeyboardInterrupt) else next(iter(shell.received), None)
         if stop is None:
@@ -121,33 +117,6 @@ def fit(args, recorder, feed, extra, stacks):
         return getattr(stop, "code", 130)
     spread.agree(0)  # who leaves early takes the others along
     return 0
-
-
-def inner_predictor(args, recorder, stacks, parts):
-    """A training section's number -> its interior probability by a network that has not seen it; seconds of training.
-
-    The networks, each without one of so many parts of the training sections, are trained here in folders of the run,
-    for a quarter of its epochs; or gone on with.
-    """
-    train, predictor_of, seconds = stacks.split.train, {}, 0
-    for n, part in enumerate(np.array_split(train, parts)):
-        seen = data.format_sections([i for i in train if i not in part])
-        # Its own scores are of one section: they only show that it has learned something.
-        how = {"protocol": "holdout", "train_sections": seen, "val_sections": str(part[0]), "tta": "none"}
-        how |= {"inner_sections": 0, "gap": 0, "fold": None, "folds": None, "merge": 0, "minutes": None}
-        how |= {"run_dir": str(recorder.place.folder / f"inner-{n}"), "weight_path": None, "tensorboard": False}
-        how |= {"epochs": math.ceil(args.epochs / 4), "precision": recorder.record["precision"]}
-        inner = argparse.Namespace(**vars(args) | how | {"force": not args.resume})
-        say(f"--merge: network {n + 1} of {parts}, of the sections {seen}")
-        if run(inner):  # which said why
-            raise shell.received[0] if shell.received else KeyboardInterrupt
-        place = place_of(inner)
-        seconds += records.read_record(place.record)["training_seconds"]
-        network, record = prediction.load_network(place.weights)
-        norm = data.Normalisation.from_dict(record["normalisation"])
-        predict = prediction.section_predictor(network, norm, tta=args.tta)
-        predictor_of |= dict.fromkeys(part.tolist(), predict)
-    return cache(lambda i: predictor_of.get(i, predict)(stacks.images.sections[i])), seconds
 
 
 def together(spread, step):
