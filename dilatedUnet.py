@@ -38,7 +38,7 @@ VERBS = {
 }
 DATA_SETS = ("isbi2012", "dic-hela", "phc-u373")
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-SHIPPED, TUNED = WEIGHTS / "isbi2012_standard", WEIGHTS / "isbi2012_standard"
+SHIPPED, TUNED = WEIGHTS / "isbi2012", WEIGHTS / "isbi2012_standard"  # what predicts; what `finetune` goes on from
 NOT_GIVEN = object()  # of a flag that a recipe may set
 
 OWN = {  # for one's own sections
@@ -242,7 +242,7 @@ TRAINING = (
     ),
     flag(
         "--init_from",
-        "weights to start from, of the same network, such as weights/isbi2012_standard; the gray values are normalised "
+        "weights to start from, of the same network, such as weights/isbi2012; the gray values are normalised "
         "by your own sections",
         metavar="FILE",
     ),

@@ -196,7 +196,7 @@ def test_predict_takes_the_shipped_network_and_says_so_unless_another_is_named(c
     assert str(dilatedUnet.SHIPPED) in call("predict").err
     assert not call("predict", "--weight_path", "a", "b").err
     assert taken == [[str(dilatedUnet.SHIPPED)], ["a", "b"]]
-    assert prediction.read_record(taken[0][0])["network"]["dilate"] is False
+    assert prediction.read_record(taken[0][0])["network"]["arch"] == "resunet"
 
 
 @cases(

@@ -350,7 +350,7 @@ def test_gray_values_are_mapped_where_that_is_certain_and_warned_about_where_not
 
 
 def test_thin_lines_tell_what_the_percentiles_of_the_shipped_weights_do_not(isbi):
-    record = prediction.read_record(ROOT / "weights" / "isbi2012_standard")
+    record = prediction.read_record(ROOT / "weights" / "isbi2012")
     painted = data.synthetic(3, (300, 300))[0].sections
     real = data.read_stack(isbi / "test-volume.tif").sections[::10]
     for stack, contrast in ((real, 0.3), (painted, 1), (painted, 0.3)):
@@ -359,7 +359,7 @@ def test_thin_lines_tell_what_the_percentiles_of_the_shipped_weights_do_not(isbi
             intensity.normalisation_for(255 - given if inverted else given, record, "own", words.append)
             assert any("inverted" in said for said in words) == inverted
     sections = data.read_stack(isbi / "train-volume.tif").sections
-    for name in ("isbi2012_dilated", "isbi2012_standard"):
+    for name in ("isbi2012", "isbi2012_standard"):
         record = prediction.read_record(ROOT / "weights" / name)
         found, expected = record["intensity"]["percentiles"], trained_on(sections)["intensity"]["percentiles"]
         assert found == pytest.approx(expected, abs=1)

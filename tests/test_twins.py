@@ -70,7 +70,7 @@ def test_twins_of_every_architecture_agree_for_every_size(settings, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_twins_of_the_shipped_network_agree_on_a_real_section_in_tiles(isbi, tmp_path):
-    network, record = prediction.load_network(ROOT / "weights" / "isbi2012_standard")
+    network, record = prediction.load_network(ROOT / "weights" / "isbi2012")
     norm, field = data.Normalisation.from_dict(record["normalisation"]), unet.field_of(network)
     with data.iter_sections(data.resolve(str(isbi), "test")) as sections:
         section = norm(sections[3][:200, :184])
