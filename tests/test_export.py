@@ -109,7 +109,7 @@ def test_the_shipped_network_is_exported_with_its_card_licence_and_training_data
     assert said["license"] == "MIT"
     assert said["training_data"]["name"].startswith("ISBI-2012")
     assert "# Model card: `isbi2012`" in text
-    assert "## Where they fail" in text
+    assert "## Where it fails" in text
     assert "](../" not in text
     from PIL import Image
 
