@@ -143,6 +143,11 @@ def use_xla(replicas):
     return {"tensorflow": wanted, "torch": False}.get(backend(), "auto")
 
 
+def splits_dilated():
+    """Whether a dilated convolution is computed as plain ones of every nth row and column."""
+    return backend() == "jax" and accelerator() is not None
+
+
 def fused(function):
     """`function` of a dict of tensors, its element-wise operations fused: XLA inside TensorFlow's plain CPU graph.
 

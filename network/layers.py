@@ -2,7 +2,7 @@
 
 import keras
 from keras import Input, Model, ops
-from keras.layers import Add, Concatenate, Conv2D, Conv2DTranspose, Cropping2D, MaxPooling2D
+from keras.layers import Add, Concatenate, Conv2DTranspose, Cropping2D, MaxPooling2D
 
 from network import device, distribution, optimizers
 from network.hashing import random_bytes
@@ -10,6 +10,28 @@ from network.outline import EPSILON, MOMENTUM
 
 __all__ = ["Add", "BatchNormDropout", "Concatenate", "Conv2D", "Conv2DTranspose", "Cropping2D", "Dropout", "Input"]
 __all__ += ["Interior", "MaxPooling2D", "Model", "Upsample"]
+
+# -- dilated convolution ----------------------------------------------------------------------------------------
+
+
+class Conv2D(keras.layers.Conv2D):
+    """Keras's, and on a GPU with JAX a dilated one as a plain one of every `rate`-th row and column: the same sums.
+
+    cuDNN has no fast kernels for dilated convolutions in bfloat16: on an H200 the dilated network of 2017 took 3 times
+    as long as the standard one.
+    """
+
+    def convolution_op(self, inputs, kernel):
+        (rate, across), (rows, columns, channels) = self.dilation_rate, inputs.shape[1:]
+        fits = rows and columns and rate == across > 1 and rows % rate == columns % rate == 0
+        if not (fits and self.padding == "same" and self.strides == (1, 1) and device.splits_dilated()):
+            return super().convolution_op(inputs, kernel)
+        x = ops.reshape(inputs, (-1, rows // rate, rate, columns // rate, rate, channels))
+        x = ops.reshape(ops.transpose(x, (0, 2, 4, 1, 3, 5)), (-1, rows // rate, columns // rate, channels))
+        x = ops.conv(x, kernel, padding="same", data_format=self.data_format)
+        x = ops.reshape(x, (-1, rate, rate, rows // rate, columns // rate, self.filters))
+        return ops.reshape(ops.transpose(x, (0, 3, 1, 4, 2, 5)), (-1, rows, columns, self.filters))
+
 
 # -- dropout and batch norm -------------------------------------------------------------------------------------
 # On a CPU stock dropout (a float32 uniform number per element) and stock batch norm (generic reductions) cost more
