@@ -97,7 +97,7 @@ def result_of(record, history) -> dict:
     return half | {
         **{key: record.get(key) for key in KEPT},
         "settings": settings | {"epochs": record["epochs"]},
-        "device": record.get("hardware", {}).get("device"),
+        "device": ran_on(record),
         "versions": {key: value for key, value in record.get("versions", {}).items() if key in VERSIONS},
         "data": record.get("data", {}).get("image_sha256"),
         "minutes": round(record["training_seconds"] / 60, 2) if record["finished"] else 0,
@@ -105,6 +105,17 @@ def result_of(record, history) -> dict:
         "metrics": metrics,
         "history": thinned(history, at),
     }
+
+
+def ran_on(record):
+    """The device, or one after the other; the last one's precision is the record's own."""
+    words, before = "", (record.get("hardware", {}).get("device"), record["precision"])
+    for i, one in enumerate(record.get("sittings", ())):
+        now = (one["hardware"]["device"], one.get("precision", record["precision"]))
+        if i and now != before:
+            words += f"{before[0]} in {before[1]}, from epoch {one['from_epoch']} "
+        before = now
+    return words + before[0] if before[0] else None
 
 
 def check_result(result) -> dict:

@@ -43,6 +43,21 @@ def test_batch_norm_equals_kerass_own_and_its_averages_take_in_what_their_moment
     assert unet.build_2015(filters=1, levels=1, batch_norm=True, bn_momentum=0.9).get_layer("up1_bn1").momentum == 0.9
 
 
+@pytest.mark.jax
+@pytest.mark.parametrize(
+    ("fits", "size", "padding"), [(True, (24, 16), "same"), (False, (22, 16), "same"), (False, (24, 16), "valid")]
+)
+def test_a_dilated_convolution_of_every_nth_pixel_is_the_dilated_convolution(fits, size, padding, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype("float32")
+    layer = layers.Conv2D(5, 3, padding=padding, dilation_rate=4)
+    stock = np.asarray(layer(x))
+    assert not device.splits_dilated()  # on a processor
+    monkeypatch.setattr(device, "splits_dilated", lambda: True)
+    if fits:
+        monkeypatch.setattr(keras.layers.Conv2D, "convolution_op", None)  # it is not asked
+    np.testing.assert_allclose(layer(x), stock, atol=1e-5)
+
+
 @pytest.mark.parametrize("found", [None, pytest.param("a GPU", marks=pytest.mark.jax)])
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
 def test_the_variance_is_right_where_the_mean_is_many_standard_deviations(precision, found, monkeypatch):

@@ -70,12 +70,12 @@ def test_a_checkpoint_holds_everything_and_that_of_another_network_or_optimizer_
 
 def test_a_run_that_goes_on_keeps_its_scores_its_first_provenance_and_a_list_of_its_sittings(capsys):
     old = {"versions": {"backend": "tensorflow"}, "commit": "a", "hardware": {"device": "CPU"}, "command": "one"}
-    new = old | {"versions": {"backend": "jax"}, "command": "two"}
-    before = old | {"finished": True, "held_out": {"dice": 0.9}, "epochs": 1}
+    new = old | {"versions": {"backend": "jax"}, "command": "two", "precision": "float32"}
+    before = old | {"finished": True, "held_out": {"dice": 0.9}, "epochs": 1, "precision": "float32"}
     found = records.continued(new | {"finished": False, "epochs": 2, "sittings": [new]}, before, epoch=1)
     assert (found["finished"], found["epochs"], found["held_out"]) == (False, 2, {"dice": 0.9})
     assert found["versions"] == {"backend": "tensorflow"}
-    assert found["sittings"] == [old | {"from_epoch": 0}, new | {"from_epoch": 1}]
+    assert found["sittings"] == [old | {"precision": "float32", "from_epoch": 0}, new | {"from_epoch": 1}]
     assert "backend was tensorflow, is jax" in capsys.readouterr().err
     third = records.continued(new | {"sittings": [new]}, found, epoch=2)
     assert ([one["from_epoch"] for one in third["sittings"]], capsys.readouterr().err) == ([0, 1, 2], "")

@@ -26,6 +26,7 @@ from files import atomic, shell
 from network import device, distribution, losses
 from predict import prediction
 from score import evaluation, scores
+from studies.records import ran_on
 from train import feed as feeds
 from train import finish, recorder
 from train import record as records
@@ -56,7 +57,7 @@ def test_the_record_says_what_was_done_with_what(finished):
     expected = {"argv": FINISHED, "seed": 7, "epochs": 3, "finished": True, "stopped_early": False}
     expected |= {
         "precision": "float32",
-        "sittings": [{key: record[key] for key in records.PROVENANCE} | {"from_epoch": 0}],
+        "sittings": [{key: record[key] for key in (*records.PROVENANCE, "precision")} | {"from_epoch": 0}],
     }
     split = {"train": [0, 1, 2, 3, 4], "inner": [5, 6], "held_out": [8, 9], "gap": [7]}
     assert record | expected | {"split": {"protocol": "holdout"} | split} == record
@@ -149,7 +150,6 @@ def test_two_trainings_in_one_folder_or_with_one_weight_file_are_refused(again, 
     ("--lr 2e-4", "same settings: --lr was 0.0001. Received: 0.0002"),
     ("--seed 8", "--seed was 7. Received: 8"),
     ("--filters 2,4", "--filters was [2, 3]. Received: [2, 4]"),
-    ("--precision bfloat16", "--precision was float32. Received: bfloat16"),
     ("--tta 8", "--tta was none. Received: 8"),
     ("--weight_path y --run_dir runs/x", "--weight_path was weights/x.weights.h5. Received: y.weights.h5"),
     ("--image_path other.tif", "--resume needs the same data"),
@@ -232,6 +232,15 @@ def test_a_resumed_run_keeps_its_precision_whatever_is_faster_here(again, monkey
     assert training.precision_of(args, training.place_of(args)) == "float32"
     args.resume = False
     assert training.precision_of(args, training.place_of(args)) == "bfloat16"
+
+
+def test_a_run_that_goes_to_another_machine_may_change_its_precision_and_says_so(again, tmp_path):
+    assert "precision was float32, is bfloat16" in again("--resume --epochs 4 --precision bfloat16").err
+    record = strict(tmp_path / "runs/x/run.json")
+    assert [(one["precision"], one["from_epoch"]) for one in record["sittings"]] == [("float32", 0), ("bfloat16", 3)]
+    device = record["hardware"]["device"]
+    assert ran_on(record) == f"{device} in float32, from epoch 3 {device}"
+    assert record["precision"] == "bfloat16"
 
 
 @cases(

@@ -25,7 +25,7 @@ from predict.intensity import dark_lines
 
 # What may differ between a run and its resumption; every other setting must be the same.
 FREE_ON_RESUME = (
-    *("epochs", "resume", "force", "tensorboard", "gpu", "distribute", "lr_find", "augment_preview"),
+    *("epochs", "resume", "force", "tensorboard", "gpu", "precision", "distribute", "lr_find", "augment_preview"),
     *("verb", "run", "argv", "recipe", "minutes"),
 )
 # Compared by what they lead to, not by their spelling.
@@ -155,16 +155,17 @@ def read_record(path):
     return record
 
 
-def sitting(argv):
-    """Who computes now: the command, versions, commit and hardware."""
+def sitting(argv, precision):
+    """Who computes now: the command, versions, commit, hardware and precision."""
     command = shlex.join(["python", "dilatedUnet.py", *argv])
-    return dict(zip(PROVENANCE, (command, versions(), commit(), hardware()), strict=True))
+    return dict(zip((*PROVENANCE, "precision"), (command, versions(), commit(), hardware(), precision), strict=True))
 
 
 def continued(record, before, epoch):
     """The record of a run that goes on after `epoch`: scores stay until there are new ones, and every sitting."""
     earlier = [one for one in before.get("sittings", []) if isinstance(one, dict)]
     earlier = earlier or [{key: before.get(key) for key in PROVENANCE} | {"from_epoch": 0}]
+    earlier = [{"precision": before["precision"]} | one for one in earlier]  # which older sittings lack
     now = record["sittings"][-1] | {"from_epoch": epoch}
     if found := differences(earlier[-1], now):
         say(f"--resume: not as in the sitting before: {'; '.join(found)}")
@@ -177,7 +178,8 @@ def differences(before, now):
 
     def flat(one):
         parts = [one.get(key) for key in ("versions", "hardware")]
-        return {"commit": one.get("commit")} | {k: v for d in parts if isinstance(d, dict) for k, v in d.items()}
+        plain = {key: one.get(key) for key in ("commit", "precision")}
+        return plain | {k: v for d in parts if isinstance(d, dict) for k, v in d.items()}
 
     was, here = flat(before), flat(now)
     keys = sorted(was.keys() | here.keys())
@@ -263,7 +265,7 @@ def check_same_run(place, before, record, defaults):
     now = json.loads(json.dumps(record["settings"]))
     was = {key: defaults[key] for key in now if key in defaults} | before["settings"]
     later = () if was.get("merge") else ("merge",)  # what a finished run may still learn
-    for key in sorted((was.keys() | now.keys()) - {*PATHS, *later}):
+    for key in sorted((was.keys() | now.keys()) - {*PATHS, *later, "precision"}):  # that older records hold
         if was.get(key) != now.get(key):
             raise DataError(f"--resume needs the same settings: --{key} was {was.get(key)}. Received: {now.get(key)}")
     weights = prediction.weight_file(str(was.get("weight_path") or place.folder / "best.weights"))
@@ -273,8 +275,6 @@ def check_same_run(place, before, record, defaults):
         raise DataError("--resume needs the same data: the pixels of --image_path or --mask_path have changed.")
     if before.get("split", record["split"]) != record["split"]:
         raise DataError("--resume needs the same split, and this version of the program splits the sections otherwise.")
-    if before["precision"] != record["precision"]:
-        raise DataError(f"--resume needs --precision {before['precision']}, as before. Received: {record['precision']}")
     if now["clr_mode"] == "cosine" and before["epochs"] != record["epochs"]:
         rule = f"--epochs may not change on --resume with --clr_mode cosine, laid out for {before['epochs']} epochs"
         raise DataError(f"{rule}. Received: {record['epochs']}")

@@ -155,7 +155,7 @@ def place_of(args):
 
 
 def precision_of(args, place):
-    """That of the run that is resumed, unless another is asked for, which is then refused."""
+    """That of the run that is resumed, unless another is asked for."""
     before = records.read_record(place.record) if args.resume and args.precision == "auto" else None
     return before["precision"] if before else device.choose_precision(args.precision)
 
@@ -265,15 +265,14 @@ def make_trainee(args, course, normalisation, precision, spread=None):
 
 
 def new_record(args, stacks, precision, network):
-    now, split, settings = records.sitting(args.argv), stacks.split, network_settings(args)
+    now, split, settings = records.sitting(args.argv, precision), stacks.split, network_settings(args)
     pixels = {"image_sha256": stacks.images.sections, "mask_sha256": stacks.masks.sections}
     return {
         "argv": args.argv,
         **now,
         "recipe": args.recipe,
         "settings": {key: value for key, value in sorted(vars(args).items()) if key not in records.FREE_ON_RESUME},
-        **{"epochs": args.epochs, "finished": False, "sittings": [now | {"from_epoch": 0}]},
-        **{"precision": precision, "seed": args.seed},
+        **{"epochs": args.epochs, "finished": False, "sittings": [now | {"from_epoch": 0}], "seed": args.seed},
         "split": {key: list(getattr(split, key)) for key in SPLIT} | {"protocol": split.protocol},
         "normalisation": stacks.normalisation.to_dict(),
         "intensity": records.intensity(stacks.images.sections[list(split.train)]),
