@@ -131,7 +131,7 @@ def row_2017(name, network, values, quick):
     argv = flags(recipe | {"addition": addition} | (QUICK_2017 if quick else {}))
     published = dict(zip(comparison.SHOWN, values, strict=False))
     stated = STATED_QUICK if quick else STATED
-    return Row(name, argv, 6 if quick else 2.5, published, stated, protocols=("published", "holdout"))
+    return Row(name, argv, 6, published, stated, protocols=("published", "holdout"))
 
 
 # `best` is the recipe for one's own sections; the learning curve and the receptive field are half as long, or in quick

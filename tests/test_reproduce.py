@@ -284,7 +284,7 @@ def test_a_damaged_file_of_records_is_refused_in_one_sentence_before_any_run(rep
 def test_the_commands_are_listed_with_their_cost_and_every_row_fold_and_seed_is_a_run_in_its_own_folder(reproduced):
     code, out, _, calls = reproduced(*ONE, "--list")
     assert (code, calls) == (0, [])
-    assert re.search(r"# unet-published-f0-s0: about 2.5 minutes on one H200.*2 CPU cores 3\.9 hours", out)
+    assert re.search(r"# unet-published-f0-s0: about 6 minutes on one H200.*2 CPU cores 3\.9 hours", out)
     command = next(line for line in out.splitlines() if "--protocol holdout" in line)
     assert "--run_dir runs/reproduce/table/unet-holdout-f0-s0 " in command
     assert dilatedUnet.parse(command.split()[2:]).protocol == "holdout"
