@@ -7,6 +7,7 @@ the design: the learned mergers of the ISBI-2012 challenge's best entries (doi:1
 """
 
 import zipfile
+from typing import NamedTuple
 
 import numpy as np
 
@@ -102,15 +103,30 @@ def features_of(probability, section, labels, pairs, pixels):
     return found
 
 
-def examples(probability, section, truth):
+class Cut(NamedTuple):
+    """A section in superpixels: `labels` (H, W), and of their borders `pairs`, `pixels` and `features`, as above."""
+
+    labels: np.ndarray
+    pairs: np.ndarray
+    pixels: list
+    features: np.ndarray
+
+
+def cut(probability, section):
+    """The cut of a section, of its interior probability and its gray values, both (H, W)."""
+    labels = superpixels(probability)
+    pairs, pixels = borders_of(labels)
+    return Cut(labels, pairs, pixels, features_of(probability, section, labels, pairs, pixels))
+
+
+def examples(cut, truth):
     """Features of a labelled section's borders, and whether one cell lies on both sides; of labelled ones only.
 
     `truth` is a mask (H, W): > 0 interior, < 0 not labelled. A superpixel belongs to the cell that most of it shows.
     """
     from score import segments
 
-    labels = superpixels(probability)
-    pairs, pixels = borders_of(labels)
+    labels, pairs, pixels, features = cut
     cells = segments.components(truth > 0)
     owner = np.zeros(labels.max() + 1, int)
     of_superpixel, of_cell, shared = segments.pairs_of_labels(labels, cells)
@@ -118,7 +134,6 @@ def examples(probability, section, truth):
     owner[of_superpixel[order]] = of_cell[order]  # the largest comes last
     known = np.array([(truth.ravel()[sides] >= 0).all() for sides in pixels], bool)
     first, second = owner[pairs].T
-    features = features_of(probability, section, labels, pairs, pixels)
     return features[known], ((first == second) & (first > 0))[known]
 
 
@@ -149,21 +164,18 @@ class Merger:
         return np.mean([forest.predict_proba(features)[:, 1] for forest in self.forests], axis=0)
 
 
-def merged(probability, section, mergers):
+def merged(cut, mergers):
     """Map of a section, (H, W) float32: 1 inside superpixels, on a border the probability that it is false.
 
     Above a threshold it holds segments, as the challenge's scorer takes them. Of several mergers the mean counts.
     """
-    labels = superpixels(probability)
-    pairs, pixels = borders_of(labels)
-    found = (labels.ravel() > 0).astype(np.float32)  # all membrane: no superpixel
-    if len(pairs):
-        features = features_of(probability, section, labels, pairs, pixels)
-        false = np.mean([merger.false_borders(features) for merger in mergers], axis=0)
-        sides = np.concatenate(pixels)
-        values = np.repeat(false, [len(one) for one in pixels])
+    found = (cut.labels.ravel() > 0).astype(np.float32)  # all membrane: no superpixel
+    if len(cut.pairs):
+        false = np.mean([merger.false_borders(cut.features) for merger in mergers], axis=0)
+        sides = np.concatenate(cut.pixels)
+        values = np.repeat(false, [len(one) for one in cut.pixels])
         np.minimum.at(found, sides.ravel(), np.repeat(values, 2).astype(np.float32))
-    return found.reshape(labels.shape)
+    return found.reshape(cut.labels.shape)
 
 
 # -- the file beside the weights ----------------------------------------------------------------------------------

@@ -341,7 +341,7 @@ def run_sections(args, sections, records, norms, sizes, how, mergers=()):
         interior_of, records = predict, [record | {"threshold": record["merge"]["threshold"]} for record in records]
 
         def predict(section):
-            return borders.merged(interior_of(section), section, mergers)
+            return borders.merged(borders.cut(interior_of(section), section), mergers)
 
     if large:
         say_memory(args, sections)

@@ -24,7 +24,7 @@ def smeared(count, seed):
 
 @pytest.fixture(scope="module")
 def merger():
-    return borders.Merger.learned([borders.examples(*each) for each in smeared(6, seed=0)])
+    return borders.Merger.learned([borders.examples(borders.cut(*each), truth) for *each, truth in smeared(6, seed=0)])
 
 
 def test_borders_are_named_once_with_the_pixels_on_both_sides():
@@ -52,7 +52,7 @@ def test_a_passage_through_a_gap_in_a_membrane_is_a_border_and_a_narrow_cell_has
 
 def test_what_was_learned_mends_splits_of_sections_that_it_has_not_seen(merger):
     probability, sections, truth = zip(*smeared(3, seed=9), strict=True)
-    found = [borders.merged(*each, [merger]) for each in zip(probability, sections, strict=True)]
+    found = [borders.merged(borders.cut(*each), [merger]) for each in zip(probability, sections, strict=True)]
     assert all(each.dtype == np.float32 and 0 <= each.min() < 0.2 and each.max() == 1 for each in found)
     plain, mended = (scores.v_rand(each, truth).value for each in (probability, found))
     assert mended > plain + 0.02
@@ -60,31 +60,32 @@ def test_what_was_learned_mends_splits_of_sections_that_it_has_not_seen(merger):
 
 
 def test_only_borders_with_labels_on_both_sides_are_learned_from():
-    probability, section, truth = smeared(1, seed=3)[0]
-    features, joined = borders.examples(probability, section, truth)
+    *seen, truth = smeared(1, seed=3)[0]
+    cut = borders.cut(*seen)
+    features, joined = borders.examples(cut, truth)
     assert features.shape == (len(joined), borders.FEATURES)
     assert 0 < joined.sum() < len(joined)
     assert np.isfinite(features).all()
     half = truth.copy()
     half[:, :96] = -1
-    assert 0 < len(borders.examples(probability, section, half)[1]) < len(joined)
-    assert len(borders.examples(probability, section, np.full_like(truth, -1))[1]) == 0
+    assert 0 < len(borders.examples(cut, half)[1]) < len(joined)
+    assert len(borders.examples(cut, np.full_like(truth, -1))[1]) == 0
 
 
 def test_a_section_without_borders_is_one_segment_and_borders_all_alike_teach_nothing(merger):
     even = np.full((32, 32), 0.9, np.float32)
-    np.testing.assert_array_equal(borders.merged(even, even, [merger]), 1)
-    np.testing.assert_array_equal(borders.merged(0 * even, even, [merger]), 0)
+    np.testing.assert_array_equal(borders.merged(borders.cut(even, even), [merger]), 1)
+    np.testing.assert_array_equal(borders.merged(borders.cut(0 * even, even), [merger]), 0)
     features, joined = merger.features, merger.joined
     assert borders.Merger.learned([(features[~joined], joined[~joined])]) is None
     assert borders.Merger.learned([(features[:0], joined[:0])]) is None
 
 
 def test_the_file_gives_the_same_map_again(merger, tmp_path):
-    probability, section, _ = smeared(1, seed=5)[0]
+    cut = borders.cut(*smeared(1, seed=5)[0][:2])
     borders.save(tmp_path / "x.borders.npz", merger)
     again = borders.load(tmp_path / "x.borders.npz")
-    expected, found = (borders.merged(probability, section, [each]) for each in (merger, again))
+    expected, found = (borders.merged(cut, [each]) for each in (merger, again))
     np.testing.assert_array_equal(found, expected)
 
 

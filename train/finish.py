@@ -91,7 +91,9 @@ def learn_borders(stacks, chosen, interior_of):
     """
     images, masks = stacks.images.sections, stacks.masks.sections
     most = max(1, LEARNED_PX // masks[0].size)
-    parts = {i: borders.examples(interior_of(i), images[i], masks[i]) for i in some(stacks.split.train, most)}
+    cuts = {i: borders.cut(interior_of(i), images[i]) for i in chosen}
+    learned = some(stacks.split.train, most)
+    parts = {i: borders.examples(cuts.get(i) or borders.cut(interior_of(i), images[i]), masks[i]) for i in learned}
     merger = borders.Merger.learned(list(parts.values()))
     if merger is None:
         say("--merge: no border is false in the training sections, or all are, so there is nothing to learn")
@@ -100,7 +102,7 @@ def learn_borders(stacks, chosen, interior_of):
     trial = borders.Merger.learned(others) if others else None
     if trial is None or not (masks[chosen] > 0).any():
         return merger, 0.5
-    maps = [borders.merged(interior_of(i), images[i], [trial]) for i in chosen]
+    maps = [borders.merged(cuts[i], [trial]) for i in chosen]
     return merger, scores.best_threshold(maps, masks[chosen])
 
 
@@ -136,7 +138,7 @@ def score(truth, shown, sections, cells=False):
 
 def score_merged(stacks, sections, interior_of, merger):
     """The challenge's scores of whole sections once the false borders are taken away."""
-    maps = [borders.merged(interior_of(i), stacks.images.sections[i], [merger]) for i in sections]
+    maps = [borders.merged(borders.cut(interior_of(i), stacks.images.sections[i]), [merger]) for i in sections]
     found = evaluation.score_arrays(maps, stacks.masks.sections[sections], ("v_rand", "v_info"), sections=sections)
     if found["v_rand"] is not None:
         say(f"false borders taken away: v_rand {found['v_rand']:.4f}, v_info {found['v_info']:.4f}")
