@@ -190,7 +190,7 @@ def machines(results) -> str:
     minutes = sum(result["minutes"] for result in found)
     sources = [(result["settings"].get("image_path"), result["data"]) for result in found]
     mixed = " **The runs do not share one data set.**" * (len(set(sources)) > len(dict(sources)))
-    trained = f"{len(found)} runs, {minutes:.0f} minutes of training, on {'; '.join(devices)}."
+    trained = f"{len(found)} run{'s' * (len(found) > 1)}, {minutes:.0f} minutes of training, on {'; '.join(devices)}."
     return f"{trained} {'; '.join(sorted(versions))}. Commit {', '.join(commits)}.{mixed}"
 
 

@@ -113,7 +113,7 @@ def ran_on(record):
     for i, one in enumerate(record.get("sittings", ())):
         now = (one["hardware"]["device"], one.get("precision", record["precision"]))
         if i and now != before:
-            words += f"{before[0]} in {before[1]}, from epoch {one['from_epoch']} "
+            words += f"{before[0]} in {before[1]}, after epoch {one['from_epoch']} "
         before = now
     return words + before[0] if before[0] else None
 

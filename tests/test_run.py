@@ -239,7 +239,7 @@ def test_a_run_that_goes_to_another_machine_may_change_its_precision_and_says_so
     record = strict(tmp_path / "runs/x/run.json")
     assert [(one["precision"], one["from_epoch"]) for one in record["sittings"]] == [("float32", 0), ("bfloat16", 3)]
     device = record["hardware"]["device"]
-    assert ran_on(record) == f"{device} in float32, from epoch 3 {device}"
+    assert ran_on(record) == f"{device} in float32, after epoch 3 {device}"
     assert record["precision"] == "bfloat16"
 
 
