@@ -1,6 +1,6 @@
 """Why the study of 2017 validates worse than it trains, on the same sections: dropout, batch norm, or the windows.
 
-    python benchmarks/dropout_2017.py RUN [RUN ...] --json results/benchmarks/dropout_2017.json
+    python benchmarks/montages_2017.py RUN [RUN ...] --json results/benchmarks/montages_2017.json
 
 RUN is a finished run of `reproduce table` under the published protocol. Its best weights see 15 windows of the montage
 that trains and 15 of the one that validates, in four ways. Means over the windows, batches of 3, float32. TensorFlow
