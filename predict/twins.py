@@ -44,7 +44,7 @@ def _stock(layer):
         return layers.Softmax(**about)
     if is_a(layer, "Dropout"):  # of which inference makes nothing
         return layers.Identity(**about)
-    return type(layer).from_config(layer.get_config() | about)
+    return getattr(layers, type(layer).__name__).from_config(layer.get_config() | about)
 
 
 # -- ONNX -------------------------------------------------------------------------------------------------------
