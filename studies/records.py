@@ -10,7 +10,7 @@ import math
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 from files.atomic import DataError, locked, read_json, write_text
@@ -109,13 +109,14 @@ def result_of(record, history) -> dict:
 
 def ran_on(record):
     """The device, or one after the other; the last one's precision is the record's own."""
-    words, before = "", (record.get("hardware", {}).get("device"), record["precision"])
-    for i, one in enumerate(record.get("sittings", ())):
-        now = (one["hardware"]["device"], one.get("precision", record["precision"]))
-        if i and now != before:
-            words += f"{before[0]} in {before[1]}, after epoch {one['from_epoch']} "
-        before = now
-    return words + before[0] if before[0] else None
+
+    def where(one):
+        return one.get("hardware", {}).get("device"), one.get("precision", record["precision"])
+
+    sittings = [next(same) for _, same in groupby(record.get("sittings") or [record], where)]
+    words = ["{} in {}, after epoch {} ".format(*where(one), then["from_epoch"]) for one, then in pairwise(sittings)]
+    device, _ = where(sittings[-1])
+    return device and "".join(words) + device
 
 
 def check_result(result) -> dict:

@@ -27,6 +27,7 @@ def finish(recorder, stacks, tta, merge=False):
     split, cells = stacks.split, stacks.cells
     predict = prediction.section_predictor(network, stacks.normalisation, tta=tta)
     interior_of = cache(lambda i: finite(predict(stacks.images.sections[i]), i))  # some both choose and are scored
+    cut_of = cache(lambda i: borders.cut(interior_of(i), stacks.images.sections[i]))
     chosen = some(split.inner or split.train)
     with averaged_weights(recorder.alone):
         if not journal.validated:  # nothing to choose by: the last weights it is, if they are worth saving
@@ -41,13 +42,13 @@ def finish(recorder, stacks, tta, merge=False):
     interior = np.stack([interior_of(i) for i in sections])
     role = "held_out" if split.held_out else "training_sections"
     record["training_seconds"] = round(journal.seconds, 1)
-    merger, threshold = learn_borders(stacks, chosen, interior_of) if merge else (None, None)
+    merger, threshold = learn_borders(stacks, chosen, cut_of) if merge else (None, None)
     keep(place, record, role, merger, {"threshold": threshold, "tta": tta})
     truth = cells or stacks.masks
     shown = np.stack(list(prediction.segment_stack(interior, record))) if cells else interior
     record[role] = score(truth.sections[sections], shown, sections, bool(cells))
     if merger:
-        record[f"{role}_merged"] = score_merged(stacks, sections, interior_of, merger)
+        record[f"{role}_merged"] = score_merged(stacks, sections, cut_of, merger)
     middle, course = len(sections) // 2, recorder.course
     pictures = (stacks.images.sections[sections[middle]], truth.sections[sections[middle]], shown[middle])
     titles = (f"section {sections[middle]}", "truth", "prediction")
@@ -84,16 +85,14 @@ def some(sections, most=6):
     return [sections[i * len(sections) // most] for i in range(most)] if len(sections) > most else list(sections)
 
 
-def learn_borders(stacks, chosen, interior_of):
+def learn_borders(stacks, chosen, cut_of):
     """What tells a false border, of training sections; and the best threshold for `chosen` by the others' borders.
 
     Which is 0.5 where there are no others. (None, 0.5) where no border is false, or none is true.
     """
-    images, masks = stacks.images.sections, stacks.masks.sections
+    masks = stacks.masks.sections
     most = max(1, LEARNED_PX // masks[0].size)
-    cuts = {i: borders.cut(interior_of(i), images[i]) for i in chosen}
-    learned = some(stacks.split.train, most)
-    parts = {i: borders.examples(cuts.get(i) or borders.cut(interior_of(i), images[i]), masks[i]) for i in learned}
+    parts = {i: borders.examples(cut_of(i), masks[i]) for i in some(stacks.split.train, most)}
     merger = borders.Merger.learned(list(parts.values()))
     if merger is None:
         say("--merge: no border is false in the training sections, or all are, so there is nothing to learn")
@@ -102,7 +101,7 @@ def learn_borders(stacks, chosen, interior_of):
     trial = borders.Merger.learned(others) if others else None
     if trial is None or not (masks[chosen] > 0).any():
         return merger, 0.5
-    maps = [borders.merged(cuts[i], [trial]) for i in chosen]
+    maps = [borders.merged(cut_of(i), [trial]) for i in chosen]
     return merger, scores.best_threshold(maps, masks[chosen])
 
 
@@ -136,9 +135,9 @@ def score(truth, shown, sections, cells=False):
     return found | {"degenerate": wrong}
 
 
-def score_merged(stacks, sections, interior_of, merger):
+def score_merged(stacks, sections, cut_of, merger):
     """The challenge's scores of whole sections once the false borders are taken away."""
-    maps = [borders.merged(borders.cut(interior_of(i), stacks.images.sections[i]), [merger]) for i in sections]
+    maps = [borders.merged(cut_of(i), [merger]) for i in sections]
     found = evaluation.score_arrays(maps, stacks.masks.sections[sections], ("v_rand", "v_info"), sections=sections)
     if found["v_rand"] is not None:
         say(f"false borders taken away: v_rand {found['v_rand']:.4f}, v_info {found['v_info']:.4f}")

@@ -265,7 +265,8 @@ def check_same_run(place, before, record, defaults):
     now = json.loads(json.dumps(record["settings"]))
     was = {key: defaults[key] for key in now if key in defaults} | before["settings"]
     later = () if was.get("merge") else ("merge",)  # what a finished run may still learn
-    for key in sorted((was.keys() | now.keys()) - {*PATHS, *later, "precision"}):  # that older records hold
+    free = {*PATHS, *later, *FREE_ON_RESUME}  # older records hold some of the last
+    for key in sorted((was.keys() | now.keys()) - free):
         if was.get(key) != now.get(key):
             raise DataError(f"--resume needs the same settings: --{key} was {was.get(key)}. Received: {now.get(key)}")
     weights = prediction.weight_file(str(was.get("weight_path") or place.folder / "best.weights"))
