@@ -23,7 +23,7 @@ from predict import engines, intensity, prediction, rescale
 from score import scores
 
 SECTIONS = [24, 26, 28]
-WEIGHTS = "weights/isbi2012_standard"
+WEIGHTS = "weights/isbi2012"
 GRAYS = {
     "as it is": lambda gray: gray,
     "gamma 0.7": lambda gray: 255 * (gray / 255) ** 0.7,

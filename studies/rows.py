@@ -236,10 +236,7 @@ def study_changes(quick):
     # As many updates from nothing as from the shipped network, which has never seen this stack.
     same = {"image_path": "synthetic", "protocol": "holdout"}
     same |= {"epochs": 2, "window": 192} if quick else {"epochs": 5}
-    starts = {
-        "scratch": QUICK_ADAM | {"bn_momentum": 0.9},
-        "finetune": {"recipe": "finetune", "init_from": "weights/isbi2012_standard"},
-    }
+    starts = {"scratch": {"recipe": "quick"}, "finetune": {"recipe": "finetune", "init_from": "weights/isbi2012"}}
     step = (QUICK_ADAM if quick else STRONG_ADAM) | {"epochs": 3 if quick else 40, "tta": 8}
     for name, change in LADDER.items():
         step = step | change
