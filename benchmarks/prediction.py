@@ -139,13 +139,20 @@ def write_stacks(folder, counts, sides):
     return files
 
 
+OF_CHILD = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
 def peak_mib(command):
-    """Largest resident memory of a process, MiB."""
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    """Largest resident memory of a process, MiB; started by a small one, since what starts it counts, too."""
+    words = [sys.executable, "-c", OF_CHILD, *map(str, command)]
+    found = subprocess.run(words, capture_output=True, text=True)
+    if found.returncode:
         raise SystemExit(f"failed: {' '.join(map(str, command))}")
-    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return int(found.stdout) / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def stock_script(file):
