@@ -1,27 +1,32 @@
 """The layers of the networks, with Keras's own. Their class names are keys in the files of weights."""
 
+import functools
+
 import keras
 from keras import Input, Model, ops
-from keras.layers import Add, Concatenate, Conv2DTranspose, Cropping2D, MaxPooling2D
+from keras.layers import Add, Conv2DTranspose, Cropping2D, MaxPooling2D
 
-from network import device, distribution, optimizers
+from network import device, distribution, onednn, optimizers
 from network.hashing import random_bytes
 from network.outline import EPSILON, MOMENTUM
 
 __all__ = ["Add", "BatchNormDropout", "Concatenate", "Conv2D", "Conv2DTranspose", "Cropping2D", "Dropout", "Input"]
 __all__ += ["Interior", "MaxPooling2D", "Model", "Upsample"]
 
-# -- dilated convolution ----------------------------------------------------------------------------------------
+# -- convolution ------------------------------------------------------------------------------------------------
 
 
 class Conv2D(keras.layers.Conv2D):
-    """Keras's, and on a GPU with JAX a dilated one as a plain one of every `rate`-th row and column: the same sums.
+    """Keras's. On a processor with TensorFlow it is `onednn.convolution`.
 
-    cuDNN has no fast kernels for dilated convolutions in bfloat16: on an H200 the dilated network of 2017 took 3 times
-    as long as the standard one.
+    On a GPU with JAX a dilated one is a plain one of every `rate`-th row and column, the same sums. cuDNN has no fast
+    kernels for dilated convolutions in bfloat16: on an H200 the dilated network of 2017 took 3 times as long as the
+    standard one.
     """
 
     def convolution_op(self, inputs, kernel):
+        if onednn.serves():
+            return onednn.convolution(self, inputs, kernel, super().convolution_op)
         (rate, across), (rows, columns, channels) = self.dilation_rate, inputs.shape[1:]
         fits = rows and columns and rate == across > 1 and rows % rate == columns % rate == 0
         if not (fits and self.padding == "same" and self.strides == (1, 1) and device.splits_dilated()):
@@ -35,7 +40,7 @@ class Conv2D(keras.layers.Conv2D):
 
 # -- dropout and batch norm -------------------------------------------------------------------------------------
 # On a CPU stock dropout (a float32 uniform number per element) and stock batch norm (generic reductions) cost more
-# than half of an update. The mathematics below is the same; the random bits are fewer, and batch norm is oneDNN's.
+# than half of an update. The mathematics below is the same; the random bits are fewer, and the kernels oneDNN's.
 
 
 class _Masking(keras.layers.Layer):
@@ -50,15 +55,33 @@ class _Masking(keras.layers.Layer):
         self.kept = max(1, round(256 * (1 - rate)))
         self.seed_generator = keras.random.SeedGenerator(seed) if self.kept < 256 else None
 
-    def mask(self, x):
-        """1 where an element survives, 0 elsewhere, in the dtype of x; and the factor that keeps the expectation."""
+    @property
+    def factor(self):
+        """What keeps the expectation."""
+        return 1.0 if self.seed_generator is None else 256 / self.kept
+
+    def drop(self, x, factor=1.0):
+        """x where an element survives, times `factor`; 0 elsewhere."""
         if self.seed_generator is None:
-            return None, 1.0
-        survives = random_bytes(ops.shape(x), self.seed_generator.next(), distribution.replica())
-        return ops.cast(survives < ops.cast(self.kept, "uint8"), x.dtype), 256 / self.kept
+            return x
+        key, dropped = self.seed_generator.next(), _dropping(self.kept, factor)
+        if onednn.serves() and distribution.replicas() == 1:
+            return onednn.drop(x, key, dropped)
+        return dropped(x, key)
 
     def compute_output_shape(self, input_shape):
         return input_shape
+
+
+@functools.cache
+def _dropping(kept, factor):
+    """A function of x and a key: x times `factor` where its byte is among the `kept` values."""
+
+    def dropped(x, key):
+        survives = random_bytes(ops.shape(x), key, distribution.replica()) < ops.cast(kept, "uint8")
+        return x * (ops.cast(survives, x.dtype) * ops.cast(factor, x.dtype))
+
+    return dropped
 
 
 class Dropout(_Masking):
@@ -68,8 +91,7 @@ class Dropout(_Masking):
     """
 
     def call(self, x, training=False):
-        mask, factor = self.mask(x) if training else (None, 1.0)
-        return x if mask is None else x * (mask * ops.cast(factor, x.dtype))
+        return self.drop(x, self.factor) if training else x
 
 
 class BatchNormDropout(_Masking):
@@ -97,31 +119,20 @@ class BatchNormDropout(_Masking):
     def call(self, x, training=False):
         if not training:
             return _normalise(x, self.gamma, self.beta, self.moving_mean, self.moving_variance)
-        mask, factor = self.mask(x)
-        y, mean, variance = _normalise_by_batch(x, self.gamma * factor, self.beta * factor)
+        y, mean, variance = _normalise_by_batch(x, self.gamma * self.factor, self.beta * self.factor)
         momentum = optimizers.warmed_up(self.momentum, self.update()) if self.update else self.momentum
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
             moving.assign(moving * momentum + ops.stop_gradient(batch) * (1 - momentum))
-        return y if mask is None else y * mask
+        return self.drop(y)
 
 
 def _normalise_by_batch(x, gamma, beta):
     """x normalised by its batch, and that batch's mean and biased variance."""
     alone = distribution.replicas() == 1 and device.accelerator() is None
     if keras.backend.backend() == "tensorflow" and alone:
-        return _fused(x, gamma, beta)
+        return onednn.batch_norm(x, gamma, beta)
     mean, variance = _moments(x)
     return _normalise(x, gamma, beta, mean, variance), mean, variance
-
-
-def _fused(x, gamma, beta):
-    """The same as one kernel of oneDNN; elsewhere a compiler fuses, or replicas have sums to share."""
-    import tensorflow as tf
-
-    none, count = tf.zeros(0), _count(x)
-    options = {"mean": none, "variance": none, "epsilon": EPSILON, "is_training": True}
-    y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(x=x, scale=gamma, offset=beta, **options)
-    return y, mean, variance * ((count - 1) / count)
 
 
 def _moments(x):
@@ -145,16 +156,32 @@ def _normalise(x, gamma, beta, mean, variance):
     return x * ops.cast(scale, x.dtype) + ops.cast(beta - mean * scale, x.dtype)
 
 
+class Concatenate(keras.layers.Concatenate):
+    """Keras's; what it gives knows its `parts`, for `onednn.convolution`."""
+
+    def call(self, inputs):
+        joined = super().call(inputs)
+        if onednn.serves():
+            joined.parts = inputs
+        return joined
+
+
 class Upsample(keras.layers.Layer):
-    """Nearest-neighbour 2x upsampling as a broadcast, several times faster on a CPU than a gather."""
+    """Nearest-neighbour 2x upsampling as a broadcast, several times faster on a CPU than a gather.
+
+    What it gives knows what was `small`, for `onednn.convolution`.
+    """
 
     size, interpolation = (2, 2), "nearest"
 
     def call(self, x):
-        batch, rows, columns, channels = ops.shape(x)
+        small, (batch, rows, columns, channels) = x, ops.shape(x)
         x = ops.reshape(x, (batch, rows, 1, columns, 1, channels))
         x = ops.broadcast_to(x, (batch, rows, 2, columns, 2, channels))
-        return ops.reshape(x, (batch, 2 * rows, 2 * columns, channels))
+        x = ops.reshape(x, (batch, 2 * rows, 2 * columns, channels))
+        if onednn.serves():
+            x.small = small
+        return x
 
     def compute_output_shape(self, input_shape):
         batch, rows, columns, channels = input_shape

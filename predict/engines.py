@@ -4,9 +4,11 @@ The network is handed to OpenVINO layer by layer, as the graph that its convolut
 as they are. The ways there through TensorFlow (`network.export(format="openvino")`, `openvino.convert_model`) write a
 dilated convolution of a size not known in advance as a rearrangement of its input, an ordinary one, and back: the same
 numbers for 1.4 (float32) or 1.2 (bfloat16) times the processor's time (OpenVINO 2026.4), and ten times the conversion.
+A convolution of what was enlarged is a transposed one of what it was made of, as in `network/onednn.py`.
 """
 
 import functools
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from data import DataError
 from files.shell import say
 from network import device
 from network.field import inputs_of, is_a
+from network.onednn import enlarging
 from network.outline import EPSILON
 
 
@@ -92,15 +95,41 @@ def _activation(layer):
 
 
 def _convolution(ops, layer, x):
-    kernel = _numbers(layer.kernel).transpose(3, 2, 0, 1)  # (rows, columns, in, out) -> (out, in, rows, columns)
-    padding = {"same": "same_upper", "valid": "valid"}[layer.padding]
-    arguments = (x, np.ascontiguousarray(kernel), layer.strides, [0, 0], [0, 0])
-    if is_a(layer, "Conv2DTranspose"):  # whose kernel is (rows, columns, out, in)
-        x = ops.convolution_backprop_data(*arguments[:3], auto_pad=padding)
-    else:
-        x = ops.convolution(*arguments, layer.dilation_rate, auto_pad=padding)
+    kernel = _numbers(layer.kernel)  # (rows, columns, in, out)
+    parts = [(x, kernel, False)]
+    if (layer.kernel_size, layer.strides, layer.padding) == ((3, 3), (1, 1), "same") and layer.dilation_rate == (1, 1):
+        parts = _parts(x, kernel)
+    x = functools.reduce(ops.add, (_of_part(ops, layer, *part) for part in parts))
     x = x if layer.bias is None else ops.add(x, _per_channel(layer.bias))
     return ops.relu(x) if _activation(layer) == "relu" else x
+
+
+def _parts(x, kernel):
+    """What x joins, of each its part of the kernel, and whether it is still to be enlarged; x itself if nothing is."""
+    x = x if hasattr(x, "get_node") else x.output(0)
+    joined = x.get_node().input_values() if x.get_node().get_type_name() == "Concat" else [x]
+    if not any(map(_is_enlarged, joined)):
+        return [(x, kernel, False)]
+    ends = accumulate((part.get_partial_shape()[1].get_length() for part in joined), initial=0)
+    kernels = (kernel[:, :, first:end] for first, end in pairwise(ends))
+    return [
+        (part.get_node().input_value(0), enlarging(of_part), True) if _is_enlarged(part) else (part, of_part, False)
+        for part, of_part in zip(joined, kernels, strict=True)
+    ]
+
+
+def _is_enlarged(x):
+    return x.get_node().get_type_name() == "Interpolate"
+
+
+def _of_part(ops, layer, x, kernel, enlarges):
+    kernel = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))  # of transposed ones (in, out, rows, columns)
+    if enlarges:
+        return ops.convolution_backprop_data(x, kernel, [2, 2], pads_begin=[1, 1], pads_end=[1, 1])
+    padding = {"same": "same_upper", "valid": "valid"}[layer.padding]
+    if is_a(layer, "Conv2DTranspose"):
+        return ops.convolution_backprop_data(x, kernel, layer.strides, auto_pad=padding)
+    return ops.convolution(x, kernel, layer.strides, [0, 0], [0, 0], layer.dilation_rate, auto_pad=padding)
 
 
 def _batch_norm(ops, layer, x):

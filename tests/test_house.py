@@ -16,7 +16,7 @@ ORDER = [
     *("studies.reproduce", "studies.records", "studies.rows", "studies.comparison", "studies.verdicts"),
     *("score.evaluation", "score.report", "score.scores", "score.segments"),
     *("data", "figures", "augment", "clr_callback"),
-    *("network.unet", "network.field", "network.layers", "network.losses", "network.optimizers"),
+    *("network.unet", "network.field", "network.layers", "network.onednn", "network.losses", "network.optimizers"),
     *("network.startup", "network.device", "network.distribution", "network.hashing", "network.outline"),
     *("files.fetching", "files.labels", "files.omezarr", "files.rois", "files.writing", "files.stacks"),
     *("files.hdf5", "files.mrc", "files.tiff"),

@@ -69,27 +69,3 @@ def test_the_variance_is_right_where_the_mean_is_many_standard_deviations(precis
     layer(x, training=True)
     np.testing.assert_allclose(layer.moving_mean, exact.mean((0, 1, 2)), atol=1e-3)
     np.testing.assert_allclose(layer.moving_variance, exact.var((0, 1, 2)), rtol=1e-3)
-
-
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="one kernel on a processor: TensorFlow only")
-def test_the_one_kernel_and_the_generic_arithmetic_agree_in_value_and_gradient():
-    import tensorflow as tf
-
-    rng = np.random.default_rng(1)
-    x = tf.constant(rng.normal(1, 2, size=(2, 8, 12, 6)), tf.float32)
-    gamma, beta = (tf.constant(rng.normal(size=6), tf.float32) for _ in range(2))
-    weights = tf.constant(rng.normal(size=x.shape), tf.float32)
-
-    def generic(x, gamma, beta):
-        moments = layers._moments(x)
-        return layers._normalise(x, gamma, beta, *moments), *moments
-
-    def results(normalise):
-        with tf.GradientTape() as tape:
-            tape.watch((x, gamma, beta))
-            found = normalise(x, gamma, beta)
-            loss = tf.reduce_sum(weights * found[0])
-        return *found, *tape.gradient(loss, (x, gamma, beta))
-
-    for one, other in zip(results(layers._fused), results(generic), strict=True):
-        np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
