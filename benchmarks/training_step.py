@@ -46,9 +46,9 @@ class StockLayers(unet._Layers):
         return keras.layers.Dropout(self.rate, dtype=self.dtype, name=name)(x)
 
     def __call__(self, kind, x, name, **settings):
-        if kind == "Upsample":
-            return keras.layers.UpSampling2D(dtype=self.dtype, name=name)(x)
-        return super().__call__(kind, x, name, **settings)
+        kind = {"Upsample": "UpSampling2D"}.get(kind, kind)
+        kinds = self.kinds if kind == "Interior" else keras.layers
+        return getattr(kinds, kind)(dtype=self.dtype, name=name, **settings)(x)
 
 
 def stock_network(layers=StockLayers, **settings):

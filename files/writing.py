@@ -7,6 +7,7 @@ import numpy as np
 from files.atomic import DataError, replacing
 from files.sections import some
 
+ROWS = 256  # are written at a time
 CLASSIC_TIFF_BYTES = 2**32 - 2**25  # beyond this, offsets need BigTIFF
 
 
@@ -15,9 +16,10 @@ def write_prediction(path, sections, *, count, shape, voxel_nm=None, force=False
 
     Parameters
     ----------
-    sections : iterable of `count` ndarrays of shape (H, W)
+    sections : iterable of `count` ndarrays of shape (H, W), or of iterables of their rows, (h, W)
         Written one by one: memory does not grow with their number. Values are clipped to 0..1; a DataError where a
-        section is missing, of another shape or not finite, `path` exists, or the disk is full.
+        section is not finite, `path` exists, or the disk is full; a ValueError where one is missing or of another
+        shape.
     voxel_nm : (z, y, x), optional
     made_of : dict of str, optional
         Of what, in words without spaces; a reader's `made_of` gives it back.
@@ -59,9 +61,34 @@ def _write(path, sections, convert, dtype, shape, about, force):
     import tifffile
 
     layout = _layout(**about, nbytes=math.prod(shape) * dtype.itemsize, dtype=dtype)
-    layout |= {"shape": shape, "dtype": dtype, "photometric": "minisblack"}
     with replacing(path, force=force) as partial:
-        tifffile.imwrite(partial, (convert(section, i) for i, section in enumerate(sections)), **layout)
+        tifffile.imwrite(partial, shape=shape, dtype=dtype, photometric="minisblack", **layout)
+        with tifffile.TiffFile(partial) as made:
+            first, dtype = made.series[0].dataoffset, dtype.newbyteorder(made.byteorder)
+        with open(partial, "r+b") as file:
+            file.seek(first)
+            done = [sum(_append(file, rows, shape, dtype) for rows in each) for each in _by_rows(sections, convert)]
+        if done != [shape[1]] * shape[0]:
+            raise ValueError(f"sections must be {shape[0]} of {shape[1]} rows. Received: {done}")
+
+
+def _by_rows(sections, convert):
+    for index, section in enumerate(sections):
+        yield (convert(rows, index) for rows in rows_of(section))
+
+
+def rows_of(section):
+    """The rows of a section that comes as some of them after the other, or is an array."""
+    return [section] if hasattr(section, "shape") else section
+
+
+def _append(file, rows, shape, dtype):
+    """Write rows, some at a time, for the file's byte order takes a copy; returns their number."""
+    if rows.shape[1:] != shape[2:]:
+        raise ValueError(f"rows must be of {shape[2]} px. Received: {rows.shape}")
+    for start in range(0, len(rows), ROWS):
+        file.write(np.ascontiguousarray(rows[start : start + ROWS], dtype).data)
+    return len(rows)
 
 
 def _layout(voxel_nm, made_of, nbytes, dtype):

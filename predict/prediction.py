@@ -14,6 +14,7 @@ from data import DataError, Normalisation
 from files import atomic, rois
 from files.sections import is_voxel, memory_words, require_memory, size_words
 from files.shell import say
+from files.writing import rows_of
 from network import device, outline, startup, unet
 from predict import blocks, borders, engines, intensity, rescale, tiling
 
@@ -186,19 +187,30 @@ def made_without_keras(settings):
 
 
 def section_predictor(
-    network, normalisation, *, engine="keras", precision="float32", tile=None, overlap=None, tta="none", batch=1
+    network,
+    normalisation,
+    *,
+    engine="keras",
+    precision="float32",
+    tile=None,
+    overlap=None,
+    tta="none",
+    batch=1,
+    by_rows=False,
 ):
     """A function from a raw section (H, W) of any size to its interior probability (H, W), float32.
 
     `normalisation` is that of the TRAINING sections; `engine` and `precision` as in `engines.forward`; `tile`, the
     largest side of the network's input, and `overlap`, the context around a tile, in px, as in `tiling.choose`; `tta`
-    is a name in `tiling.TRANSFORMS`; `batch` counts the tiles of a call.
+    is a name in `tiling.TRANSFORMS`; `batch` counts the tiles of a call; `by_rows`, the probability comes as some rows
+    after the other.
     """
     forward, field = windows_predictor(network, normalisation, engine, precision), unet.field_of(network)
+    predicted = tiling.predict_rows if by_rows else tiling.predict_section
 
     def predict(section):
         grid = tiling.choose(section.shape, field, max_tile=tile, halo=overlap)
-        return tiling.predict_section(section, forward, grid, tta=tta, batch=batch)
+        return predicted(section, forward, grid, tta=tta, batch=batch)
 
     return predict
 
@@ -211,6 +223,8 @@ def windows_predictor(network, normalisation, engine, precision):
 
 def mean_of(predictors):
     """The ensemble: the mean of several predictors' probabilities, each section normalised as each was trained."""
+    if len(predictors) == 1:
+        return predictors[0]
 
     def predict(section):
         total = predictors[0](section)
@@ -326,7 +340,7 @@ def run_blocks(args, sections, record, norm, how):
 
 
 def run_sections(args, sections, records, norms, sizes, how, mergers=()):
-    """`predict` to TIFF, section by section; of large ones only the prediction is in memory as a whole."""
+    """`predict` to TIFF, section by section; large ones by rows of tiles, if that is possible."""
     networks = [load_network(path, how["precision"], how["engine"])[0] for path in args.weight_path]
     names = ", ".join(f"{network.name} of {path}" for network, path in zip(networks, args.weight_path, strict=True))
     say(f"{args.image_path}: {len(sections)} sections of {size_words(sections.shape)} px; {names}")
@@ -334,7 +348,8 @@ def run_sections(args, sections, records, norms, sizes, how, mergers=()):
         grid = tiling.choose(size, field, max_tile=args.tile, halo=args.overlap)
         say(f"sections of {size_words(size)} px: {grid.words}")
     large = math.prod(sections.shape[1:]) > LARGE_PX
-    how |= {"tile": args.tile, "overlap": args.overlap, "tta": args.tta, "batch": args.batch_size}
+    by_rows = large and args.tta == "none" and not (args.segment or args.rescale or len(networks) > 1)
+    how |= {"tile": args.tile, "overlap": args.overlap, "tta": args.tta, "batch": args.batch_size, "by_rows": by_rows}
     predictors = (section_predictor(*one, **how) for one in zip(networks, norms, strict=True))
     predict = mean_of([rescale.seen_at(*one) for one in zip(sizes, predictors, strict=True)])
     if mergers:
@@ -344,7 +359,7 @@ def run_sections(args, sections, records, norms, sizes, how, mergers=()):
             return borders.merged(borders.cut(interior_of(section), section), mergers)
 
     if large:
-        say_memory(args, sections)
+        say_memory(args, sections, grid.tile[0] if by_rows else sections.shape[1])
         predictions = (predict(Unread(sections, index)) for index in range(len(sections)))
     else:  # the next section is read while one is predicted, and predicted while one is written
         predictions = tiling.ahead(map(predict, tiling.ahead(sections)))
@@ -357,12 +372,12 @@ def run_sections(args, sections, records, norms, sizes, how, mergers=()):
     say(f"{args.output}: {len(sections)} sections, {'one number per cell' if args.segment else '1 = interior'}")
 
 
-def say_memory(args, sections):
-    """Say what a large section takes, and refuse one that does not fit."""
+def say_memory(args, sections, rows):
+    """Say what so many rows of a large section take, and refuse what does not fit."""
     bytes_per_px = 4 * min(2, len(args.weight_path)) + 40 * args.segment
     bytes_per_px += sections.dtype.itemsize if args.tta != "none" else 0
     bytes_per_px += 12 * args.rescale
-    needed = bytes_per_px * math.prod(sections.shape[1:])
+    needed = bytes_per_px * rows * sections.shape[2]
     require_memory(needed, f"--image_path: the prediction of a section of {size_words(sections.shape)} px")
     say(f"each section takes about {memory_words(needed)} of memory, and the network its own")
 
@@ -389,7 +404,8 @@ def write(args, finished, record, **about):
             labels = (add(section, index) for index, section in enumerate(segment_stack(finished, how)))
             data.write_mask(args.output, labels, **about)
     elif args.threshold is not None:
-        data.write_mask(args.output, (section > args.threshold for section in finished), **about)
+        above = ((rows > args.threshold for rows in rows_of(section)) for section in finished)
+        data.write_mask(args.output, above, **about)
     else:
         data.write_prediction(args.output, finished, **about)
 

@@ -192,18 +192,28 @@ def _versions(grid, part, tta):
 
 
 def predict_section(section, predict, grid, *, tta="none", batch=1):
-    """Predict a section of any size, (H, W) of any dtype: (H, W), float32; see `predict_part`.
+    """Predict a section of any size, (H, W) of any dtype: (H, W), float32; see `predict_part`."""
+    total = np.zeros(grid.shape, np.float32)
+    for _ in predict_rows(section, predict, grid, tta=tta, batch=batch, total=total):
+        pass
+    return total
+
+
+def predict_rows(section, predict, grid, *, tta="none", batch=1, total=None):
+    """The same as the prediction of some rows after the other, (h, W), parts of `total` if that is given.
 
     Of a section that is no array but gives one for `section[rows, columns]`, a row of tiles is read at a time.
     """
-    total, (rows, columns) = np.zeros(grid.shape, np.float32), grid.cuts
+    rows, columns = grid.cuts
     tall = len(rows) if isinstance(section, np.ndarray) or tta != "none" else 1
     how = {"tta": tta, "batch": even_batch(tall * len(columns), batch)}
     for part in product(*grid.parts(tall, len(columns))):
         around = pixels_read(grid, part, tta)
         corner = [along.start for along in around]
-        predict_part(grid, part, section[around], predict, total[part], corner=corner, **how)
-    return total
+        shape = [along.stop - along.start for along in part]
+        found = np.zeros(shape, np.float32) if total is None else total[part]
+        predict_part(grid, part, section[around], predict, found, corner=corner, **how)
+        yield found
 
 
 def even_batch(count, most):

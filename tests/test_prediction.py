@@ -19,7 +19,7 @@ from conftest import ROOT, cases
 
 import data
 import dilatedUnet
-from files import sections
+from files import sections, writing
 from network import outline, unet
 from predict import engines, intensity, prediction, tiling
 
@@ -294,18 +294,23 @@ def test_one_section_is_read_predicted_and_written_at_a_time(call, weights, monk
     assert 1 <= most[0] <= 3
 
 
-def test_of_a_large_section_no_more_is_read_than_a_row_of_tiles(predict, monkeypatch):
+@cases("words, taken, rows", ("", "0.04", 40), ("--threshold 0.5", "0.04", 40), ("--tta 4", "0.18", 400))
+def test_a_large_section_is_read_and_written_by_rows_of_tiles_where_that_is_possible(
+    predict, monkeypatch, words, taken, rows
+):
     """The prediction is the same, and the memory that it takes is said."""
-    read, real = [], data.StackReader.part
+    read, written, real, append = [], [], data.StackReader.part, writing._append
     monkeypatch.setattr(data.StackReader, "part", lambda self, i, *part: read.append(part) or real(self, i, *part))
-    section, words = section_of(400, 90), ("--tile", "112", "--overlap", "36")
+    monkeypatch.setattr(writing, "_append", lambda file, rows, *how: written.append(rows) or append(file, rows, *how))
+    section, words = section_of(400, 90), ("--tile", "112", "--overlap", "36", *words.split())
     predict(section[None], *words)
     whole, done = tifffile.imread("out.tif"), len(read)
     monkeypatch.setattr(prediction, "LARGE_PX", 1000)
     monkeypatch.setattr(data, "sha256_pixels", lambda sections: "")
-    assert "each section takes about 0.14 MB of memory" in predict(section[None], *words, "--force").err
+    assert f"each section takes about {taken} MB of memory" in predict(section[None], *words, "--force").err
     np.testing.assert_array_equal(tifffile.imread("out.tif"), whole)
-    assert max(rows.stop - rows.start for rows, _ in read[done + 1 :]) <= 112
+    assert max(rows.stop - rows.start for rows, _ in read[done + 1 :]) <= rows + 72
+    assert max(map(len, written[1:])) == rows
 
 
 def test_a_section_that_cannot_fit_into_memory_is_refused_before_it_is_predicted(predict, monkeypatch):

@@ -434,6 +434,9 @@ def test_prediction_is_float32_imagej_zyx_with_voxel_size(tmp_path):
         np.testing.assert_array_equal(tif.asarray(), sections.astype(np.float32))
     assert read_stack(tmp_path / "new" / "p.tif").voxel_nm == VOXEL
     assert os.listdir(tmp_path / "new") == ["p.tif"]
+    by_rows = (iter([section[:7], section[7:]]) for section in sections)
+    write_prediction(tmp_path / "rows.tif", by_rows, count=3, shape=(20, 30), voxel_nm=VOXEL)
+    assert (tmp_path / "rows.tif").read_bytes() == (tmp_path / "new" / "p.tif").read_bytes()
 
 
 def test_napari_s_plugin_for_tiff_finds_the_voxel_size(tmp_path):
@@ -488,6 +491,8 @@ def test_memory_does_not_grow_with_the_number_of_sections(tmp_path, write):
     (lambda: [np.zeros((4, 4))] * 3, ValueError),
     (lambda: [np.zeros((4, 4)), np.zeros((4, 5))], ValueError),
     (lambda: [np.zeros((4, 4)), np.full((4, 4), np.nan)], DataError),
+    (lambda: [np.zeros((4, 4)), iter([np.zeros((2, 4)), np.zeros((1, 4))])], ValueError),
+    (lambda: [np.zeros((4, 4)), iter([np.zeros((2, 4)), np.full((2, 4), np.nan)])], DataError),
 )
 def test_wrong_sections_leave_the_old_file(tmp_path, make, error):
     (tmp_path / "p.tif").write_text("old")
