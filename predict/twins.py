@@ -17,7 +17,7 @@ OPSET, IR = 13, 7  # of 2020: what there is in it suffices, and old runtimes rea
 
 
 def stock_twin(network):
-    """The network for inference as a model that Keras loads without this suite, with the same numbers bit for bit."""
+    """The network for inference as a model that Keras loads without this suite, the same numbers but for rounding."""
     import keras
 
     section = keras.Input((1, None, None), name="section")
