@@ -38,8 +38,7 @@ def traced(run):
     return run
 
 
-def candidates(tiny):
-    precision = device.choose_precision("auto")
+def candidates(precision, tiny):
     for name, (build, batch, window) in NETWORKS.items():
         window //= 4 if tiny else 1
         sections = np.random.default_rng(0).normal(size=(batch, window, window)).astype(np.float32)
@@ -59,17 +58,18 @@ def candidates(tiny):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=("auto", *device.PRECISIONS), default="auto")
     parser.add_argument("--tiny", action="store_true", help="small windows: to see whether it runs")
     parser.add_argument("--json", help="write the record there")
     args = parser.parse_args()
-    found = {}
-    for name, ways in candidates(args.tiny):
+    precision, found = device.choose_precision(args.precision), {}
+    for name, ways in candidates(precision, args.tiny):
         found[name] = measure(ways, args.rounds, 1)
         seconds = {way: median for way, (median, *_) in found[name].items()}
         print(f"{name:24s} {seconds['ours']:7.3f} s, {seconds['ours'] / seconds['plain']:.2f} of plain", flush=True)
     if args.json:
         record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
-        atomic.write_json(Path(args.json), record | {"precision": device.choose_precision("auto"), "seconds": found})
+        atomic.write_json(Path(args.json), record | {"precision": precision, "seconds": found})
 
 
 if __name__ == "__main__":
