@@ -45,12 +45,17 @@ def _is_there():
 def convolution(layer, x, kernel, plain):
     """What `plain`, Keras's, makes of x. A dilated one is 1.0 to 3 times as fast as by Keras, which takes x apart.
 
+    In bfloat16 it is left to Keras: oneDNN's gradients of dilated kernels are not finite there, or end the process,
+    where the channels are no multiple of 16 (TensorFlow 2.21).
+
     One of what `Upsample` has enlarged is a transposed one of what that was given, 2 to 2.6 times as fast; where it was
     joined with others, they have convolutions of their own.
     """
     if max(layer.dilation_rate) > 1:
         import tensorflow as tf
 
+        if x.dtype != tf.float32:
+            return plain(x, kernel)
         return tf.nn.conv2d(x, kernel, layer.strides, layer.padding.upper(), dilations=layer.dilation_rate)
     parts = getattr(x, "parts", [x])
     usual = (layer.kernel_size, layer.strides, layer.padding) == ((3, 3), (1, 1), "same")
