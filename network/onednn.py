@@ -61,8 +61,7 @@ def convolution(layer, x, kernel, plain):
     usual = (layer.kernel_size, layer.strides, layer.padding) == ((3, 3), (1, 1), "same")
     if not usual or not any(hasattr(part, "small") for part in parts):
         return plain(x, kernel)
-    ends = accumulate((part.shape[-1] for part in parts), initial=0)
-    kernels = (kernel[:, :, first:end] for first, end in pairwise(ends))
+    kernels = shares(kernel, [part.shape[-1] for part in parts])
     return functools.reduce(add, (_of_part(*each, plain) for each in zip(parts, kernels, strict=True)))
 
 
@@ -72,6 +71,11 @@ def _of_part(x, kernel, plain):
     if not hasattr(x, "small"):
         return plain(x, kernel)
     return ops.conv_transpose(x.small, enlarging(kernel, ops), 2, "same", data_format="channels_last")
+
+
+def shares(kernel, channels):
+    """What of a kernel sees each of the inputs that are joined, which have so many channels."""
+    return [kernel[:, :, first:end] for first, end in pairwise(accumulate(channels, initial=0))]
 
 
 def enlarging(kernel, ops=np):

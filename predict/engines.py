@@ -8,7 +8,6 @@ A convolution of what was enlarged is a transposed one of what it was made of, a
 """
 
 import functools
-from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from data import DataError
 from files.shell import say
 from network import device
 from network.field import inputs_of, is_a
-from network.onednn import enlarging
+from network.onednn import enlarging, shares
 from network.outline import EPSILON
 
 
@@ -110,8 +109,7 @@ def _parts(x, kernel):
     joined = x.get_node().input_values() if x.get_node().get_type_name() == "Concat" else [x]
     if not any(map(_is_enlarged, joined)):
         return [(x, kernel, False)]
-    ends = accumulate((part.get_partial_shape()[1].get_length() for part in joined), initial=0)
-    kernels = (kernel[:, :, first:end] for first, end in pairwise(ends))
+    kernels = shares(kernel, [part.get_partial_shape()[1].get_length() for part in joined])
     return [
         (part.get_node().input_value(0), enlarging(of_part), True) if _is_enlarged(part) else (part, of_part, False)
         for part, of_part in zip(joined, kernels, strict=True)
