@@ -94,20 +94,19 @@ def _activation(layer):
 
 
 def _convolution(ops, layer, x):
-    kernel = _numbers(layer.kernel)  # (rows, columns, in, out)
-    parts = [(x, kernel, False)]
-    if (layer.kernel_size, layer.strides, layer.padding) == ((3, 3), (1, 1), "same") and layer.dilation_rate == (1, 1):
-        parts = _parts(x, kernel)
-    x = functools.reduce(ops.add, (_of_part(ops, layer, *part) for part in parts))
+    x = functools.reduce(ops.add, (_of_part(ops, layer, *part) for part in _parts(layer, x)))
     x = x if layer.bias is None else ops.add(x, _per_channel(layer.bias))
     return ops.relu(x) if _activation(layer) == "relu" else x
 
 
-def _parts(x, kernel):
+def _parts(layer, x):
     """What x joins, of each its part of the kernel, and whether it is still to be enlarged; x itself if nothing is."""
+    kernel = _numbers(layer.kernel)  # (rows, columns, in, out)
+    usual = (layer.kernel_size, layer.strides, layer.padding) == ((3, 3), (1, 1), "same")
+    usual = usual and layer.dilation_rate == (1, 1)
     x = x if hasattr(x, "get_node") else x.output(0)
     joined = x.get_node().input_values() if x.get_node().get_type_name() == "Concat" else [x]
-    if not any(map(_is_enlarged, joined)):
+    if not usual or not any(map(_is_enlarged, joined)):
         return [(x, kernel, False)]
     kernels = shares(kernel, [part.get_partial_shape()[1].get_length() for part in joined])
     return [
