@@ -2,9 +2,10 @@
 
 SMP (segmentation_models_pytorch) Unet with ResNet-34 and with EfficientNet-B0, both from scratch, and MONAI BasicUNet
 have no recipe of their own, so they get this suite's: its crops and warp, batches of 4 windows of 256 px, BCE + Dice,
-Adam, a cosine from 1.5e-3, a warmed-up moving average of the weights. Channels last. nnU-Net has one, and keeps it: its
-planning, preprocessing, augmentation, loss, SGD and polynomial decay; its planner sees sections of 256 px, so that its
-patch is that large. Where a schedule would count updates, it counts the time: it ends when the time is up.
+Adam, a cosine from 1.5e-3, a warmed-up moving average of the weights, batch norm's momentum. Channels last. nnU-Net has
+one, and keeps it: planning, preprocessing, augmentation, loss, SGD and polynomial decay; its planner sees sections of
+256 px, so that its patch is that large. Where a schedule would count updates, it counts the time: it ends when the time
+is up.
 
 Before its clock starts, a rival makes a few updates with each number of threads and in each precision, takes what was
 fastest, and forgets them. The clock stands still while it predicts and is scored.
@@ -35,6 +36,7 @@ from predict.tiling import TRANSFORMS
 
 WINDOW, BATCH = 256, 4
 RATE, LAST_RATE, EMA = 1.5e-3, 1e-5, 0.98
+BATCH_NORM = 0.1  # by how much a batch moves the statistics: 1 - `--bn_momentum`
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -67,6 +69,9 @@ class OurRecipe:
         self.task, self.seed, self.tta = task, how["seed"], how["tta"]
         self.device, self.recipe, self.updates = ops.zeros(1).device, augment.recipe("all"), 0
         self.network = NETWORKS[name]().to(self.device, memory_format=torch.channels_last)
+        for layer in self.network.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.momentum = BATCH_NORM  # EfficientNet's own 0.01 would still hold its start at the end
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=RATE, eps=1e-7, fused=True)
         self.average = torch.optim.swa_utils.AveragedModel(self.network, multi_avg_fn=towards)
         self.parts, self.precisions = (self.network, self.optimizer, self.average), PRECISIONS
