@@ -32,7 +32,9 @@ def environment(requirements):
     if not python.exists():
         print(f"making {folder}", flush=True)
         venv.create(folder, with_pip=True)
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", ROOT / requirements]
+    # What is imported is compiled then; to compile all of TensorFlow here would double the time.
+    quick = ("--quiet", "--disable-pip-version-check", "--no-compile")
+    install = [python, "-m", "pip", "install", *quick, "-r", ROOT / requirements]
     lock = ("-c", ROOT / "requirements.lock")
     print(f"installing {requirements}, as tested (requirements.lock)", flush=True)
     if requirements == "requirements-test.txt" and sys.platform == "linux":

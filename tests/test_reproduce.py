@@ -387,7 +387,8 @@ def test_of_two_at_once_none_trains_the_others_row_or_loses_its_record(reproduce
 
 CHILD = """
 import pathlib, signal, sys, time
-signal.signal(signal.SIGTERM, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGINT):  # the latter is ignored by what a shell runs in the background
+    signal.signal(number, signal.default_int_handler)
 folder = pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1]); folder.mkdir(parents=True, exist_ok=True)
 (folder / "started").touch()
 try:
