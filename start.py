@@ -29,11 +29,11 @@ def environment(requirements):
     """Make .venv beside this file, or use the one that is there, and install the requirements; its Python."""
     folder = ROOT / ".venv"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not python.exists():
+    new = not python.exists()
+    if new:
         print(f"making {folder}", flush=True)
         venv.create(folder, with_pip=True)
-    # What is imported is compiled then; to compile all of TensorFlow here would double the time.
-    quick = ("--quiet", "--disable-pip-version-check", "--no-compile")
+    quick = ("--quiet", "--disable-pip-version-check", "--no-compile")  # pip compiles on one core only
     install = [python, "-m", "pip", "install", *quick, "-r", ROOT / requirements]
     lock = ("-c", ROOT / "requirements.lock")
     print(f"installing {requirements}, as tested (requirements.lock)", flush=True)
@@ -45,6 +45,8 @@ def environment(requirements):
         print("the tested versions do not all install here: taking the ranges of the requirements", flush=True)
         if subprocess.run(install).returncode:
             sys.exit("What is needed could not be installed: see above.")
+    if new:
+        subprocess.run([python, "-m", "compileall", "-qq", "-j", "0", folder])
     return python
 
 
