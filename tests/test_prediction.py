@@ -145,7 +145,8 @@ def test_tile_overlap_and_batch_are_flags(predict, monkeypatch, tmp_path):
     ("--output x.zarr --weight_path a b", "--weight_path must be one for an --output of .zarr. Received: 2"),
     ("--output x.zarr --image_path synthetic", "--image_path must be a file or folder, which workers can read"),
 )
-def test_flags_that_contradict_each_other_are_refused(refuses, weights, tmp_path, flags, words):
+def test_flags_that_contradict_each_other_are_refused(refuses, weights, monkeypatch, tmp_path, flags, words):
+    monkeypatch.setattr(data, "_painted", lambda *_: (section_of(16, 16)[None],) * 2)
     refuses(words, "predict", "--image_path", ROOT / "weights", "--weight_path", weights, *flags.split())
     assert not list(tmp_path.glob("x.*"))
 

@@ -264,7 +264,7 @@ def check_apart(place, outputs, inputs):
 def check_same_run(place, before, record, defaults):
     now = json.loads(json.dumps(record["settings"]))
     was = {key: defaults[key] for key in now if key in defaults} | before["settings"]
-    later = () if was.get("merge") else ("merge",)  # what a finished run may still learn
+    later = ("tta",) if was.get("merge") else ("tta", "merge")  # how a finished run may be scored once more
     free = {*PATHS, *later, *FREE_ON_RESUME}  # older records hold some of the last
     for key in sorted((was.keys() | now.keys()) - free):
         if was.get(key) != now.get(key):
@@ -281,9 +281,9 @@ def check_same_run(place, before, record, defaults):
         raise DataError(f"{rule}. Received: {record['epochs']}")
 
 
-def nothing_left(before, epochs, merge=False):
-    """A sentence if the run needs no more epochs, and no false borders are to be learned, else None."""
-    if merge and not (before and before["settings"].get("merge")):
+def nothing_left(before, epochs, merge=False, tta="none"):
+    """A sentence if the run needs no more epochs, nor to be scored in another way, else None."""
+    if before and ((merge and not before["settings"].get("merge")) or before["settings"].get("tta", tta) != tta):
         return None
     if not (before and before["finished"] and (before["epochs"] >= epochs or before["stopped_early"])):
         return None

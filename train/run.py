@@ -73,7 +73,7 @@ def train(args, place, spread, defaults):
     extra = extra_callbacks(args, place) if spread.chief else []
     with contextlib.ExitStack() as locks:
         before = together(spread, lambda: spread.chief and begin(args, place, record, defaults, locks))
-        done = records.nothing_left(before, args.epochs, args.merge) if before else None
+        done = records.nothing_left(before, args.epochs, args.merge, args.tta) if before else None
         if spread.agree(bool(done)):
             say(f"{place.folder}: {done or 'finished already'}")
             return 0
