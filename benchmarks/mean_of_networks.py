@@ -60,7 +60,7 @@ def scores_of(runs):
         for chosen in itertools.combinations(range(len(runs)), count):
             interior = np.mean([maps[i] for i in chosen], axis=0)
             cuts = map(borders.cut, interior, images)
-            merged = np.stack([borders.merged(cut, [mergers[i] for i in chosen]) for cut in cuts])
+            merged = np.stack(list(borders.maps(cuts, [mergers[i] for i in chosen])))
             name = " + ".join(runs[i].name for i in chosen)
             found[name] = {"alone": score(interior, masks), "false borders taken away": score(merged, masks)}
             print(name, found[name], flush=True)

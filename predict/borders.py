@@ -2,10 +2,12 @@
 
 A prediction is cut into superpixels by a watershed of its membrane. Between two that touch lies a border, and how it
 looks (its probability and gray value, its length, the two sizes) tells whether a membrane is there or one process was
-split by a smear. Gradient boosting learns that from the labels of the training sections alone, in seconds. Source of
-the design: the learned mergers of the ISBI-2012 challenge's best entries (doi:10.3389/fnana.2015.00142).
+split by a smear. Gradient boosting learns that from the labels of the training sections alone, in seconds. A second one
+also sees the neighbouring sections: whether what lies on both sides is one segment there. Source of the design: the
+learned mergers of the ISBI-2012 challenge's best entries (doi:10.3389/fnana.2015.00142).
 """
 
+import itertools
 import zipfile
 from typing import NamedTuple
 
@@ -23,8 +25,12 @@ HEIGHT = 20.0  # px of distance that a membrane is worth
 PERCENTILES = (0, 5, 10, 25, 50, 75, 90, 100)
 FEATURES = 36
 MOST = 10**6  # borders that are learned from
-LARGEST = MOST * (4 * FEATURES + 1) + 1000  # bytes of a file, unpacked
 FORESTS = 3  # whose mean is taken: one depends on its seed
+PARTS = 4  # of the sections: what is learned from neighbours takes each as judged by the other parts
+JOINED_AT = (0.5, 0.85)  # a neighbour's pieces are joined over borders that are false with more than this probability
+REACH = 100  # px around a border within which its sides are looked for in the neighbours
+EVIDENCE = 1 + 2 * len(JOINED_AT)
+LARGEST = MOST * (4 * (FEATURES + EVIDENCE) + 1) + 1000  # bytes of a file, unpacked
 
 
 # -- superpixels and their borders --------------------------------------------------------------------------------
@@ -137,41 +143,167 @@ def examples(cut, truth):
     return features[known], ((first == second) & (first > 0))[known]
 
 
+# -- the neighbouring sections ------------------------------------------------------------------------------------
+
+
+def segments_of(cut, false):
+    """Segments of a section, a (H, W) of labels for each of JOINED_AT; `false` is the probability for each border."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    count, found = int(cut.labels.max()) + 1, []
+    for least in JOINED_AT:
+        first, second = cut.pairs[false > least].T
+        graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(count, count))
+        found.append(connected_components(graph, directed=False)[1][cut.labels])
+    return found
+
+
+def shared(cut, neighbours):
+    """How much of both sides of a border lies in the same segments of a neighbour: float32 (N, 2 len(JOINED_AT)), 0..1.
+
+    `neighbours` are one or two of `segments_of`; the least of them, then the most. NaN where there are none.
+    """
+    found = np.full((len(cut.pairs), EVIDENCE - 1), np.nan, np.float32)
+    if not neighbours:
+        return found
+    width = cut.labels.shape[1]
+    for row, pair, pixels in zip(found, cut.pairs, cut.pixels, strict=True):
+        around = tuple(slice(max(0, x.min() - REACH), x.max() + REACH + 1) for x in np.divmod(pixels, width))
+        sides = [cut.labels[around] == label for label in pair]
+        both = [[_overlap(*(segments[around][side] for side in sides)) for segments in one] for one in neighbours]
+        row[:] = [*np.min(both, axis=0), *np.max(both, axis=0)]
+    return found
+
+
+def _overlap(*sides):
+    """The intersection of two histograms of labels."""
+    bins = max(side.max() for side in sides) + 1
+    return np.min([np.bincount(side, minlength=bins) / side.size for side in sides], axis=0).sum()
+
+
+def with_neighbours(items):
+    """Each item, and a list of the one before and the one after; the items are drawn one ahead.
+
+    >>> list(with_neighbours("abc"))
+    [('a', ['b']), ('b', ['a', 'c']), ('c', ['b'])]
+    """
+    items, before = iter(items), []
+    here = list(itertools.islice(items, 1))
+    while here:
+        after = list(itertools.islice(items, 1))
+        yield here[0], before + after
+        before, here = here, after
+
+
 # -- learning -----------------------------------------------------------------------------------------------------
 
 
 class Merger:
-    """Probability that a border is false, learned from `features` (N, FEATURES) and `joined` (N,), bool."""
+    """Probability that a border is false, learned from `features` (N, FEATURES) and `joined` (N,), bool.
 
-    def __init__(self, features, joined):
-        from sklearn.ensemble import HistGradientBoostingClassifier
+    `evidence` (N, EVIDENCE) is that probability, as sections that were not learned from would have it, and `shared`.
+    It is None, and NaN in the rows of sections without neighbours, where nothing is known of neighbours.
+    """
 
-        self.features, self.joined = features, joined
-        how = {"max_iter": 150, "learning_rate": 0.06, "max_leaf_nodes": 15, "min_samples_leaf": 20}
-        how |= {"l2_regularization": 1.0, "max_features": 0.5, "early_stopping": False}
-        self.forests = [HistGradientBoostingClassifier(**how, random_state=seed) for seed in range(FORESTS)]
-        for forest in self.forests:
-            forest.fit(features, joined)
+    def __init__(self, features, joined, evidence=None):
+        self.features, self.joined, self.evidence = features, joined, evidence
+        self.alone, self.beside = _forests(features, joined), None
+        known = np.zeros(len(joined), bool) if evidence is None else ~np.isnan(evidence).any(axis=1)
+        if _both(joined[known]):
+            self.beside = _forests(np.hstack([features, evidence])[known], joined[known])
 
     @classmethod
-    def learned(cls, parts):
-        """From `examples` of several sections; None where all borders are alike, so that nothing can be learned."""
+    def learned(cls, stretches):
+        """From (cut, truth) of labelled sections, in stretches of neighbours; None where nothing can be learned."""
+        pairs = [pair for stretch in stretches for pair in stretch]
+        parts = [examples(*pair) for pair in pairs]
         features, joined = (np.concatenate(each) for each in zip(*parts, strict=True))
+        if not _both(joined):
+            return None
+        evidence, false = None, unseen([cut for cut, _ in pairs], parts)
+        if false is not None:
+            false = iter(false)
+            rows = (_evidence(stretch, itertools.islice(false, len(stretch))) for stretch in stretches)
+            evidence = np.concatenate(list(itertools.chain.from_iterable(rows)))
         step = -(-len(joined) // MOST)
-        return cls(features[::step], joined[::step]) if 0 < joined.sum() < len(joined) else None
+        return cls(*(each if each is None else each[::step] for each in (features, joined, evidence)))
 
-    def false_borders(self, features):
-        return np.mean([forest.predict_proba(features)[:, 1] for forest in self.forests], axis=0)
+    def look(self, cut):
+        """What a section alone tells: the probability of each border, and the segments that neighbours are shown."""
+        false = _mean(self.alone, cut.features)
+        return false, self.beside and segments_of(cut, false)
+
+    def judge(self, cut, look, neighbours):
+        """The probability that each border is false, by what `look` gave for the section and for its neighbours."""
+        if not (self.beside and neighbours):
+            return look[0]
+        return _mean(self.beside, np.hstack([cut.features, _row(cut, look, neighbours)]))
 
 
-def merged(cut, mergers):
-    """Map of a section, (H, W) float32: 1 inside superpixels, on a border the probability that it is false.
+def unseen(cuts, parts):
+    """The probability of each border of sections, by forests learned from other ones; None where these are too few."""
+    found = []
+    for held in np.array_split(np.arange(len(cuts)), min(PARTS, len(cuts))):
+        others = [part for i, part in enumerate(parts) if i not in held]
+        features, joined = (np.concatenate(each) for each in zip(*others, strict=True)) if others else ((), ())
+        if not _both(joined):
+            return None
+        forests = _forests(features, joined, 1)
+        found += [_mean(forests, cuts[i].features) for i in held]
+    return found
 
-    Above a threshold it holds segments, as the challenge's scorer takes them. Of several mergers the mean counts.
+
+def _evidence(stretch, probabilities):
+    """Of the labelled borders of neighbouring sections, (cut, truth), with the probability that each is false."""
+    looked = ((pair, (false, segments_of(pair[0], false))) for pair, false in zip(stretch, probabilities, strict=True))
+    for ((cut, truth), look), neighbours in with_neighbours(looked):
+        yield examples(cut._replace(features=_row(cut, look, [other for _, other in neighbours])), truth)[0]
+
+
+def _row(cut, look, neighbours):
+    """Evidence of each border, float32 (N, EVIDENCE)."""
+    found = shared(cut, [segments for _, segments in neighbours])
+    return np.column_stack([look[0], found]).astype(np.float32)
+
+
+def _both(joined):
+    """Whether there are true borders and false ones."""
+    return 0 < np.sum(joined) < len(joined)
+
+
+def _forests(features, joined, count=FORESTS):
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    how = {"max_iter": 150, "learning_rate": 0.06, "max_leaf_nodes": 15, "min_samples_leaf": 20}
+    how |= {"l2_regularization": 1.0, "max_features": 0.5, "early_stopping": False}
+    step = -(-len(joined) // MOST)
+    forests = (HistGradientBoostingClassifier(**how, random_state=seed) for seed in range(count))
+    return [forest.fit(features[::step], joined[::step]) for forest in forests]
+
+
+def _mean(forests, features):
+    if not len(features):
+        return np.empty(0)
+    return np.mean([forest.predict_proba(features)[:, 1] for forest in forests], axis=0)
+
+
+def maps(cuts, mergers):
+    """Maps of neighbouring sections, one after the other, each (H, W) float32.
+
+    A map is 1 inside superpixels, and on a border the probability that it is false. Above a threshold it holds
+    segments, as the challenge's scorer takes them. Of several mergers the mean counts. `cuts` are drawn one ahead.
     """
+    looked = ((cut, [merger.look(cut) for merger in mergers]) for cut in cuts)
+    for (cut, looks), neighbours in with_neighbours(looked):
+        others = zip(*(looks for _, looks in neighbours), strict=True) if neighbours else [()] * len(mergers)
+        judged = (each.judge(cut, *of_it) for each, *of_it in zip(mergers, looks, others, strict=True))
+        yield _painted(cut, np.mean(list(judged), axis=0))
+
+
+def _painted(cut, false):
     found = (cut.labels.ravel() > 0).astype(np.float32)  # all membrane: no superpixel
     if len(cut.pairs):
-        false = np.mean([merger.false_borders(cut.features) for merger in mergers], axis=0)
         sides = np.concatenate(cut.pixels)
         values = np.repeat(false, [len(one) for one in cut.pixels])
         np.minimum.at(found, sides.ravel(), np.repeat(values, 2).astype(np.float32))
@@ -183,8 +315,9 @@ def merged(cut, mergers):
 
 def save(path, merger):
     """Write what it was learned from: numbers alone, no pickled object, so that it is safe to load."""
+    arrays = {"features": merger.features, "joined": merger.joined, "evidence": merger.evidence}
     with atomic.replacing(path, force=True) as partial, open(partial, "wb") as file:
-        np.savez_compressed(file, features=merger.features, joined=merger.joined)
+        np.savez_compressed(file, **{name: array for name, array in arrays.items() if array is not None})
 
 
 def load(path):
@@ -194,13 +327,18 @@ def load(path):
             if sum(part.file_size for part in parts.infolist()) > LARGEST:
                 raise ValueError(f"it holds more than {LARGEST} bytes")
         with np.load(path, allow_pickle=False) as file:
-            features, joined = file["features"], file["joined"]
+            features, joined, evidence = file["features"], file["joined"], file.get("evidence")
         if features.ndim != 2 or features.shape[1] != FEATURES or features.dtype != np.float32:
             raise ValueError(f"features must be float32 (N, {FEATURES})")
         if joined.shape != features.shape[:1] or joined.dtype != bool or not 0 < joined.sum() < len(joined) <= MOST:
             raise ValueError("joined must be bool, of both kinds, one for each row of features")
         if not np.isfinite(features).all():
             raise ValueError("features must be finite")
+        if evidence is not None and (evidence.shape, evidence.dtype) != ((len(joined), EVIDENCE), np.float32):
+            raise ValueError(f"evidence must be float32 (N, {EVIDENCE}), one for each row of features")
+        if np.isinf(() if evidence is None else evidence).any():
+            raise ValueError("evidence must not be infinite")
+        merger = Merger(features, joined, evidence)
     except Exception as error:  # a broken zip shows itself as one of a dozen kinds
         raise DataError(f"--weight_path: {path} is broken: {error!s:.200}") from error
-    return Merger(features, joined)
+    return merger

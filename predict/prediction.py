@@ -353,16 +353,14 @@ def run_sections(args, sections, records, norms, sizes, how, mergers=()):
     predictors = (section_predictor(*one, **how) for one in zip(networks, norms, strict=True))
     predict = mean_of([rescale.seen_at(*one) for one in zip(sizes, predictors, strict=True)])
     if mergers:
-        interior_of, records = predict, [record | {"threshold": record["merge"]["threshold"]} for record in records]
-
-        def predict(section):
-            return borders.merged(borders.cut(interior_of(section), section), mergers)
-
+        records = [record | {"threshold": record["merge"]["threshold"]} for record in records]
     if large:
         say_memory(args, sections, grid.tile[0] if by_rows else sections.shape[1])
         predictions = (predict(Unread(sections, index)) for index in range(len(sections)))
     else:  # the next section is read while one is predicted, and predicted while one is written
-        predictions = tiling.ahead(map(predict, tiling.ahead(sections)))
+        read = tiling.ahead(sections)
+        cuts = (borders.cut(predict(section), section) for section in read) if mergers else ()
+        predictions = tiling.ahead(borders.maps(cuts, mergers) if mergers else map(predict, read))
     weights = ",".join(quote(weight_file(path).name) for path in args.weight_path)
     made_of = {"pixels_sha256": data.sha256_pixels(sections), "weights": weights, "normalise": args.normalise}
     made_of |= {"merged": 1} if mergers else {}

@@ -16,6 +16,7 @@ from train.record import HISTORY
 from train.trainee import averaged_weights
 
 LEARNED_PX = 2**25  # of training sections that false borders are learned from, 128 of 512 x 512
+STRETCH = 8  # sections that follow each other, of which those are taken
 
 
 def finish(recorder, stacks, tta, merge=False):
@@ -92,17 +93,45 @@ def learn_borders(stacks, chosen, cut_of):
     """
     masks = stacks.masks.sections
     most = max(1, LEARNED_PX // masks[0].size)
-    parts = {i: borders.examples(cut_of(i), masks[i]) for i in some(stacks.split.train, most)}
-    merger = borders.Merger.learned(list(parts.values()))
+    sections = list(stacks.split.train)
+    if len(sections) > most:
+        length = min(STRETCH, most)
+        runs = [sections[i : i + length] for i in range(0, len(sections), length)]
+        sections = [i for run in some(runs, most // length) for i in run]
+
+    def learned(sections):
+        return borders.Merger.learned([[(cut_of(i), masks[i]) for i in run] for run in neighbours(sections)])
+
+    merger = learned(sections)
     if merger is None:
         say("--merge: no border is false in the training sections, or all are, so there is nothing to learn")
         return None, 0.5
-    others = [part for i, part in parts.items() if i not in chosen]
-    trial = borders.Merger.learned(others) if others else None
-    if trial is None or not (masks[chosen] > 0).any():
+    others = [i for i in sections if i not in chosen]
+    trial = learned(others) if 0 < len(others) < len(sections) else merger
+    if not others or trial is None or not (masks[chosen] > 0).any():
         return merger, 0.5
-    maps = [borders.merged(cut_of(i), [trial]) for i in chosen]
-    return merger, scores.best_threshold(maps, masks[chosen])
+    maps = dict(maps_of(sorted({*sections, *chosen}), cut_of, trial))
+    return merger, scores.best_threshold([maps[i] for i in chosen], masks[chosen])
+
+
+def neighbours(sections):
+    """Ascending numbers of sections in stretches that follow each other.
+
+    >>> neighbours([0, 1, 2, 5, 6])
+    [[0, 1, 2], [5, 6]]
+    """
+    found = []
+    for i in sections:
+        if not found or i != found[-1][-1] + 1:
+            found.append([])
+        found[-1].append(i)
+    return found
+
+
+def maps_of(sections, cut_of, merger):
+    """Number and map of each section; those that follow each other are neighbours."""
+    for run in neighbours(sections):
+        yield from zip(run, borders.maps(map(cut_of, run), [merger]), strict=True)
 
 
 def choose(stacks, chosen, interior_of):
@@ -137,7 +166,7 @@ def score(truth, shown, sections, cells=False):
 
 def score_merged(stacks, sections, cut_of, merger):
     """The challenge's scores of whole sections once the false borders are taken away."""
-    maps = [borders.merged(cut_of(i), [merger]) for i in sections]
+    maps = [one for _, one in maps_of(sections, cut_of, merger)]
     found = evaluation.score_arrays(maps, stacks.masks.sections[sections], ("v_rand", "v_info"), sections=sections)
     if found["v_rand"] is not None:
         say(f"false borders taken away: v_rand {found['v_rand']:.4f}, v_info {found['v_info']:.4f}")
