@@ -217,13 +217,22 @@ def format_sections(sections):
     >>> format_sections([0, 3, 5, 6, 7])
     '0,3,5-7'
     """
-    runs = []
-    for i in sorted(int(i) for i in sections):
-        if runs and i == runs[-1][1] + 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    ends = ((run[0], run[-1]) for run in stretches(sorted(int(i) for i in sections)))
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
+
+
+def stretches(sections):
+    """Ascending numbers of sections in lists of those that follow each other.
+
+    >>> stretches([0, 1, 2, 5, 6])
+    [[0, 1, 2], [5, 6]]
+    """
+    found = []
+    for i in sections:
+        if not found or i != found[-1][-1] + 1:
+            found.append([])
+        found[-1].append(i)
+    return found
 
 
 STRIP_PX = 2**23  # of a large section, looked at in one piece: float64 takes eight times what 8 bit does

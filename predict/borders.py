@@ -334,10 +334,11 @@ def load(path):
             raise ValueError("joined must be bool, of both kinds, one for each row of features")
         if not np.isfinite(features).all():
             raise ValueError("features must be finite")
-        if evidence is not None and (evidence.shape, evidence.dtype) != ((len(joined), EVIDENCE), np.float32):
-            raise ValueError(f"evidence must be float32 (N, {EVIDENCE}), one for each row of features")
-        if np.isinf(() if evidence is None else evidence).any():
-            raise ValueError("evidence must not be infinite")
+        if evidence is not None:
+            if (evidence.shape, evidence.dtype) != ((len(joined), EVIDENCE), np.float32):
+                raise ValueError(f"evidence must be float32 (N, {EVIDENCE}), one for each row of features")
+            if np.isinf(evidence).any():
+                raise ValueError("evidence must not be infinite")
         merger = Merger(features, joined, evidence)
     except Exception as error:  # a broken zip shows itself as one of a dozen kinds
         raise DataError(f"--weight_path: {path} is broken: {error!s:.200}") from error

@@ -9,6 +9,7 @@ import data
 import figures
 from data import DataError
 from files import atomic
+from files.sections import stretches
 from files.shell import say
 from predict import borders, prediction
 from score import evaluation, scores, segments
@@ -100,7 +101,7 @@ def learn_borders(stacks, chosen, cut_of):
         sections = [i for run in some(runs, most // length) for i in run]
 
     def learned(sections):
-        return borders.Merger.learned([[(cut_of(i), masks[i]) for i in run] for run in neighbours(sections)])
+        return borders.Merger.learned([[(cut_of(i), masks[i]) for i in run] for run in stretches(sections)])
 
     merger = learned(sections)
     if merger is None:
@@ -110,27 +111,14 @@ def learn_borders(stacks, chosen, cut_of):
     trial = learned(others) if 0 < len(others) < len(sections) else merger
     if not others or trial is None or not (masks[chosen] > 0).any():
         return merger, 0.5
-    maps = dict(maps_of(sorted({*sections, *chosen}), cut_of, trial))
+    near = {j for i in chosen for j in (i - 1, i, i + 1)} & {*sections, *chosen}  # what judges those
+    maps = dict(maps_of(sorted(near), cut_of, trial))
     return merger, scores.best_threshold([maps[i] for i in chosen], masks[chosen])
-
-
-def neighbours(sections):
-    """Ascending numbers of sections in stretches that follow each other.
-
-    >>> neighbours([0, 1, 2, 5, 6])
-    [[0, 1, 2], [5, 6]]
-    """
-    found = []
-    for i in sections:
-        if not found or i != found[-1][-1] + 1:
-            found.append([])
-        found[-1].append(i)
-    return found
 
 
 def maps_of(sections, cut_of, merger):
     """Number and map of each section; those that follow each other are neighbours."""
-    for run in neighbours(sections):
+    for run in stretches(sections):
         yield from zip(run, borders.maps(map(cut_of, run), [merger]), strict=True)
 
 
