@@ -214,17 +214,20 @@ class Merger:
             self.beside = _forests(np.hstack([features, evidence])[known], joined[known])
 
     @classmethod
-    def learned(cls, stretches):
-        """From (cut, truth) of labelled sections, in stretches of neighbours; None where nothing can be learned."""
-        pairs = [pair for stretch in stretches for pair in stretch]
-        parts = [examples(*pair) for pair in pairs]
-        features, joined = (np.concatenate(each) for each in zip(*parts, strict=True))
+    def learned(cls, *readings):
+        """From (cut, truth) of labelled sections, in stretches of neighbours; None where nothing can be learned.
+
+        Further `readings` are other cuts of the same sections in the same order.
+        """
+        pairs = [list(itertools.chain.from_iterable(stretches)) for stretches in readings]
+        parts = [[examples(*pair) for pair in reading] for reading in pairs]
+        features, joined = (np.concatenate(each) for each in zip(*itertools.chain(*parts), strict=True))
         if not _both(joined):
             return None
-        evidence, false = None, unseen([cut for cut, _ in pairs], parts)
+        evidence, false = None, unseen([[cut for cut, _ in reading] for reading in pairs], parts)
         if false is not None:
-            false = iter(false)
-            rows = (_evidence(stretch, itertools.islice(false, len(stretch))) for stretch in stretches)
+            false = itertools.chain.from_iterable(false)
+            rows = (_evidence(each, itertools.islice(false, len(each))) for each in itertools.chain(*readings))
             evidence = np.concatenate(list(itertools.chain.from_iterable(rows)))
         step = -(-len(joined) // MOST)
         return cls(*(each if each is None else each[::step] for each in (features, joined, evidence)))
@@ -242,15 +245,20 @@ class Merger:
 
 
 def unseen(cuts, parts):
-    """The probability of each border of sections, by forests learned from other ones; None where these are too few."""
-    found = []
-    for held in np.array_split(np.arange(len(cuts)), min(PARTS, len(cuts))):
-        others = [part for i, part in enumerate(parts) if i not in held]
+    """The probability of each border, by forests learned from other sections; None where these are too few.
+
+    `cuts`, their `parts` (features, joined) and what is found are lists of readings of the same sections.
+    """
+    found = [[] for _ in cuts]
+    sections = np.arange(len(cuts[0]))
+    for held in np.array_split(sections, min(PARTS, len(sections))):
+        others = [reading[i] for reading in parts for i in sections if i not in held]
         features, joined = (np.concatenate(each) for each in zip(*others, strict=True)) if others else ((), ())
         if not _both(joined):
             return None
         forests = _forests(features, joined, 1)
-        found += [_mean(forests, cuts[i].features) for i in held]
+        for of_reading, reading in zip(found, cuts, strict=True):
+            of_reading += [_mean(forests, reading[i].features) for i in held]
     return found
 
 

@@ -18,6 +18,7 @@ from train.trainee import averaged_weights
 
 LEARNED_PX = 2**25  # of training sections that false borders are learned from, 128 of 512 x 512
 STRETCH = 8  # sections that follow each other, of which those are taken
+NOISE = 0.8  # of a section's standard deviation: with so much, the network is as unsure as of sections it never saw
 
 
 def finish(recorder, stacks, tta, merge=False):
@@ -28,8 +29,10 @@ def finish(recorder, stacks, tta, merge=False):
     place, journal, network = recorder.place, recorder.journal, recorder.alone.network
     split, cells = stacks.split, stacks.cells
     predict = prediction.section_predictor(network, stacks.normalisation, tta=tta)
-    interior_of = cache(lambda i: finite(predict(stacks.images.sections[i]), i))  # some both choose and are scored
-    cut_of = cache(lambda i: borders.cut(interior_of(i), stacks.images.sections[i]))
+    images = stacks.images.sections
+    interior_of = cache(lambda i: finite(predict(images[i]), i))  # some both choose and are scored
+    cut_of = cache(lambda i: borders.cut(interior_of(i), images[i]))
+    noisy_cut_of = cache(lambda i: borders.cut(finite(predict(noisy(images[i], i)), i), images[i]))
     chosen = some(split.inner or split.train)
     with averaged_weights(recorder.alone):
         if not journal.validated:  # nothing to choose by: the last weights it is, if they are worth saving
@@ -44,7 +47,7 @@ def finish(recorder, stacks, tta, merge=False):
     interior = np.stack([interior_of(i) for i in sections])
     role = "held_out" if split.held_out else "training_sections"
     record["training_seconds"] = round(journal.seconds, 1)
-    merger, threshold = learn_borders(stacks, chosen, cut_of) if merge else (None, None)
+    merger, threshold = learn_borders(stacks, chosen, cut_of, noisy_cut_of) if merge else (None, None)
     keep(place, record, role, merger, {"threshold": threshold, "tta": tta})
     truth = cells or stacks.masks
     shown = np.stack(list(prediction.segment_stack(interior, record))) if cells else interior
@@ -82,15 +85,22 @@ def finite(interior, i):
     raise DataError(f"the network's prediction of section {i} is not finite: the run has diverged, try lower rates.")
 
 
+def noisy(section, i):
+    """The section (H, W) with noise, the same for the same number `i`."""
+    noise = np.random.default_rng(i).standard_normal(section.shape, np.float32)
+    return section + np.float32(NOISE * section.std()) * noise
+
+
 def some(sections, most=6):
     """At most `most` of the sections, evenly spread."""
     return [sections[i * len(sections) // most] for i in range(most)] if len(sections) > most else list(sections)
 
 
-def learn_borders(stacks, chosen, cut_of):
+def learn_borders(stacks, chosen, *cuts_of):
     """What tells a false border, of training sections; and the best threshold for `chosen` by the others' borders.
 
-    Which is 0.5 where there are no others. (None, 0.5) where no border is false, or none is true.
+    `cuts_of` a section are of its prediction, as it is and noisy: a network is too sure of sections that it learned.
+    The threshold is 0.5 where there are no others. (None, 0.5) where no border is false, or none is true.
     """
     masks = stacks.masks.sections
     most = max(1, LEARNED_PX // masks[0].size)
@@ -101,7 +111,8 @@ def learn_borders(stacks, chosen, cut_of):
         sections = [i for run in some(runs, most // length) for i in run]
 
     def learned(sections):
-        return borders.Merger.learned([[(cut_of(i), masks[i]) for i in run] for run in stretches(sections)])
+        runs = stretches(sections)
+        return borders.Merger.learned(*([[(of(i), masks[i]) for i in run] for run in runs] for of in cuts_of))
 
     merger = learned(sections)
     if merger is None:
@@ -112,7 +123,7 @@ def learn_borders(stacks, chosen, cut_of):
     if not others or trial is None or not (masks[chosen] > 0).any():
         return merger, 0.5
     near = {j for i in chosen for j in (i - 1, i, i + 1)} & {*sections, *chosen}  # what judges those
-    maps = dict(maps_of(sorted(near), cut_of, trial))
+    maps = dict(maps_of(sorted(near), cuts_of[0], trial))
     return merger, scores.best_threshold([maps[i] for i in chosen], masks[chosen])
 
 
