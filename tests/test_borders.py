@@ -165,3 +165,34 @@ def test_a_file_that_would_unpack_to_more_than_the_largest_is_refused_unread(mer
     monkeypatch.setattr(borders, "LARGEST", 1000)
     with pytest.raises(DataError, match="is broken: it holds more than 1000 bytes"):
         borders.load(tmp_path / "x.borders.npz")
+
+
+def test_what_is_unseen_is_learned_from_other_sections_alone_in_every_reading(monkeypatch):
+    """The features of a border here are the number of its section."""
+    cuts = [[borders.Cut(None, None, [], np.full((2, 1), i, np.float32)) for i in range(6)] for _ in "ab"]
+    parts = [[(cut.features, np.array([True, False])) for cut in reading] for reading in cuts]
+    learned_from = []
+    monkeypatch.setattr(borders, "_forests", lambda features, joined, count: {*features.ravel()})
+
+    def mean(forests, features):
+        learned_from.append((features[0, 0], forests))
+        return features[:, 0]
+
+    monkeypatch.setattr(borders, "_mean", mean)
+    found = borders.unseen(cuts, parts)
+    assert [[one.tolist() for one in reading] for reading in found] == [[[i, i] for i in range(6)]] * 2
+    assert len(learned_from) == 12
+    assert all(section not in others and len(others) >= 4 for section, others in learned_from)
+
+
+def test_a_second_reading_of_the_same_sections_is_learned_from_with_evidence_of_its_own(merger):
+    first, second = smeared(6, seed=0), smeared(6, seed=0)
+    second = [(np.float32(0.5 + 0.6 * (probability - 0.5)), *seen) for probability, *seen in second]
+    both = borders.Merger.learned(
+        *([[(borders.cut(*seen), truth) for *seen, truth in stack]] for stack in (first, second))
+    )
+    count = len(merger.joined)
+    assert np.array_equal(both.features[:count], merger.features)
+    assert len(both.joined) > 1.5 * count
+    assert both.evidence.shape == (len(both.joined), borders.EVIDENCE)
+    assert not np.array_equal(both.features[count:], both.features[:count])

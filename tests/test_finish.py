@@ -22,3 +22,13 @@ def test_a_prediction_that_is_not_finite_is_refused_and_few_sections_are_spread_
     assert finish.finite(good, 3) is good
     refused("section 3 is not finite", finish.finite, good * np.nan, 3)
     assert (finish.some(range(10)), finish.some((4, 5))) == ([0, 1, 3, 5, 6, 8], [4, 5])
+
+
+def test_the_noise_of_a_section_is_its_own_the_same_every_time_and_of_the_size_of_its_contrast():
+    section = np.random.default_rng(0).normal(100, 20, (64, 64)).astype(np.float32)
+    once, again, other = (finish.noisy(section, i) - section for i in (3, 3, 4))
+    assert np.array_equal(once, again)
+    assert not np.array_equal(once, other)
+    assert abs(once.std() / (finish.NOISE * section.std()) - 1) < 0.05
+    assert finish.noisy(section, 3).dtype == np.float32
+    assert np.array_equal(finish.noisy(np.full((8, 8), 7, np.float32), 0), np.full((8, 8), 7, np.float32))
