@@ -18,7 +18,7 @@ from train.trainee import averaged_weights
 
 LEARNED_PX = 2**25  # of training sections that false borders are learned from, 128 of 512 x 512
 STRETCH = 8  # sections that follow each other, of which those are taken
-NOISE = 0.8  # of a section's standard deviation: with so much, the network is as unsure as of sections it never saw
+NOISE = 0.4  # of a section's standard deviation: the network is then less sure, as of sections it never saw
 
 
 def finish(recorder, stacks, tta, merge=False):
