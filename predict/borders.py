@@ -12,6 +12,7 @@ import zipfile
 from typing import NamedTuple
 
 import numpy as np
+import threadpoolctl
 
 from data import DataError
 from files import atomic
@@ -280,6 +281,11 @@ def _both(joined):
     return 0 < np.sum(joined) < len(joined)
 
 
+def _one_thread():
+    """For the forests: two gain a tenth, and on a busy machine they wait for each other, fifty times as long."""
+    return threadpoolctl.threadpool_limits(1, "openmp")
+
+
 def _forests(features, joined, count=FORESTS):
     from sklearn.ensemble import HistGradientBoostingClassifier
 
@@ -287,13 +293,15 @@ def _forests(features, joined, count=FORESTS):
     how |= {"l2_regularization": 1.0, "max_features": 0.5, "early_stopping": False}
     step = -(-len(joined) // MOST)
     forests = (HistGradientBoostingClassifier(**how, random_state=seed) for seed in range(count))
-    return [forest.fit(features[::step], joined[::step]) for forest in forests]
+    with _one_thread():
+        return [forest.fit(features[::step], joined[::step]) for forest in forests]
 
 
 def _mean(forests, features):
     if not len(features):
         return np.empty(0)
-    return np.mean([forest.predict_proba(features)[:, 1] for forest in forests], axis=0)
+    with _one_thread():
+        return np.mean([forest.predict_proba(features)[:, 1] for forest in forests], axis=0)
 
 
 def maps(cuts, mergers):

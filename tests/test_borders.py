@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from conftest import cases
 from scipy.ndimage import gaussian_filter
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import data
 from data import DataError
@@ -196,3 +197,22 @@ def test_a_second_reading_of_the_same_sections_is_learned_from_with_evidence_of_
     assert len(both.joined) > 1.5 * count
     assert both.evidence.shape == (len(both.joined), borders.EVIDENCE)
     assert not np.array_equal(both.features[count:], both.features[:count])
+
+
+def test_forests_run_on_one_thread_for_on_a_busy_machine_several_wait_for_each_other(merger, monkeypatch):
+    from sklearn.ensemble import HistGradientBoostingClassifier as Forest
+
+    seen = []
+    for name in ("fit", "predict_proba"):
+        kept = getattr(Forest, name)
+
+        def watched(*words, kept=kept):
+            seen.extend(one["num_threads"] for one in threadpool_info() if one["user_api"] == "openmp")
+            return kept(*words)
+
+        monkeypatch.setattr(Forest, name, watched)
+    with threadpool_limits(2, "openmp"):
+        maps(smeared(2, seed=1), borders.Merger(merger.features, merger.joined))
+        after = [one["num_threads"] for one in threadpool_info() if one["user_api"] == "openmp"]
+    assert set(seen) == {1}
+    assert set(after) == {2}
