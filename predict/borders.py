@@ -27,6 +27,7 @@ PERCENTILES = (0, 5, 10, 25, 50, 75, 90, 100)
 FEATURES = 36
 MOST = 10**6  # borders that are learned from
 FORESTS = 3  # whose mean is taken: one depends on its seed
+ROUNDS = 150  # trees of a forest
 PARTS = 4  # of the sections: what is learned from neighbours takes each as judged by the other parts
 JOINED_AT = (0.5, 0.85)  # a neighbour's pieces are joined over borders that are false with more than this probability
 REACH = 100  # px around a border within which its sides are looked for in the neighbours
@@ -289,7 +290,7 @@ def _one_thread():
 def _forests(features, joined, count=FORESTS):
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    how = {"max_iter": 150, "learning_rate": 0.06, "max_leaf_nodes": 15, "min_samples_leaf": 20}
+    how = {"max_iter": ROUNDS, "learning_rate": 0.06, "max_leaf_nodes": 15, "min_samples_leaf": 20}
     how |= {"l2_regularization": 1.0, "max_features": 0.5, "early_stopping": False}
     step = -(-len(joined) // MOST)
     forests = (HistGradientBoostingClassifier(**how, random_state=seed) for seed in range(count))

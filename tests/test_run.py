@@ -24,7 +24,7 @@ import data
 import dilatedUnet
 from files import atomic, shell
 from network import device, distribution, losses
-from predict import prediction
+from predict import borders, prediction
 from score import evaluation, scores
 from studies.records import ran_on
 from train import feed as feeds
@@ -191,6 +191,7 @@ def test_a_finished_run_may_learn_false_borders_or_average_otherwise_and_predict
 ):
     """With a network that sees bright pixels as interior, so that there are borders."""
     monkeypatch.setattr(prediction, "section_predictor", lambda *_, **__: lambda section: np.float32(section) / 255)
+    monkeypatch.setattr(borders, "ROUNDS", 15)
     before = strict(tmp_path / "runs/x/run.json")
     with monkeypatch.context() as patch:
         die_at(patch, (finish, "score", 1, "before"))
