@@ -29,11 +29,11 @@ def environment(requirements):
     """Make .venv beside this file, or use the one that is there, and install the requirements; its Python."""
     folder = ROOT / ".venv"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    new = not python.exists()
-    if new:
+    if not python.exists():
         print(f"making {folder}", flush=True)
         venv.create(folder, with_pip=True)
-    quick = ("--quiet", "--disable-pip-version-check", "--no-compile")  # pip compiles on one core only
+    quick = ("--quiet", "--disable-pip-version-check", "--no-compile")  # pip would compile all, on one core,
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # Python what it imports, once
     install = [python, "-m", "pip", "install", *quick, "-r", ROOT / requirements]
     lock = ("-c", ROOT / "requirements.lock")
     print(f"installing {requirements}, as tested (requirements.lock)", flush=True)
@@ -45,8 +45,6 @@ def environment(requirements):
         print("the tested versions do not all install here: taking the ranges of the requirements", flush=True)
         if subprocess.run(install).returncode:
             sys.exit("What is needed could not be installed: see above.")
-    if new:
-        subprocess.run([python, "-m", "compileall", "-qq", "-j", "0", folder])
     return python
 
 

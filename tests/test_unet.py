@@ -81,7 +81,7 @@ def test_the_residual_network_adds_to_its_input_what_two_convolutions_make_of_it
     assert [widths[f"up{level}_conv1"] for level in range(1, 5)] == [16, 32, 64, 128]
 
 
-@pytest.mark.parametrize("shape", [(8, 8), pytest.param((16, 40), marks=pytest.mark.jax), (72, 24)])
+@pytest.mark.parametrize("shape", [(8, 8), (16, 40), (72, 24)])
 @pytest.mark.parametrize("settings", [TINY, TINY_2015, RESIDUAL], ids=["2017", "2015", "residual"])
 def test_any_multiple_of_8_goes_in_and_a_probability_comes_out(settings, shape):
     x = np.random.default_rng(0).normal(size=(2, *shape, 1)).astype(np.float32)
