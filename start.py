@@ -32,8 +32,9 @@ def environment(requirements):
     if not python.exists():
         print(f"making {folder}", flush=True)
         venv.create(folder, with_pip=True)
-    quick = ("--quiet", "--disable-pip-version-check", "--no-compile")  # pip would compile all, on one core,
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # Python what it imports, once
+    # pip would compile all of it, on one core: Python compiles what it imports, once
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    quick = ("--quiet", "--disable-pip-version-check", "--no-compile")
     install = [python, "-m", "pip", "install", *quick, "-r", ROOT / requirements]
     lock = ("-c", ROOT / "requirements.lock")
     print(f"installing {requirements}, as tested (requirements.lock)", flush=True)

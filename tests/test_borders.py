@@ -202,17 +202,19 @@ def test_a_second_reading_of_the_same_sections_is_learned_from_with_evidence_of_
 def test_forests_run_on_one_thread_for_on_a_busy_machine_several_wait_for_each_other(merger, monkeypatch):
     from sklearn.ensemble import HistGradientBoostingClassifier as Forest
 
+    def threads():
+        return [one["num_threads"] for one in threadpool_info() if one["user_api"] == "openmp"]
+
     seen = []
     for name in ("fit", "predict_proba"):
         kept = getattr(Forest, name)
 
         def watched(*words, kept=kept):
-            seen.extend(one["num_threads"] for one in threadpool_info() if one["user_api"] == "openmp")
+            seen.extend(threads())
             return kept(*words)
 
         monkeypatch.setattr(Forest, name, watched)
     with threadpool_limits(2, "openmp"):
         maps(smeared(2, seed=1), borders.Merger(merger.features, merger.joined))
-        after = [one["num_threads"] for one in threadpool_info() if one["user_api"] == "openmp"]
+        assert set(threads()) == {2}
     assert set(seen) == {1}
-    assert set(after) == {2}

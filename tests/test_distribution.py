@@ -99,12 +99,10 @@ def test_two_processes_give_the_loss_curve_of_one_and_where_one_dies_two_devices
     wait_for_epochs(run, 2, chief)
     other.kill()
     other.wait()
-    if TENSORFLOW:  # JAX's own service ends the process after a minute
-        assert chief.wait(300) == 1, said(start, "dying-0")
+    assert chief.wait(300) not in (0, 2), said(start, "dying-0")
+    if TENSORFLOW:  # JAX's own service ends the process
+        assert chief.returncode == 1
         assert "another process of this run is lost" in said(start, "dying-0").splitlines()[-1]
-    else:
-        chief.kill()
-        chief.wait()
     done = len(history(run))
     assert 2 <= done < 16, "the process died too late"
     assert "2 processes, this one number 1" in said(start, "dying-1")
