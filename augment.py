@@ -40,6 +40,8 @@ class Recipe:
     brightness: float = 0.0  # offset, uniform in +- this, in standard deviations of the raw data
     contrast: float = 0.0  # factor, log-uniform in 1 / (1 + this) .. 1 + this
     gamma: float = 0.0  # exponent, likewise
+    shade: float = 0.0  # from border to border the gray values change by twice this, along rows and along columns
+    blur: float = 0.0  # standard deviation of a Gaussian blur, px, uniform in 0 .. this
     noise: float = 0.0  # standard deviation of the pixels' noise, uniform in 0 .. this, in those of the raw data
 
     def __post_init__(self):
@@ -58,11 +60,13 @@ _TURNS = {"flips": True, "quarter_turns": True}  # sections of EM stacks have no
 _AFFINE = {"max_rotation_deg": 180.0, "scale": (0.8, 1.25), "max_shear_deg": 5.0, "max_shift_px": 16.0}
 _ELASTIC = {"elastic_grid": 3, "elastic_sd_px": 10.0}  # the setting of the U-Net paper
 _GRAY = {"brightness": 0.25, "contrast": 0.25, "gamma": 0.25, "noise": 0.1}
+_BROAD = {"brightness": 0.5, "contrast": 0.4, "gamma": 0.5, "shade": 0.5, "blur": 1.5, "noise": 0.5}
 RECIPES = {
     "none": Recipe(),
     "affine": Recipe(**_TURNS, **_AFFINE),
     "elastic": Recipe(**_TURNS, **_ELASTIC),
     "all": Recipe(**_TURNS, **_AFFINE, **_ELASTIC, **_GRAY),
+    "broad": Recipe(**_TURNS, **_AFFINE, **_ELASTIC, **_BROAD),
 }
 
 
@@ -74,7 +78,7 @@ def recipe(name, **overrides):
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     if name == "none" and given:
-        raise ValueError(f"augment none takes no {', '.join(given)}: choose affine, elastic or all")
+        raise ValueError(f"augment none takes no {', '.join(given)}: choose affine, elastic, all or broad")
     made = replace(RECIPES[name], **given)
     if "elastic_grid" in given and not made.elastic_sd_px:
         raise ValueError(f"elastic_grid needs elastic_sd_px above 0. Received: {given['elastic_grid']} and 0")
@@ -86,8 +90,8 @@ class Draw:
     """All the numbers of one element of a batch.
 
     `section` and `origin` (row, column) place the crop; `affine` is the (2, 3) map of centred pixels, `grid` the
-    (2, g, g) displacements in px (rows, then columns); `gray` holds contrast, brightness, gamma and the noise's
-    standard deviation, all float32; `key` keys the noise.
+    (2, g, g) displacements in px (rows, then columns); `gray` holds contrast, brightness, gamma, the standard
+    deviations of noise and blur, and the shade along rows and columns, all float32; `key` keys the noise.
     """
 
     section: int
@@ -116,6 +120,7 @@ def draw(recipe, *, seed, epoch, index, sections, shape, window):
     signed = random.uniform(-1, 1, size=8)
     noise, key = random.random(), int(random.integers(-(2**31), 2**31))
     grid = np.clip(random.standard_normal((2, recipe.elastic_grid, recipe.elastic_grid)), -CLIP_SD, CLIP_SD)
+    blur, *shade = random.uniform([0, -1, -1], 1)
     low, high = np.log(recipe.scale)
     matrix = affine(
         rotation_deg=signed[0] * recipe.max_rotation_deg,
@@ -126,7 +131,8 @@ def draw(recipe, *, seed, epoch, index, sections, shape, window):
         flip=(rows_flipped and recipe.flips, columns_flipped and recipe.flips),
     )
     contrast, gamma = (1 + recipe.contrast) ** signed[5], (1 + recipe.gamma) ** signed[6]
-    gray = np.array([contrast, signed[7] * recipe.brightness, gamma, noise * recipe.noise], np.float32)
+    changes = (contrast, signed[7] * recipe.brightness, gamma, noise * recipe.noise, blur * recipe.blur)
+    gray = np.array([*changes, *np.multiply(shade, recipe.shade)], np.float32)
     deal, place = divmod(index, len(sections))
     section = int(sections[_generator(seed, epoch, deal, 1).permutation(len(sections))[place]])
     return Draw(section, origin, window, matrix, np.float32(recipe.elastic_sd_px * grid), gray, key)
@@ -214,7 +220,7 @@ def batch(images, masks, recipe, *, seed, epoch, indices, window, sections, cont
     -------
     dict of ndarray
         "image", "mask" (B, n, n) with n = w + 2 * margin(recipe, w), w = window + 2 * context; "affine" (B, 2, 3),
-        "grid" (B, 2, g, g) and "gray" (B, 4) in float32; "key" (B,) in int32.
+        "grid" (B, 2, g, g) and "gray" (B, 7) in float32; "key" (B,) in int32.
     """
     kwargs = {"seed": seed, "epoch": epoch, "sections": sections, "shape": images.shape[1:], "window": window}
     draws = [onto_labels(draw(recipe, index=int(index), **kwargs), masks) for index in indices]
@@ -272,6 +278,8 @@ def warp(batch, recipe, *, window, mean, std):
     labels = [_pick(batch[name], nearest) for name in ("mask", "weights") if name in batch]
     image = _linear(batch["image"], rows, columns, width, first) if recipe.resamples else _pick(batch["image"], nearest)
     image = _change_gray((image - mean) / (std + 1e-10), batch["gray"], recipe)
+    if recipe.blur:
+        image = _blur(image, batch["gray"][:, 4], recipe.blur)
     if recipe.noise:
         image = image + batch["gray"][:, 3, None, None] * _noise(batch["key"], window)
     return image[..., None], *labels
@@ -313,19 +321,36 @@ def _linear(source, rows, columns, width, first):
 
 
 def _change_gray(image, gray, recipe):
-    """Contrast about the mean, brightness, then gamma, on standardised gray values z.
+    """Contrast about the mean, brightness, gamma, then shade, on standardised gray values z.
 
     Gamma's black lies 3 standard deviations below the mean, and its curve keeps the level and the slope at the mean,
     so that it leaves brightness and contrast alone. With x = z / 3 that is ((1 + x) ** gamma - 1) / gamma, here as its
     Pade approximant x (1 + (1 + gamma) x / 6) / (1 + (2 - gamma) x / 3): exact for gamma 1 and 2, and without the
     logarithms and exponentials that would double the warp's time.
     """
-    contrast, brightness, gamma = (gray[:, column, None, None] for column in range(3))
+    contrast, brightness, gamma, _, _, down, right = (gray[:, column, None, None] for column in range(7))
     if recipe.contrast or recipe.brightness:
         image = image * contrast + brightness
     if recipe.gamma:
         x = ops.maximum(image / 3, -1.0)
         image = x * (3 + (1 + gamma) / 2 * x) / (1 + (2 - gamma) / 3 * x)
+    if recipe.shade:
+        rows, columns = (np.linspace(-1, 1, size, dtype=np.float32) for size in image.shape[1:])
+        image = image + down * rows[:, None] + right * columns
+    return image
+
+
+def _blur(image, sd, most):
+    """Gaussian blur of each image (B, h, w) by its own standard deviation, px, `most` at most; mirrored outside."""
+    reach = int(np.ceil(3 * most))
+    away = np.arange(-reach, reach + 1, dtype=np.float32)
+    weights = ops.exp(-(away**2) / (2 * ops.maximum(sd[:, None], 0.01) ** 2))  # 0.01 px: the image as it is
+    weights = weights / ops.sum(weights, axis=1, keepdims=True)
+    for axis in (1, 2):
+        sides = [(reach, reach) if one == axis else (0, 0) for one in range(3)]
+        padded, size = ops.pad(image, sides, mode="reflect"), image.shape[axis]
+        places = [(slice(None),) * axis + (slice(i, i + size),) for i in range(2 * reach + 1)]
+        image = sum(weights[:, i, None, None] * padded[place] for i, place in enumerate(places))
     return image
 
 

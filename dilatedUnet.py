@@ -179,8 +179,9 @@ AUGMENTATION = (
     flag(
         "--augment",
         "affine: flips, turns, rotation, scale, shear, shift; elastic: flips, turns, 3 x 3 grid with a standard "
-        "deviation of 10 px (U-Net 2015); all: both, and gray values (default: none; unet2015: all)",
-        choices=("none", "affine", "elastic", "all"),
+        "deviation of 10 px (U-Net 2015); all: both, and gray values; broad: gray values more, with shade, blur and "
+        "noise, for other microscopes (default: none; unet2015: all)",
+        choices=("none", "affine", "elastic", "all", "broad"),
     ),
     flag("--elastic_grid", "nodes per side of the displacement grid", type=number(int, 2, 32)),
     flag("--elastic_sd_px", "standard deviation of a node, px", type=number(float, 0, 100)),

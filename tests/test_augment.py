@@ -18,7 +18,7 @@ from augment import RECIPES, Recipe
 from network import hashing
 
 WINDOW = 48
-NO_GRAY = dict.fromkeys(("gamma", "noise", "brightness", "contrast"), 0)
+NO_GRAY = dict.fromkeys(("gamma", "shade", "blur", "noise", "brightness", "contrast"), 0)
 SINGLE = {
     "flips": Recipe(flips=True, quarter_turns=True),
     "rotation": Recipe(max_rotation_deg=180),
@@ -300,7 +300,7 @@ def test_context_beyond_the_border_is_mirrored_however_far(shape, margin):
 
 def gray_warp(z, contrast=1.0, brightness=0.0, gamma=1.0):
     made = Recipe(brightness=0.5, contrast=0.5, gamma=1.0)
-    gray = np.float32([[contrast, brightness, gamma, 0]])
+    gray = np.float32([[contrast, brightness, gamma, 0, 0, 0, 0]])
     return ops.convert_to_numpy(augment._change_gray(np.float32(z)[None, None], gray, made))[0, 0]
 
 
@@ -322,14 +322,14 @@ def test_gray_values_change_as_drawn_linearly_or_by_gamma_and_only_the_images():
     arrays = batch(images, images, made)
     image, mask = warp(arrays, made, mean=127, std=74)
     np.testing.assert_array_equal(mask, arrays["image"])
-    for k, (contrast, brightness, gamma, noise) in enumerate(arrays["gray"]):
+    for k, (contrast, brightness, gamma, *others) in enumerate(arrays["gray"]):
         z = (arrays["image"][k] - 127.0) / 74
         expected = gray_warp(z.ravel(), contrast, brightness, gamma).reshape(z.shape)
         np.testing.assert_allclose(image[k], expected, atol=1e-4)
         assert 0.8 <= contrast <= 1.25
         assert -0.3 <= brightness <= 0.3
         assert 0.8 <= gamma <= 1.25
-        assert noise == 0
+        assert not any(others)
     assert np.ptp(arrays["gray"][:, :3], axis=0).min() > 0.1
     z = np.linspace(-2, 4, 13)
     np.testing.assert_allclose(gray_warp(z, contrast=1.3, brightness=-0.2), 1.3 * z - 0.2, atol=1e-5)
@@ -360,6 +360,39 @@ def test_noise_is_nearly_gaussian_uncorrelated_and_as_strong_as_drawn():
     assert arrays["gray"][:, 3].min() > 0
     assert arrays["gray"][:, 3].max() <= 0.5
     assert (mask == 100).all()
+
+
+@pytest.mark.parametrize("run", [lambda f: f, compiled], ids=["eager", "compiled"])
+def test_blur_is_scipys_gaussian_as_wide_as_drawn_before_the_noise_and_leaves_the_labels(run):
+    made = replace(RECIPES["none"], blur=1.5)
+    arrays = batch(stack(), stack(), made)
+    image, mask = warp(arrays, made)
+    np.testing.assert_array_equal(mask, arrays["image"])
+    wide = arrays["gray"][:, 4]
+    assert 0 < wide.min() < 0.3 < 0.9 < wide.max() < 1.5
+    sharp = np.float32(arrays["image"])
+    for source, seen, sd in zip(sharp, image, wide, strict=True):
+        np.testing.assert_allclose(seen, ndimage.gaussian_filter(source, sd, radius=5, mode="mirror"), atol=1e-3)
+    blurred = run(lambda sd: augment._blur(ops.convert_to_tensor(sharp), sd, 1.5))(np.zeros(6, np.float32))
+    np.testing.assert_array_equal(ops.convert_to_numpy(blurred), sharp)
+    noisy = replace(made, noise=0.5)
+    arrays = batch(stack(), stack(), noisy)
+    quiet = arrays | {"gray": arrays["gray"] * np.float32([1, 1, 1, 0, 1, 1, 1])}
+    added = warp(arrays, noisy, std=70)[0] - warp(quiet, noisy, std=70)[0]
+    np.testing.assert_allclose(added.std(axis=(1, 2)), arrays["gray"][:, 3], rtol=0.05)  # noise is not blurred
+
+
+def test_shade_is_a_plane_as_steep_as_drawn_either_way():
+    made = replace(RECIPES["none"], shade=0.5)
+    flat = np.full((1, 64, 80), 100, np.uint8)
+    arrays = batch(flat, flat, made, indices=range(40), window=33)
+    image, _ = warp(arrays, made, window=33, mean=100, std=10)
+    down, right = arrays["gray"][:, 5:].T
+    place = np.linspace(-1, 1, 33)
+    planes = down[:, None, None] * place[:, None] + right[:, None, None] * place
+    np.testing.assert_allclose(image, planes, atol=1e-6)
+    for slope in (down, right):
+        assert -0.5 < slope.min() < -0.4 < 0.4 < slope.max() < 0.5
 
 
 def test_an_element_depends_on_seed_epoch_and_index_and_not_on_the_batch_it_travels_in():
@@ -424,7 +457,7 @@ def test_the_compiled_warp_is_the_eager_one_in_shape_type_and_value():
     made = RECIPES["all"]
     arrays = batch(stack(), (stack() > 9).astype(np.uint8), made, indices=range(2))
     side = WINDOW + 2 * augment.margin(made, WINDOW)
-    shapes = {"affine": (2, 2, 3), "grid": (2, 2, 3, 3), "gray": (2, 4)}
+    shapes = {"affine": (2, 2, 3), "grid": (2, 2, 3, 3), "gray": (2, 7)}
     assert {name: (array.shape, array.dtype.name) for name, array in arrays.items()} == {
         **dict.fromkeys(("image", "mask"), ((2, side, side), "uint8")),
         **{name: (shape, "float32") for name, shape in shapes.items()},
