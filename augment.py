@@ -335,7 +335,7 @@ def _change_gray(image, gray, recipe):
         x = ops.maximum(image / 3, -1.0)
         image = x * (3 + (1 + gamma) / 2 * x) / (1 + (2 - gamma) / 3 * x)
     if recipe.shade:
-        rows, columns = (np.linspace(-1, 1, size, dtype=np.float32) for size in image.shape[1:])
+        rows, columns = (ops.linspace(-1.0, 1.0, size, dtype="float32") for size in image.shape[1:])
         image = image + down * rows[:, None] + right * columns
     return image
 
@@ -343,7 +343,7 @@ def _change_gray(image, gray, recipe):
 def _blur(image, sd, most):
     """Gaussian blur of each image (B, h, w) by its own standard deviation, px, `most` at most; mirrored outside."""
     reach = int(np.ceil(3 * most))
-    away = np.arange(-reach, reach + 1, dtype=np.float32)
+    away = ops.arange(-reach, reach + 1, dtype="float32")
     weights = ops.exp(-(away**2) / (2 * ops.maximum(sd[:, None], 0.01) ** 2))  # 0.01 px: the image as it is
     weights = weights / ops.sum(weights, axis=1, keepdims=True)
     for axis in (1, 2):

@@ -2,8 +2,8 @@
 
     python benchmarks/normalise.py results/benchmarks/normalise.json
 
-Three sections of ISBI-2012 as they are, with gray values and pixel sizes changed, and three of the synthetic stack. The
-network was trained on those of ISBI-2012: compare the numbers of one line only. Written after every line.
+Three sections of ISBI-2012 as they are, with gray values and pixel sizes changed, and twelve of the synthetic stack.
+The network was trained on those of ISBI-2012: compare the numbers of one line only. Written after every line.
 """
 
 import os
@@ -58,7 +58,7 @@ def cases():
         truth = resize(masks, shape, order=0, preserve_range=True).astype(np.uint8)
         sizes = {"as it is": (), "--rescale": ("training", images.shape[1:])}
         yield f"pixels of {nm} nm", (replace(images, sections=gray.astype(np.uint8)), truth), sizes
-    images, masks = data.synthetic(len(SECTIONS))
+    images, masks = data.synthetic(12)
     yield "synthetic", (images, masks.sections), {"training": ("training",), "own": ("own",)}
 
 
