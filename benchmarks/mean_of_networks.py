@@ -31,13 +31,19 @@ from train import run as training
 NAMES = ("v_rand", "v_info")
 
 
-def load(run):
-    """Stacks of a run, its network's probability of the held-out sections, (N, H, W), its borders, and seconds."""
+def opened(run):
+    """Stacks of a finished run, images and masks of its held-out sections, its predictor (8 rotations), its borders."""
     stacks = training.load(dilatedUnet.parse(json.loads((run / "run.json").read_text())["argv"]))
-    images = stacks.images.sections[list(stacks.split.held_out)]
+    images, masks = (stack.sections[list(stacks.split.held_out)] for stack in (stacks.images, stacks.masks))
     merger, engine = borders.load(run / "best.borders.npz"), engines.choose("auto")
     network, _ = prediction.load_network(str(run / "best"), "float32", engine)
     predict = prediction.section_predictor(network, stacks.normalisation, engine=engine, tta="8")
+    return stacks, images, masks, predict, merger
+
+
+def load(run):
+    """Stacks of a run, its network's probability of the held-out sections, (N, H, W), its borders, and seconds."""
+    stacks, images, _, predict, merger = opened(run)
     begin = time.perf_counter()
     interior = np.stack([predict(section) for section in images])
     return stacks, interior, merger, round(time.perf_counter() - begin, 1)

@@ -19,15 +19,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from mean_of_networks import score
+from mean_of_networks import opened, score
 from scipy.ndimage import gaussian_filter
 from skimage.transform import resize
 
-import dilatedUnet
 from files import atomic
-from predict import borders, engines, prediction
+from predict import borders
 from train import record as records
-from train import run as training
 
 
 def noisy(sections, sd):
@@ -61,11 +59,7 @@ CHANGES = {
 
 def scores_of(run, found):
     """Fill `found` with the scores of a run's held-out sections under each change, saying and yielding as it goes."""
-    stacks = training.load(dilatedUnet.parse(json.loads((run / "run.json").read_text())["argv"]))
-    images, masks = (stack.sections[list(stacks.split.held_out)] for stack in (stacks.images, stacks.masks))
-    merger, engine = borders.load(run / "best.borders.npz"), engines.choose("auto")
-    network, _ = prediction.load_network(str(run / "best"), "float32", engine)
-    predict = prediction.section_predictor(network, stacks.normalisation, engine=engine, tta="8")
+    _, images, masks, predict, merger = opened(run)
     for name in [name for name in CHANGES if name not in found]:
         changed = np.clip(np.rint(CHANGES[name](images.astype(np.float64))), 0, 255).astype(np.uint8)
         interior = np.stack([predict(section) for section in changed])
