@@ -392,7 +392,7 @@ for number in (signal.SIGTERM, signal.SIGINT):  # the latter is ignored by what 
 folder = pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1]); folder.mkdir(parents=True, exist_ok=True)
 (folder / "started").touch()
 try:
-    for epoch in range(1, 400):
+    for epoch in range(1, 100):
         time.sleep(0.15)
         (folder / "history.csv").write_text("epoch\\n" + "1\\n" * epoch)
         (folder / "checkpoint.npz").write_text(str(epoch))

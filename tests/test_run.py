@@ -296,8 +296,8 @@ def test_a_run_that_dies_at_the_worst_moments_ends_as_if_it_had_not(train, monke
     deaths = [
         (2, (recorder, "save_checkpoint", 1, "before")),
         (2, (recorder.Recorder, "on_train_batch_end", 3, "before")),
-        (2, (finish, "score", 1, "before")),
         (3, (recorder.Recorder, "save_weights", 1, "after")),
+        (3, (finish, "score", 1, "before")),
     ]
     for i, (epochs, where) in enumerate(deaths):
         flags = f"{exact} --epochs {epochs} --run_dir parts {'--resume' * (i > 0)}"
