@@ -61,9 +61,9 @@ RECIPES["strong"] = RECIPES["quick"] | {"epochs": 40, "ema": 0.99}
 COSTS = {
     "published": "the study of 2017, which validated on its training sections. Estimated: 4 to 9 hours on 2 CPU cores, "
     "6 minutes on an H200",
-    "quick": "for your own sections. 5 to 12 minutes on 2 CPU cores",
+    "quick": "for your own sections. 4 to 9 minutes on 2 CPU cores",
     "finetune": "for a few sections: goes on from a trained network. 3 minutes on 2 CPU cores",
-    "strong": "for your own sections, six times as many updates as quick. 40 to 60 minutes on 2 CPU cores",
+    "strong": "for your own sections, six times as many updates as quick. 20 to 50 minutes on 2 CPU cores",
 }
 # What depends on the network: defaults of flags that are not given.
 ARCHITECTURES = {
