@@ -326,7 +326,7 @@ def _check_workers(client, call):
 
 def unseen(job):
     """Paths of a job that this machine does not see."""
-    return [path for path in (job.image, job.weights, job.output) if not Path(path).exists()]
+    return [path for path in (job.image, job.weights, job.output) if not Path(atomic.within(path)[0]).exists()]
 
 
 @contextlib.contextmanager

@@ -372,6 +372,12 @@ def test_two_processes_one_of_which_dies_give_the_same_numbers(here):
     assert here.windows()[0] >= 4 * 9
 
 
+def test_a_worker_sees_the_file_that_holds_an_array(tmp_path):
+    (tmp_path / "x.h5").touch()
+    job = SimpleNamespace(image=f"{tmp_path}/x.h5:/raw", weights=str(tmp_path), output=f"{tmp_path}/gone.h5:/raw")
+    assert blocks.unseen(job) == [job.output]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("distributed")
 def test_errors_of_workers_arrive_as_one_sentence(here, monkeypatch):
