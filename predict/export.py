@@ -14,7 +14,7 @@ import numpy as np
 import data
 from data import DataError, Normalisation
 from files import atomic
-from files.flags import file
+from files.flags import channel, file
 from files.sections import reflect
 from files.shell import say
 from network.field import field_of
@@ -65,6 +65,7 @@ def add_arguments(parser, shipped):
     says = parser.add_argument_group("what the package says").add_argument
     section = "stack whose middle is its test section and cover (default: a painted one, nothing of yours)"
     says("--image_path", help=section, metavar="PATH")
+    says("--channel", help="channel of --image_path, from 0, where it has several", type=channel)
     says("--name", help="of the network (default: that of the weights)")
     says("--author", help="one or several, in quotes", nargs="+", metavar="NAME")
     says("--license", help="SPDX identifier such as CC-BY-4.0 (default: none; of the shipped network MIT)")
@@ -204,7 +205,7 @@ def _write_tensors(args, network, record, sizes, folder):
     least, step, shrink, halo = sizes.values()
     side = least + -(-(2 * (halo + shrink) + SEEN_PX - least) // step) * step
     norm = Normalisation.from_dict(record["normalisation"])
-    section = _section(args.image_path, side, norm, record)
+    section = _section(args, side, norm, record)
     interior = prediction.windows_predictor(network, norm, "keras", "float32")(section[None])
     np.save(folder / "test-input.npy", section[None, None].astype(np.float32))
     np.save(folder / "test-output.npy", interior[:, None])
@@ -215,10 +216,10 @@ def _write_tensors(args, network, record, sizes, folder):
     Image.fromarray((np.clip(cover, 0, 1) * 255).astype(np.uint8)).save(folder / "cover.png")
 
 
-def _section(image_path, side, norm, record):
+def _section(args, side, norm, record):
     """The middle of the middle section of a stack; without one a painted section with the training's gray values."""
-    if image_path:
-        with data.iter_sections(data.resolve(image_path, "test", log=say)) as sections:
+    if args.image_path:
+        with data.iter_sections(data.resolve(args.image_path, "test", log=say), channel=args.channel) as sections:
             parts = intensity.sample(sections, side)
         return _centre(parts[len(parts) // 2], side)
     painted = data.synthetic(1, (side, side))[0].sections[0].astype(np.float32)
@@ -287,10 +288,14 @@ def _stem(args):
 
 
 def _card(args):
-    """The model card beside the weights, if it is theirs; its links into the repository become plain words."""
+    """The model card beside the weights, if its title names them; its links into the repository become plain words."""
     card = prediction.record_file(args.weight_path).with_name("README.md")
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    return re.sub(r"\[([^]]*)\]\((?!http)[^)]*\)", r"\1", text) if f"`{_stem(args)}`" in text else ""
+    return (
+        re.sub(r"\[([^]]*)\]\((?!http)[^)]*\)", r"\1", text)
+        if re.match(f"#[^\n]*`{re.escape(_stem(args))}`", text)
+        else ""
+    )
 
 
 def _documentation(args, record, sizes):

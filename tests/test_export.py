@@ -1,16 +1,19 @@
 """The `export` verb: the package passes its own test offline; what it says; what is refused."""
 
+import argparse
 import io
 import json
+import re
 import socket
 import sys
 import zipfile
 
 import numpy as np
 import pytest
-from conftest import cases
+from conftest import ROOT, cases
 from test_engines import trained_like, windows_of
 
+from predict import export as exporting
 from predict import prediction
 
 pytest.importorskip("onnx", reason="needs the extra: pip install -r requirements-export.txt")
@@ -116,6 +119,15 @@ def test_the_shipped_network_is_exported_with_its_card_licence_and_training_data
     with Image.open(package.open("cover.png")) as cover:
         assert cover.width == 2 * cover.height
         assert np.std(np.asarray(cover)[:, cover.height :]) > 40, "the network sees no membranes in its own cover"
+
+
+def test_a_card_is_that_of_the_weights_in_its_title_and_of_no_other_word_in_it(tmp_path):
+    names = re.findall(r"`(\w+)`", (ROOT / "weights/README.md").read_text())
+    assert {"isbi2012", "strong"} <= set(names)
+    (tmp_path / "README.md").write_text((ROOT / "weights/README.md").read_text())
+    found = [exporting._card(argparse.Namespace(weight_path=str(tmp_path / name))) for name in ("isbi2012", "strong")]
+    assert found[0].startswith("# Model card: `isbi2012`")
+    assert not found[1]
 
 
 @pytest.mark.parametrize("ending", ["onnx", "pt"])
