@@ -293,6 +293,8 @@ DOUBTS = {  # what makes the scores of a readable prediction doubtful
     "range, cannot be scored",
     "gray": "hardly any value of --prediction is near 0 or near the largest one: these look like gray values of an "
     "image, not like probabilities",
+    "cells": "most middle values of --prediction are the same as their neighbour's: these look like numbers of cells, "
+    "not like probabilities. Score numbers with --instances",
     "inverted": "the prediction looks inverted (its correlation with the labels is negative); 1 or 255 must mean "
     "interior. Invert it, or try --invert_mask if it is the labels that are turned",
     "flat": "every threshold gives the same segmentation (the prediction holds only 0 and 1), so the curves are flat "
@@ -302,17 +304,22 @@ DOUBTS = {  # what makes the scores of a readable prediction doubtful
 
 def warnings_about(prediction, references):
     """Return those of `DOUBTS` that `Sections` of probabilities raise."""
-    largest, between, sums = 0.0, False, np.zeros(5)
+    largest, between, sums, pairs = 0.0, False, np.zeros(5), np.zeros(2)
     for p, r in zip(prediction, references, strict=True):
+        middle = abs(p - 0.5) < 0.45
+        middle = middle[:, 1:] & middle[:, :-1]
+        pairs += (middle.sum(), (middle & (p[:, 1:] == p[:, :-1])).sum())
         p, r = p[r >= 0], r[r >= 0]
         largest = max(largest, float(p.max()))
         between = between or bool(((p > 0) & ~above(p, THRESHOLDS[-1])).any())
         inside, sure = r > 0, (abs(p - 0.5) > 0.4).sum()
         sums += (p.size, p.sum(dtype=np.float64), inside.sum(), p[inside].sum(dtype=np.float64), sure)
     pixels, probability, interior, both, sure = sums
+    scaled = prediction.dtype.kind != "f"
     found = {
         "small": largest < 0.25,
-        "gray": largest >= 0.25 and prediction.dtype.kind != "f" and sure < 0.1 * pixels,
+        "gray": largest >= 0.25 and scaled and sure < 0.1 * pixels,
+        "cells": scaled and pairs[0] > 0.25 * pixels and pairs[1] > 0.8 * pairs[0],
         "inverted": pixels * both - probability * interior < -1e-9 * pixels**2,
         "flat": not between,
     }

@@ -161,6 +161,14 @@ def test_masks_are_masks_whatever_their_one_is_and_flat_curves_are_warned_of(lab
     assert "every threshold" in warning
 
 
+def test_numbers_of_cells_are_warned_of_and_probabilities_in_8_bits_are_not(labelled):
+    cells = np.stack([segments.components(section > 0) for section in labelled[1]])
+    numbered = np.where(cells > 0, 40 + cells * 180 // cells.max(), 0).astype(np.uint8)
+    for prediction, doubted in ((numbered, True), (np.round(labelled[0] * 255).astype(np.uint8), False)):
+        found, _ = evaluation.to_probabilities(sections(prediction))
+        assert any("numbers of cells" in words for words in evaluation.warnings_about(found, labelled[1])) == doubted
+
+
 @cases(
     "values, dtype", ([0, 1.5], "f4"), ([-0.1, 1], "f8"), ([0, 1, 2, 7], "u2"), ([0, 1, 2], "i4"), ([-1, 0, 1], "i2")
 )
