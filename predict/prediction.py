@@ -259,6 +259,8 @@ def run(args):
     precision = device.choose_precision(args.precision, engine)
     say(f"{device.describe(precision, engine)}; engine: {engine}")
     records = [read_record(path) for path in args.weight_path]
+    if args.segment and len({"background" in record for record in records}) > 1:
+        raise DataError("--segment takes networks that were all trained with --instances, or all without it.")
     source = data.resolve(args.image_path, "test", log=say)
     if in_blocks and isinstance(source, data.Stack):
         raise DataError(f"--image_path must be a file or folder, which workers can read. Received: {args.image_path}")
@@ -285,29 +287,32 @@ def mergers_of(args, records, in_blocks, shape):
     """What the networks know of false borders, if that is asked for, or can be used for --segment; sets --tta."""
     missing = [file for file in map(borders_file, args.weight_path) if not file.is_file()]
     missing += [record_file(path) for path, one in zip(args.weight_path, records, strict=True) if "merge" not in one]
+    learned = sorted({one["merge"]["tta"] for one in records if "merge" in one})
     large = math.prod(shape[1:]) > LARGE_PX
     if args.merge is None:
-        args.merge = int(args.segment and not (missing or args.rescale or large))
+        args.merge = int(args.segment and not (missing or args.rescale or large or len(learned) > 1))
+        if args.segment and len(learned) > 1:
+            say(f"--merge 0: the networks learned false borders with different --tta ({', '.join(learned)})")
     for wrong, words, received in (
         (missing, "--merge needs weights that were trained with --merge 1", missing and missing[0]),
         (in_blocks, "--merge goes with a TIFF --output", args.output),
         (args.rescale, "--merge goes without --rescale", "both"),
+        (len(learned) > 1, "--merge takes networks that learned it with one --tta", ", ".join(learned)),
         (large, f"--merge takes sections of at most {LARGE_PX} px", size_words(shape)),
     ):
         if args.merge and wrong:
             raise DataError(f"{words}. Received: {received}")
     if not args.merge:
         return []
-    learned = records[0]["merge"]["tta"]
-    if args.tta != learned:
-        say(f"--merge: with --tta {learned}, with which its borders were learned")
-        args.tta = learned
+    if args.tta not in learned:
+        say(f"--merge: with --tta {learned[0]}, with which its borders were learned")
+        args.tta = learned[0]
     return [borders.load(borders_file(path)) for path in args.weight_path]
 
 
 def check_output(args):
     """Whether the output is OME-Zarr; refuse flags that contradict that or each other."""
-    in_blocks, count = args.output.endswith(".zarr"), len(args.weight_path)
+    in_blocks, count = args.output.lower().endswith(".zarr"), len(args.weight_path)
     of_blocks = args.resume or args.scheduler or args.workers is not None
     masks = args.threshold is not None or args.segment
     contradictions = (

@@ -224,6 +224,28 @@ def test_several_networks_are_averaged_each_with_its_own_normalisation(call, wei
     assert prediction.segmentation_of(records) == {"threshold": 0.5, "background": 0.1}
 
 
+def test_networks_that_do_not_go_together_are_not_averaged(refuses, weights, tmp_path):
+    """Whatever their order: those of cells and of membranes, and false borders learned with different rotations."""
+    tifffile.imwrite("stack.tif", section_of(60, 44)[None], photometric="minisblack")
+    record = RECORD | {"network": SETTINGS, "threshold": 0.5}
+    for name, more in (
+        ("cells", {"background": 0.1}),
+        ("four", {"merge": {"tta": "4", "threshold": 0.5}}),
+        ("eight", {"merge": {"tta": "8", "threshold": 0.5}}),
+    ):
+        prediction.save_weights(network_of(), tmp_path / name, record | more)
+        prediction.borders_file(str(tmp_path / name)).write_bytes(b"")
+    flags = ("predict", "--image_path", "stack.tif", "--output", "out.tif", "--segment", *FLOAT32, "--weight_path")
+    for pair in ((weights, tmp_path / "cells"), (tmp_path / "cells", weights)):
+        refuses("--segment takes networks that were all trained with --instances", *flags, *pair)
+    for pair in (("four", "eight"), ("eight", "four")):
+        refuses("--merge takes networks that learned it with one --tta. Received: 4, 8", *flags, *pair, "--merge", 1)
+        args = dilatedUnet.parse([*map(str, flags), *pair])
+        records = [prediction.read_record(path) for path in pair]
+        assert prediction.mergers_of(args, records, False, (1, 60, 44)) == []
+        assert (args.merge, args.tta) == (0, "none")
+
+
 @pytest.mark.parametrize("threshold", [0.3, 0.7])
 def test_a_threshold_writes_an_8_bit_mask(predict, threshold):
     sections = np.stack([section_of(40, 48, seed) for seed in range(2)])
