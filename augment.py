@@ -369,6 +369,7 @@ def preview_batch(images, masks, recipe, *, seed, n, window, mean, std, sections
     The images are uint8; black and white lie 3 standard deviations below and above the raw data's mean.
     """
     arrays = batch(images, masks, recipe, seed=seed, epoch=0, indices=range(n), window=window, sections=sections)
-    image, mask = warp(arrays, recipe, window=window, mean=mean, std=std)
+    tensors = {name: ops.convert_to_tensor(array) for name, array in arrays.items()}
+    image, mask = warp(tensors, recipe, window=window, mean=mean, std=std)
     shown = np.clip(ops.convert_to_numpy(image)[..., 0] * 42.5 + 127.5, 0, 255)
     return shown.astype(np.uint8), ops.convert_to_numpy(mask).astype(masks.dtype)

@@ -449,15 +449,15 @@ def contradictions(given, args):
     published, kfold = args.protocol == "published", args.protocol == "kfold"
     nothing = args.protocol in ("published", "all")
     no_validation = args.inner_sections == 0 or args.protocol == "all"
-    fold = args.fold is not None or args.folds is not None
     cyclic = args.clr_mode in ("triangular", "triangular2", "exp_range")
     multiple, execution = 2 ** (len(args.filters) - (args.arch == "resunet")), args.steps_per_execution or 1
     of_2015, weighted = args.arch == "unet2015", args.loss == "weighted"
     only_2015 = args.depth or args.padding or args.batch_norm
+    dilated = given.dilate or given.dilate_rate or given.addition is not None
     pixels = args.batch_size * args.window**2
     return (
         (args.val_sections and args.protocol != "holdout", "--val_sections goes with --protocol holdout"),
-        (fold and not kfold, "--fold and --folds go with --protocol kfold"),
+        (not kfold and {args.fold, args.folds} != {None}, "--fold and --folds go with --protocol kfold"),
         (args.gap and nothing, "--gap needs held-out sections: --protocol holdout or kfold"),
         (args.inner_sections is not None and nothing, "--inner_sections goes with --protocol holdout or kfold"),
         (args.val_windows and not published, "--val_windows goes with --protocol published"),
@@ -479,6 +479,7 @@ def contradictions(given, args):
         (of_2015 and not args.batch_norm and args.bn_momentum != 0.99, "--bn_momentum goes with --batch_norm"),
         (args.average_warmup and of_2015 and not (args.batch_norm or args.ema), "--average_warmup goes with --ema"),
         (only_2015 and not of_2015, "--depth, --padding and --batch_norm go with --arch unet2015"),
+        (args.arch != "unet2017" and dilated, "--dilate, --dilate_rate and --addition go with --arch unet2017"),
         ((args.w0 is not None or args.sigma) and not weighted, "--w0 and --sigma go with --loss weighted"),
         (args.merge and args.instances, "--merge is of no use with --instances"),
         (args.merge and args.protocol == "published", "--merge goes with --protocol holdout, kfold or all"),

@@ -160,9 +160,14 @@ def fused(function):
     return tf.function(function, jit_compile=True)
 
 
-def steps_per_execution(asked, steps_per_epoch):
-    """Updates per call of the compiled step: several on an accelerator, whose queue must not run dry; 1 on PyTorch."""
-    if asked or not accelerator() or backend() == "torch":
+def one_update_per_call(replicas):
+    """Whether Keras makes one update per call only: PyTorch, and replicas of TensorFlow (3.15 fails in its loop)."""
+    return backend() == "torch" or (backend() == "tensorflow" and replicas > 1)
+
+
+def steps_per_execution(asked, steps_per_epoch, replicas=1):
+    """Updates per call of the compiled step: several on an accelerator, whose queue must not run dry, where it can."""
+    if asked or not accelerator() or one_update_per_call(replicas):
         return asked or 1
     return max(n for n in range(1, min(10, steps_per_epoch) + 1) if steps_per_epoch % n == 0)
 

@@ -19,6 +19,9 @@ TENSORFLOW = keras.backend.backend() == "tensorflow"
 def test_an_accelerator_gets_several_updates_per_call(monkeypatch, asked, gpu, expected):
     monkeypatch.setattr(device, "accelerator", lambda: gpu)
     assert device.steps_per_execution(asked, 20) == expected
+    assert device.steps_per_execution(None, 20, replicas=2) == (
+        1 if TENSORFLOW else device.steps_per_execution(None, 20)
+    )
 
 
 @cases(
@@ -50,10 +53,11 @@ def test_a_run_on_pytorch_resumes_bit_for_bit_and_predicts_what_the_other_backen
     train = f"{TINY} {HOLDOUT} --augment all {files} --mask_path {small}/labels.tif --run_dir"
     predict = f"predict {files} --weight_path whole/best --engine keras --output"
     runs = (f"{train} whole", f"{train} parts --epochs 1", f"{train} parts --resume")
-    command = [sys.executable, "-c", ON_PYTORCH, *runs, f"{predict} torch.tif", f"{train} no --steps_per_execution 2"]
+    more = (f"{predict} torch.tif", f"{train} no --augment_preview seen.png", f"{train} no --steps_per_execution 2")
+    command = [sys.executable, "-c", ON_PYTORCH, *runs, *more]
     env = os.environ | {"KERAS_BACKEND": "torch", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
-    assert done.stdout.split()[-6:] == ["0", "0", "0", "0", "2", "cpu"], done.stderr
+    assert done.stdout.split()[-7:] == ["0", "0", "0", "0", "0", "2", "cpu"], done.stderr
     assert "--steps_per_execution must be 1 with PyTorch. Received: 2" in done.stderr
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     assert call(*predict.split(), "here.tif").code == 0

@@ -112,6 +112,11 @@ REFUSED = {  # what is said of which flags
     "--patience needs validation": [f"--patience 3 --protocol {p}" for p in ("all", "holdout --inner_sections 0")],
     "--filters of unet2015 is one number": ["--arch unet2015 --filters 4,8"],
     "--depth, --padding and --batch_norm go with --arch unet2015": ["--depth 3", "--padding same", "--batch_norm"],
+    "--dilate, --dilate_rate and --addition go with --arch unet2017": [
+        "--arch resunet --dilate 1",
+        "--arch unet2015 --addition 0",
+        "--recipe quick --arch resunet --dilate_rate 2",
+    ],
     "--w0 and --sigma go with --loss weighted": ["--arch unet2015 --loss bce --sigma 3", "--w0 5"],
     "--invert_mask is of no use with --instances": ["--instances --protocol holdout --invert_mask"],
     "--instances goes with --protocol holdout, kfold or all": ["--instances"],

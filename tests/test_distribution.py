@@ -146,4 +146,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_and_one_device_shares_nothing(
     monkeypatch.setattr(distribution, "start", lambda devices: two)
     words = "--batch_size must be a multiple of the 2 devices that share it. Received: 3"
     refuses(words, *start.flags, "--batch_size", 3, "--distribute", 2)
+    if TENSORFLOW:
+        words = "--steps_per_execution must be 1 with several devices of TensorFlow. Received: 2"
+        refuses(words, *start.flags, "--steps_per_execution", 2, "--distribute", 2)
     assert not os.listdir()

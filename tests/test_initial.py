@@ -9,9 +9,10 @@ import pytest
 import tifffile
 from conftest import HOLDOUT, TINY, assert_same_run, cases, files, same_weights, strict
 
+import dilatedUnet
 from network import unet
 from predict import prediction
-from train import initial
+from train import initial, run
 
 
 def test_a_network_starts_as_the_other_one_ended_but_for_a_head_of_other_classes(finished, capsys):
@@ -30,11 +31,13 @@ def test_a_network_starts_as_the_other_one_ended_but_for_a_head_of_other_classes
         assert (all(kept), "but for head_conv" in capsys.readouterr().err) == (classes == 3, classes == 3)
 
 
-@pytest.mark.parametrize("flags", ["--filters 2,4", "--filters 2,3,4", "--filters 2,3 --dilate 0"])
+@pytest.mark.parametrize(
+    "flags", ["--filters 2,4", "--filters 2,3,4", "--filters 2,3 --dilate 0", "--filters 2,3 --addition 0"]
+)
 def test_another_network_is_refused_by_its_flags(train, refuses, finished, small, flags):
     files = ("--image_path", small / "images.tif", "--mask_path", small / "labels.tif", "--window", "32")
     said = refuses("holds another network", *files, *flags.split(), "--init_from", finished / "weights/x")
-    assert "--filters [2, 3]" in said
+    assert "holds another network: --arch unet2017 --filters 2,3 --dilate 1 --dilate_rate 1 --addition 1." in said
     refuses("--init_from: gone.weights.h5 does not exist", *files, "--init_from", "gone")
 
 
@@ -93,6 +96,16 @@ def test_a_run_laid_out_for_minutes_is_resumed_as_it_was_laid_out(train, monkeyp
     train(f"{HOLDOUT} --clr_mode cosine --epochs 6 --run_dir by-hand")
     assert_same_run(tmp_path / "run", tmp_path / "by-hand")
     assert same_weights(tmp_path / "run/best.weights.h5", tmp_path / "by-hand/best.weights.h5")
+
+
+def test_the_flags_of_another_network_can_be_typed():
+    for words in (
+        "--arch resunet --filters 4,8",
+        "--arch unet2015 --filters 4 --depth 2 --padding same --batch_norm",
+        "--arch unet2015 --filters 4 --depth 2 --padding valid",
+        "--arch unet2017 --filters 4,8 --dilate 1 --dilate_rate 2 --addition 0",
+    ):
+        assert initial._flags(run.network_settings(dilatedUnet.parse(words.split()))) == words
 
 
 def test_the_updates_of_some_minutes_follow_from_the_time_of_an_update(monkeypatch):

@@ -29,9 +29,10 @@ def start_from(network, path):
     ours, theirs = ({layer.name: layer for layer in net.layers if layer.weights} for net in (network, source))
     shapes = {name: [w.shape for w in theirs[name].weights] if name in theirs else None for name in ours}
     other = [name for name, layer in ours.items() if [w.shape for w in layer.weights] != shapes[name]]
-    if set(ours) != set(theirs) or _dilations(ours) != _dilations(theirs) or set(other) - {"down1_conv1", "head_conv"}:
-        flags = " ".join(f"--{key} {value}" for key, value in record["network"].items())
-        raise DataError(f"--init_from: {path} holds another network: {flags}.")
+    wiring = [_sums_and_crops(net) for net in (network, source)]
+    alike = set(ours) == set(theirs) and _dilations(ours) == _dilations(theirs) and wiring[0] == wiring[1]
+    if not alike or set(other) - {"down1_conv1", "head_conv"}:
+        raise DataError(f"--init_from: {path} holds another network: {_flags(record['network'])}.")
     for name in ours.keys() - set(other):
         for ours_is, theirs_is in zip(ours[name].weights, theirs[name].weights, strict=True):
             ours_is.assign(keras.ops.convert_to_numpy(theirs_is))
@@ -42,6 +43,23 @@ def start_from(network, path):
 
 def _dilations(layers):
     return {name: getattr(layer, "dilation_rate", None) for name, layer in layers.items()}
+
+
+def _sums_and_crops(network):
+    return {layer.name for layer in network.layers if isinstance(layer, (keras.layers.Add, keras.layers.Cropping2D))}
+
+
+def _flags(settings):
+    """Settings of a network as they are typed, but for those that the new one may have otherwise."""
+    words = []
+    for key, value in ({"arch": "unet2017"} | settings).items():
+        if isinstance(value, (list, tuple)):
+            value = ",".join(map(str, value))
+        if key == "batch_norm":
+            words += ["--batch_norm"] * value
+        elif key not in ("dropout", "classes"):
+            words.append(f"--{'depth' if key == 'levels' else key} {int(value) if isinstance(value, bool) else value}")
+    return " ".join(words)
 
 
 def updates_in(minutes, trainee, batches):
@@ -56,11 +74,12 @@ def updates_in(minutes, trainee, batches):
     return updates
 
 
-def laid_out(updates, steps_per_epoch):
-    """Epochs, and updates of each, for a number of updates.
+def laid_out(updates, steps_per_epoch, per_call=1):
+    """Epochs, and updates of each, for a number of updates, of which `per_call` are made at once.
 
-    >>> laid_out(730, 100), laid_out(60, 100)
-    ((7, 100), (5, 12))
+    >>> laid_out(730, 100), laid_out(60, 100), laid_out(60, 100, 5), laid_out(60, 100, 20)
+    ((7, 100), (5, 12), (6, 10), (3, 20))
     """
     steps = min(steps_per_epoch, max(1, updates // FEWEST_EPOCHS))
+    steps = max(per_call, steps // per_call * per_call)
     return max(1, updates // steps), steps

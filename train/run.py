@@ -38,8 +38,9 @@ def run(args, defaults=None):
     """Train as the parsed command line says; returns the exit code. `defaults` as in `record.prepare`."""
     with refused():
         spread = distribution.start(args.distribute)
-    if (args.steps_per_execution or 1) > 1 and keras.backend.backend() == "torch":
-        raise DataError(f"--steps_per_execution must be 1 with PyTorch. Received: {args.steps_per_execution}")
+    if (args.steps_per_execution or 1) > 1 and device.one_update_per_call(spread.replicas):
+        where = "PyTorch" if device.backend() == "torch" else "several devices of TensorFlow"
+        raise DataError(f"--steps_per_execution must be 1 with {where}. Received: {args.steps_per_execution}")
     if args.batch_size % spread.replicas:
         rule = f"a multiple of the {spread.replicas} devices that share it"
         raise DataError(f"--batch_size must be {rule}. Received: {args.batch_size}")
@@ -258,7 +259,7 @@ def make_trainee(args, course, normalisation, precision, spread=None):
             options |= {"use_ema": True, "ema_momentum": args.ema}
         kind = optimizers.OPTIMIZERS[args.optimizer]
         optimizer = (type(args.optimizer, (optimizers.Warm, kind), {}) if args.average_warmup else kind)(**options)
-        updates = device.steps_per_execution(args.steps_per_execution, args.steps_per_epoch)
+        updates = device.steps_per_execution(args.steps_per_execution, args.steps_per_epoch, spread.replicas)
         trainee.compile(optimizer, steps_per_execution=updates, jit_compile=device.use_xla(spread.replicas))
         trainee.optimizer.build(network.trainable_variables)
         return trainee
@@ -331,7 +332,7 @@ def lay_out(args, place, stacks, precision):
         return
     trainee = make_trainee(args, course_of(args), stacks.normalisation, precision)
     updates = initial.updates_in(args.minutes, trainee, feed_of(args, stacks).training(0))
-    args.epochs, args.steps_per_epoch = initial.laid_out(updates, args.steps_per_epoch)
+    args.epochs, args.steps_per_epoch = initial.laid_out(updates, args.steps_per_epoch, args.steps_per_execution or 1)
 
 
 def check_shared(spread, epoch, folder):
