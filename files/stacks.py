@@ -68,7 +68,10 @@ def _open_file(path, what, **how):
     except ModuleNotFoundError as error:
         raise refusal(what, path, f"needs {error.name}: pip install -r requirements-formats.txt") from error
     except Exception as error:  # struct, index, key and codec errors on a damaged file
-        words = getattr(error, "strerror", None) or f"it is damaged, cut off or no {path.suffix} file: {error}"
+        why = f"it is damaged, cut off or no {path.suffix} file: {error}"
+        if path.suffix.lower() not in ("", *SUFFIXES, *READERS):
+            why = f"files of that kind are not read ({', '.join(dict.fromkeys([*SUFFIXES, *READERS]))} are)"
+        words = getattr(error, "strerror", None) or why
         raise refusal(what, path, f"cannot be read: {words}") from error
 
 

@@ -20,6 +20,7 @@ from files.sections import (
     voxel,
 )
 
+PRINTED_NM = 20_000  # 72 or 300 dots per inch say how to print a picture, not how large its pixel is in the specimen
 KINDS = {"frame", "imagej", "multipage", "ome", "shaped", "uniform"}  # of TIFF whose pages are all that there is
 
 
@@ -43,6 +44,8 @@ def _tiff_reader(tif, path, what, ids, channel):
     size, count = series.shape[-2:], math.prod(series.shape[:-2])
     _check_pages(tif, series, count, path, what)
     pixels = _tiff_pixels(tif, series, (count, *size))
+    if page.photometric == 3 and not ids and any((each.colormap != page.colormap).any() for each in tif.pages):
+        raise refusal(what, path, "has a palette of its own for each section: save it as 8-bit gray values")
     read, note = _as_shown(page, lambda i, *part: pixels(planes[i], *part), path, what, ids)
     words = ", ".join([f"axes {series.axes}", *_encoding(tif), *note])
     made_of = dict(re.findall(r"made_of_(\w+)=([^\s<]+)", page.description))  # as `writing` says it
@@ -212,11 +215,10 @@ def _voxel_nm(tif):
         rows, columns = (under / over for over, under in per_pixel)
         about = tif.imagej_metadata or {}
         unit = NANOMETRES.get(str(about.get("unit", "")).replace("\\u00B5", "\u00b5").lower())
-        if unit:
+        if unit and (unit < NANOMETRES["cm"] or columns * unit < PRINTED_NM):
             return voxel(about.get("spacing", 0) * unit, rows * unit, columns * unit)
         unit = {2: NANOMETRES["inch"], 3: NANOMETRES["cm"]}.get(int(tif.pages[0].resolutionunit), math.nan)
-        # 72 or 300 dots per inch say how to print the picture, not how large a pixel is in the specimen
-        return voxel(None, rows * unit, columns * unit) if columns * unit < 20_000 else None
+        return voxel(None, rows * unit, columns * unit) if columns * unit < PRINTED_NM else None
     except (ArithmeticError, AttributeError, KeyError, StopIteration, TypeError, ValueError, SyntaxError):
         return None  # a voxel size that cannot be made out is unknown: no reason to refuse the pixels
 

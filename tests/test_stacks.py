@@ -134,6 +134,18 @@ def test_folder_is_read_in_natural_order(tmp_path):
     np.testing.assert_array_equal(stack.sections, sections)
 
 
+def test_a_palette_for_each_section_is_refused_and_a_kind_that_is_not_read_is_not_called_damaged(tmp_path):
+    from PIL import Image
+
+    pages = [Image.fromarray(gray()[0]).convert("P") for _ in range(2)]
+    for page, levels in zip(pages, (range(256), range(255, -1, -1)), strict=True):
+        page.putpalette([level for level in levels for _ in range(3)])
+    pages[0].save(tmp_path / "two.tif", save_all=True, append_images=pages[1:])
+    refused(tmp_path / "two.tif", "a palette of its own for each section")
+    Image.fromarray(gray()[0]).save(tmp_path / "a.jpg")
+    refused(tmp_path / "a.jpg", "files of that kind are not read")
+
+
 def test_png_of_16_bit_1_bit_and_gray_palette(tmp_path):
     turned = Image.fromarray(np.arange(128, dtype=np.uint8).reshape(8, 16)).convert("P")
     turned.putpalette([255 - level for level in range(256) for _ in range(3)])
@@ -413,6 +425,9 @@ OME_SIZES = {"PhysicalSizeX": 0.004, "PhysicalSizeY": 8, "PhysicalSizeYUnit": "n
     ({"resolution": (6.35e6, 6.35e6), "resolutionunit": "INCH"}, (None, 4, 4)),
     ({"resolution": (72, 72), "resolutionunit": "INCH"}, None),
     ({"resolution": (300, 300), "resolutionunit": "INCH"}, None),
+    (imagej((300, 300), unit="inch"), None),
+    (imagej((6.35e6, 6.35e6), unit="inch"), (None, 4, 4)),
+    (imagej((5, 5), unit="mm"), (None, 200_000, 200_000)),
     ({}, None),
     ({"ome": True, "metadata": {"axes": "ZYX"}}, None),
     ({"ome": True, "metadata": {"axes": "ZYX", **OME_SIZES}}, (50, 8, 4)),
