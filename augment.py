@@ -363,13 +363,15 @@ def _noise(key, window):
     return (ops.cast(total, "float32") - 510) * (1 / np.sqrt(4 * (256**2 - 1) / 12))
 
 
-def preview_batch(images, masks, recipe, *, seed, n, window, mean, std, sections):
-    """What a network would see of the first `n` crops, and their masks, arrays of shape (n, window, window).
+def preview_batch(images, masks, recipe, *, seed, n, window, mean, std, sections, context=0):
+    """What a network would see of the first `n` crops, and their masks, arrays of shape (n, w, w).
 
-    The images are uint8; black and white lie 3 standard deviations below and above the raw data's mean.
+    w = window + 2 * context, the sides that are warped in training. The images are uint8; black and white lie 3
+    standard deviations below and above the raw data's mean.
     """
-    arrays = batch(images, masks, recipe, seed=seed, epoch=0, indices=range(n), window=window, sections=sections)
+    which = {"seed": seed, "epoch": 0, "indices": range(n), "sections": sections}
+    arrays = batch(images, masks, recipe, **which, window=window, context=context)
     tensors = {name: ops.convert_to_tensor(array) for name, array in arrays.items()}
-    image, mask = warp(tensors, recipe, window=window, mean=mean, std=std)
+    image, mask = warp(tensors, recipe, window=window + 2 * context, mean=mean, std=std)
     shown = np.clip(ops.convert_to_numpy(image)[..., 0] * 42.5 + 127.5, 0, 255)
     return shown.astype(np.uint8), ops.convert_to_numpy(mask).astype(masks.dtype)

@@ -193,8 +193,11 @@ def panel(raw, truth, prediction, path, *, titles):
     """
     figure, (row,) = _pictures(1, 3, raw.shape, titles)
     _gray(row[0], raw)
+    numbered = any(
+        each.dtype.kind in "iu" and not set(np.unique(each)) <= {-1, 0, 1, 255} for each in (truth, prediction)
+    )
     for axes, shown in zip(row[1:], (truth, prediction), strict=True):
-        if shown.dtype.kind in "iu" and len(np.unique(np.maximum(shown, 0))) > 2:
+        if numbered and shown.dtype.kind in "iu":
             _instances(axes, shown)
         else:
             full, unlabelled = _full_scale(shown), shown < 0

@@ -111,17 +111,21 @@ def write(folder, result, prediction, references, raw=None):
     charts = {}  # names of the scores whose curves each of them shows
     for name in result["curves"]:
         charts.setdefault(SCORES[name].chart, []).append(name)
+    before = {path for kind in PICTURES for path in folder.glob(kind)}
     drawn = [_chart(result, names, folder / f"curves-{kind}.png") for kind, names in charts.items()]
     legend = {name: mark[:2] for name, mark in MARKS.items()}
-    blocks = []
+    blocks, written = [], {folder / f"curves-{kind}.png" for kind in charts}
     for place in worst_first(result)[:MOST_SECTIONS]:
         pictures = section_pictures(result, prediction[place], references[place], None if raw is None else raw[place])
         number = result["sections"][place]
         shown = {f"section {number}: {name.lower()}": picture for name, (picture, _) in pictures.items()}
+        written.add(folder / f"section-{number:03d}.png")
         figures.sheet(shown, folder / f"section-{number:03d}.png", legend=legend)
         blocks.append(_section_html(result, place, pictures))
     target = folder / "report.html"
     atomic.write_text(target, _page(result, drawn, blocks))  # an existing report was refused before the work began
+    for path in before - written:  # of the report that this one replaces
+        path.unlink()
     return target
 
 

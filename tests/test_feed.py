@@ -5,6 +5,7 @@ import pytest
 import tifffile
 from conftest import HOLDOUT, TINY
 
+import augment
 import data
 import dilatedUnet
 from train import feed as feeds
@@ -37,6 +38,18 @@ def test_validation_windows_cover_the_inner_sections_and_are_always_the_same(fed
     places = [(5, 0, 0), (5, 0, 24), (5, 0, 48), (5, 32, 0), (5, 32, 24), (5, 32, 48)]
     assert feeds.grid((64, 80), 32, (5,)) == places
     assert fed("--protocol holdout --inner_sections 0").validation() is None
+
+
+def test_the_preview_shows_what_an_unpadded_network_sees(fed):
+    words = "--arch unet2015 --depth 1 --filters 2 --window 44 --loss bce --protocol holdout --inner_sections 0"
+    feed, norm = fed(words), data.Normalisation(128.0, 40.0)
+    assert feed.context > 0
+    images, masks = feed.preview(norm, 2)
+    arrays = feed.crops(feed.source("train"), feed.recipe, 0, range(2))
+    how = {"window": 44, "mean": norm.mean, "std": norm.std}
+    image, mask = map(np.asarray, augment.warp(arrays, feed.recipe, **how))
+    np.testing.assert_array_equal(masks, mask.astype(masks.dtype))
+    assert np.abs(images - np.clip(image[..., 0] * 42.5 + 127.5, 0, 255)).max() <= 1
 
 
 def test_the_published_protocol_cuts_windows_from_two_montages_of_all_sections(fed):

@@ -89,6 +89,13 @@ def test_a_picture_is_small_not_blank_on_white_and_replaces_the_old_file_with_th
     assert DRAWINGS[name](tmp_path / "again").read_bytes() == path.read_bytes()
 
 
+def test_a_single_cell_looks_alike_whatever_its_number(draw):
+    cell = disc().astype(np.int32)
+    _, truth, prediction = draw("panel", noisy((64, 64)), cell * 23, cell, titles="abc").axes
+    shown = [axes.images[0].get_array() for axes in (truth, prediction)]
+    np.testing.assert_array_equal(*shown)
+
+
 def test_curves_hold_the_history_against_epochs_from_one_and_ring_the_kept_weights(draw):
     loss, dice, rate = draw("curves", HISTORY).axes
     for axes, name in ((loss, "loss"), (dice, "dice")):

@@ -113,7 +113,7 @@ class Feed:
     def preview(self, normalisation, n=12):
         """The first `n` windows as the network will see them, and their masks."""
         images, masks, _, sections = self.source("train")
-        how = {"seed": self.seed, "n": n, "window": self.side, "sections": sections}
+        how = {"seed": self.seed, "n": n, "window": self.side, "context": self.context, "sections": sections}
         how |= {"mean": normalisation.mean, "std": normalisation.std}
         return augment.preview_batch(images, masks, self.recipe, **how)
 
