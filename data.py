@@ -181,10 +181,11 @@ def load_pair(image_path, mask_path, *, invert_mask=False, instances=False, igno
     read = read_instances if instances else functools.partial(read_labels, invert=invert_mask)
     masks, messages = read(mask_path, ignore=ignore)
     kept, order, said = labels.match(images, masks, instances)
-    return _chosen(images, kept), _chosen(masks, order), [*messages, *said]
+    return chosen(images, kept), chosen(masks, order), [*messages, *said]
 
 
-def _chosen(stack, order):
+def chosen(stack, order):
+    """Return these sections of a Stack, in this order."""
     if list(order) == list(range(len(stack.names))):
         return stack
     return replace(stack, sections=stack.sections[order], names=[stack.names[i] for i in order])
@@ -373,24 +374,24 @@ def montage(sections, rows, columns, order):
 # --- What the files are -------------------------------------------------------------------------------------
 
 
-def describe(
-    image_path, mask_path=None, *, window=512, windows=None, protocol="holdout", channel=None, shipped_nm=None, **meant
-):
+def describe(image_path, mask_path=None, *, channel=None, shipped_nm=None, window=512, multiple=8, **how):
     """Lines that say in plain words what the files are, and what training would do with them, section by section.
 
     Those that begin with "warning:" want attention, those that begin with "problem:" would stop training; an image
-    that cannot be read at all raises DataError. `window` None is the largest of the recipes' `windows` that fits;
-    `shipped_nm` the voxel of the shipped network's training sections; `meant` is what `load_pair` takes.
+    that cannot be read at all raises DataError. `window`, a multiple of `multiple`, None: the largest of the recipes'
+    `windows` that fits; `shipped_nm` is the voxel of the shipped network's training sections, `how` holds `windows`,
+    `protocol`, and what `load_pair` takes.
     """
+    windows, protocol = how.pop("windows", {}), how.pop("protocol", "holdout")
     with iter_sections(image_path, what="image", channel=channel) as images:
-        lines, labelled = _image_lines(images), None
+        lines, labelled, count = _image_lines(images), None, len(images)
         if pixel_factors(images.voxel_nm, shipped_nm):
             known = pixel_words(shipped_nm)
             lines += [f"  the shipped network was trained on {known}: predict --rescale resamples the stack"]
         if mask_path is not None:
-            found, labelled = _mask_lines(images, mask_path, **meant)
+            found, labelled, count = _mask_lines(images, mask_path, **how)
             lines += found
-        return lines + _training_lines(images, window, windows or {}, protocol, labelled)
+        return lines + _training_lines(images, count, window, multiple, windows, protocol, labelled)
 
 
 def _file_lines(kind, reader):
@@ -418,33 +419,40 @@ def _image_lines(images):
 
 
 def _mask_lines(images, mask_path, *, invert_mask=False, instances=False, ignore=None):
-    """Return lines, and the sections with labels; None where that is not known."""
+    """Return lines, the sections with labels, or None where that is not known, and how many sections are kept."""
     lines = [f"mask: {mask_path}"]
     try:
         with iter_sections(mask_path, what="mask", ids=instances) as masks:
             lines = _file_lines("mask", masks)
-            _, order, said = labels.match(images, masks, instances)
+            kept, order, said = labels.match(images, masks, instances)
             sections, messages = labels.labelled(masks, ignore)
             if instances:
                 messages += labels.instance_messages(masks, ignore)
             else:
                 messages += labels.meaning(masks, invert_mask, ignore)[1]
     except DataError as error:
-        return [*lines, f"problem: {error}"], None
+        return [*lines, f"problem: {error}"], None, len(images)
     labelled = None if ignore is None else [i for i, place in enumerate(order) if place in sections]
-    return [*lines, *(line if line.startswith("warning:") else f"  {line}" for line in messages + said)], labelled
+    return (
+        [*lines, *(line if line.startswith("warning:") else f"  {line}" for line in messages + said)],
+        labelled,
+        len(kept),
+    )
 
 
-def _training_lines(images, window, windows, protocol, labelled):
-    count, height, width = images.shape
+def _training_lines(images, count, window, multiple, windows, protocol, labelled):
+    height, width = images.shape[1:]
     fitting = {name: side for name, side in windows.items() if side <= min(height, width)}
     window = window or max(fitting.values(), default=min(windows.values(), default=512))
     crops = "whole sections" if height == width == window else f"crops of {window} x {window} px"
-    nbytes = math.prod(images.shape) * (images.dtype.itemsize + 1)
+    nbytes = count * height * width * (images.dtype.itemsize + 1)
     lines = ["training:"]
     for attempt in (
         lambda: split_sections(count, protocol, labelled=labelled).describe(),
-        lambda: check_window(images, window) or f"{crops}, normalised by the mean and deviation of those that train",
+        lambda: (
+            check_window(images, window, multiple)
+            or f"{crops}, normalised by the mean and deviation of those that train"
+        ),
         lambda: require_memory(nbytes, "the stack and its masks") or f"{memory_words(nbytes)} of memory for the stack",
     ):
         try:

@@ -546,6 +546,7 @@ def run_check(args):
     recipe = RECIPES.get(args.recipe, {})
     how = {"invert_mask": args.invert_mask, "instances": args.instances, "ignore": args.ignore_label}
     how["window"] = args.window or recipe.get("window")
+    how["multiple"] = 16 if recipe.get("arch") == "resunet" else 8
     how |= {"channel": args.channel, "shipped_nm": read_json(f"{SHIPPED}.json", "weights")["data"]["voxel_nm"]}
     how["protocol"] = recipe.get("protocol", "holdout")
     how["windows"] = {name: values["window"] for name, values in RECIPES.items()}

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 
 from files.atomic import DataError
+from files.omezarr import is_zarr
 from files.sections import format_sections, shape_words, some, strips
 
 UNLABELLED = -1  # what `--ignore_label` names becomes this in masks and in numbers of cells
@@ -98,6 +99,22 @@ def require_ids(section, what):
         raise DataError(f"{what} {rule}. Received: {section.dtype} {low}..{high}")
 
 
+ONE_FOR_ALL = "all cells have one and the same number: is this a mask of cells and background, without --instances?"
+
+
+def one_for_all(sections):
+    """Whether separate cells share the only number there is: a mask that was taken for numbers of cells."""
+    from scipy import ndimage
+
+    known, parts = set(), 0
+    for section in sections:
+        known.update(np.unique(section[section > 0])[:2].tolist())
+        if len(known) > 1:
+            return False
+        parts = max(parts, ndimage.label(section > 0)[1])
+    return parts > 1
+
+
 def instance_messages(reader, ignore=None):
     """Return messages about numbered cells; refuse what are no numbers of cells."""
     if ignore == 0:
@@ -114,7 +131,8 @@ def instance_messages(reader, ignore=None):
     if bare and filled:
         words = f"warning: sections that are all background: {format_sections(bare)}; if they are not labelled"
         empty = [f"{words}, give them a value of their own and name it with --ignore_label"]
-    return [f"labels: instances, {min(counts)} to {max(counts)} a section; {share}", *empty]
+    one = [f"warning: {ONE_FOR_ALL}"] * one_for_all(reader)
+    return [f"labels: instances, {min(counts)} to {max(counts)} a section; {share}", *empty, *one]
 
 
 # --- Pairs ---------------------------------------------------------------------------------------------------
@@ -123,8 +141,8 @@ def instance_messages(reader, ignore=None):
 def match(images, masks, instances):
     """Return the images that have masks, the mask of each, and what was done in words."""
     kept = range(len(images.names))
-    both_folders = os.path.isdir(images.source) and os.path.isdir(masks.source)
-    if instances and both_folders:  # the frames whose number is on a mask
+    if instances and _is_folder(images) and (_is_folder(masks) or len(masks.names) == 1):
+        # the frames whose number is on a mask
         numbers = {_last_number(name) for name in masks.names}
         labelled = [i for i, name in enumerate(images.names) if _last_number(name) in numbers]
         kept = labelled if len(labelled) == len(masks.names) < len(kept) else kept
@@ -132,9 +150,21 @@ def match(images, masks, instances):
     if (len(kept), *images.shape[1:]) != tuple(masks.shape):
         wanted, found = shape_words(images), shape_words(masks)
         raise DataError(f"--mask_path: the masks must be like the images, {wanted}. Received: {found}")
-    order, said = _pairs(images.source, [images.names[i] for i in kept], masks)
+    order, said = _pairs(images, [images.names[i] for i in kept], masks)
     words = f"pairs: {len(kept)} of {len(images.names)} frames are labelled, the others are left out"
     return kept, order, [*[words] * left_out, said]
+
+
+def order_of(images, masks):
+    """Return the mask's index for each image, and the words, where both are folders of as many files; else None."""
+    if 1 < len(images.names) == len(masks.names) and _is_folder(images) and _is_folder(masks):
+        return _pairs(images, images.names, masks)
+    return None
+
+
+def _is_folder(stack):
+    """Whether each section is a file with a name of its own."""
+    return os.path.isdir(stack.source) and not is_zarr(stack.source)
 
 
 def _last_number(name):
@@ -142,9 +172,9 @@ def _last_number(name):
     return int(digits[-1]) if digits else None
 
 
-def _pairs(source, names, masks):
+def _pairs(images, names, masks):
     """Return the mask's index for each name of an image, and what was done in words."""
-    if len(names) < 2 or not (os.path.isdir(source) and os.path.isdir(masks.source)):
+    if len(names) < 2 or not (_is_folder(images) and _is_folder(masks)):
         return range(len(names)), "pairs: sections and masks go together by their order"
     for key in (list, _bare_names):
         ours, theirs = key(names), key(masks.names)
@@ -153,8 +183,8 @@ def _pairs(source, names, masks):
             return order, f"pairs: by name, {names[0]} with {masks.names[order[0]]}, and so on"
     alone = (name for name, bare in zip(names, ours, strict=True) if bare not in theirs or ours.count(bare) > 1)
     raise DataError(
-        f"--mask_path: the names in {masks.source} ({some(masks.names, 2)}) must be those in {source}, but for what "
-        f"all share at their start or end. Received no mask, or more than one, for {next(alone, names[0])}"
+        f"--mask_path: the names in {masks.source} ({some(masks.names, 2)}) must be those in {images.source}, but for "
+        f"what all share at their start or end. Received no mask, or more than one, for {next(alone, names[0])}"
     )
 
 

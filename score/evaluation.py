@@ -18,7 +18,7 @@ import data
 from files import atomic
 from files.fetching import ISBI_ROLES
 from files.flags import channel, label_value
-from files.labels import require_ids
+from files.labels import ONE_FOR_ALL, one_for_all, order_of, require_ids
 from files.sections import size_words
 from score import report, scores
 from score.scores import FIXED_THRESHOLD, THRESHOLDS, above
@@ -66,7 +66,7 @@ def run(args):
     refuse_contradictions(args)
     refuse_existing(args)
     read = data.read_instances if args.instances else partial(data.read_labels, invert=args.invert_mask)
-    labels, notes = read(args.mask_path, ignore=args.ignore_label)
+    labels, notes = in_image_order(args, *read(args.mask_path, ignore=args.ignore_label))
     asked = range(len(labels.sections)) if args.sections is None else data.parse_sections(args.sections)
     sections = data.sections_within(asked, len(labels.sections), "--sections")
     references = labels.sections[list(sections)]
@@ -74,7 +74,7 @@ def run(args):
         what = "no cell is labelled" if args.instances else "no pixel is interior"
         raise data.DataError(f"--mask_path: {what} in the sections to score, {data.format_sections(sections)}.")
     with contextlib.ExitStack() as files:
-        fit = (sections, labels.sections.shape, notes, files)
+        fit = (sections, labels, notes, files)
         native = read_sections(args.prediction, "prediction", *fit, ids=args.instances)
         raw = read_sections(args.image_path, "image", *fit, channel=args.channel) if args.image_path else None
         refuse_inputs(args, labels, native, raw)
@@ -83,6 +83,7 @@ def run(args):
         if args.instances:
             for section in native:
                 require_ids(section, "--prediction")
+            notes += [f"warning: --prediction: {ONE_FOR_ALL}"] * one_for_all(native)
             prediction, found = native, score_instances(native, references, sections=sections)
             text = f"mean IoU {found['mean_iou']:.4f}, SEG {found['seg']:.4f} of {found['cells']} cells"
         else:
@@ -159,6 +160,20 @@ def refuse_inputs(args, *stacks):
 # --- input
 
 
+def in_image_order(args, labels, notes):
+    """Labels and notes; a folder of labels in the order of the files of --image_path or else of --prediction, by name.
+
+    So a section has the number that it has in training (`data.load_pair`).
+    """
+    for path, role, number in ((args.image_path, "image", args.channel), (args.prediction, "prediction", None)):
+        if path and os.path.isdir(path) and os.path.isdir(labels.source):
+            with data.iter_sections(path, what=role, channel=number, ids=args.instances) as reader:
+                pairs = order_of(reader, labels)
+            if pairs:
+                return data.chosen(labels, pairs[0]), [*notes, pairs[1]]
+    return labels, notes
+
+
 def with_labels(sections, references, *stacks):
     """Leave out the sections without labels, of which nothing can be scored; `stacks` may be None."""
     kept = [place for place, reference in enumerate(references) if (reference >= 0).any()]
@@ -180,12 +195,14 @@ class Sections:
         return self.convert(self.reader[self.chosen[place]])
 
 
-def read_sections(path, role, sections, shape, notes, files, **how):
-    """Open a stack that must fit labels of the given shape (S, H, W); return the `Sections` wanted.
+def read_sections(path, role, sections, labels, notes, files, **how):
+    """Open a stack that must fit the labels, a Stack (S, H, W); return the `Sections` wanted.
 
-    A stack of as many sections as the labels is subset like them; one of exactly as many as were asked for is
-    taken to BE those, and `notes` says so. `files`, an ExitStack, closes it. `how` as in `data.iter_sections`.
+    A stack of as many sections as the labels is subset like them, two folders by name; one of exactly as many as were
+    asked for is taken to BE those, and `notes` says so. `files`, an ExitStack, closes it. `how` as in
+    `data.iter_sections`.
     """
+    shape = labels.sections.shape
     flag = data.flag(role)
     if role == "prediction" and not os.path.exists(atomic.within(path)[0]):  # nor is it a data set's name
         raise data.DataError(f"{flag}: {path} does not exist.")
@@ -194,7 +211,8 @@ def read_sections(path, role, sections, shape, notes, files, **how):
         sizes = " and ".join(size_words(found) for found in (reader.shape, shape))
         raise data.DataError(f"{flag} and --mask_path must have the same section size. Received: {sizes}")
     if len(reader) == shape[0]:
-        return Sections(reader, sections)
+        pairs = order_of(reader, labels)
+        return Sections(reader, np.argsort(pairs[0])[list(sections)].tolist() if pairs else sections)
     if len(reader) != len(sections):
         rule = "must have as many sections as --mask_path, or as --sections names"
         raise data.DataError(f"{flag} {rule}. Received: {len(reader)}, {shape[0]} and {len(sections)}")
@@ -272,8 +290,8 @@ def to_probabilities(native):
     full = 255 if dtype == np.uint8 else 65535
     rule = None
     if dtype.kind == "f":
-        rule = None if lowest >= 0 and highest <= 1 else "hold probabilities 0..1"
-        convert, words = lambda s: s.astype(np.float32, copy=False), "probabilities, 0..1, 1 = interior"
+        rule = None if lowest >= -ROUNDING and highest <= 1 + ROUNDING else "hold probabilities 0..1"
+        convert, words = lambda s: s.astype(np.float32, copy=False).clip(0, 1), "probabilities, 0..1, 1 = interior"
     elif two_values and highest in (0, 1, 255, 65535):
         convert, words = lambda s: (s > 0).astype(np.float32), f"a mask, 0 = membrane, {int(highest) or 1} = interior"
     else:
@@ -284,13 +302,16 @@ def to_probabilities(native):
         convert = lambda s: s.astype(np.float32) / np.float32(full)  # noqa: E731
         words = f"{dtype.itemsize * 8}-bit values, divided by {full}; 1 = interior"
     if rule:
-        raise data.DataError(f"--prediction must {rule}. Received: {dtype} {lowest:g}..{highest:g} in {native.source}")
+        raise data.DataError(
+            f"--prediction must {rule}. Received: {dtype} {lowest:.7g}..{highest:.7g} in {native.source}"
+        )
     return Sections(native.reader, native.chosen, convert), f"prediction: {words}"
 
 
+ROUNDING = 1e-5  # of probabilities, at either end
 DOUBTS = {  # what makes the scores of a readable prediction doubtful
-    "small": "the largest probability is below 0.25; an instance mask, or values that are not scaled to the full "
-    "range, cannot be scored",
+    "small": "no probability is above 0.5; an instance mask, or values that are not scaled to the full range, cannot "
+    "be scored",
     "gray": "hardly any value of --prediction is near 0 or near the largest one: these look like gray values of an "
     "image, not like probabilities",
     "cells": "most middle values of --prediction are the same as their neighbour's: these look like numbers of cells, "
@@ -317,8 +338,8 @@ def warnings_about(prediction, references):
     pixels, probability, interior, both, sure = sums
     scaled = prediction.dtype.kind != "f"
     found = {
-        "small": largest < 0.25,
-        "gray": largest >= 0.25 and scaled and sure < 0.1 * pixels,
+        "small": largest < 0.25 or (scaled and largest <= 0.5),
+        "gray": largest > 0.5 and scaled and sure < 0.1 * pixels,
         "cells": scaled and pairs[0] > 0.25 * pixels and pairs[1] > 0.8 * pairs[0],
         "inverted": pixels * both - probability * interior < -1e-9 * pixels**2,
         "flat": not between,

@@ -386,6 +386,20 @@ def test_check_turns_label_trouble_into_lines(tmp_path):
     refused("does not exist", describe, tmp_path / "no.tif")
 
 
+def test_frames_without_a_mask_are_left_out_of_what_check_says_and_one_mask_may_stand_alone(tmp_path):
+    cells = np.arange(64 * 64).reshape(64, 64) // 512
+    for count, said in ((5, "train on 0-3 (4), hold out 4"), (1, "too few sections")):
+        for folder, stems in (("frames", range(9)), (f"masks{count}", range(3, 3 + count))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            for i in stems:
+                tifffile.imwrite(tmp_path / folder / f"t{i:03d}.tif", (cells + i).astype(np.uint16))
+        pair = (tmp_path / "frames", tmp_path / f"masks{count}")
+        lines = describe(*pair, window=64, instances=True)
+        saying(lines, f"pairs: {count} of 9 frames are labelled", said, problems=count == 1)
+        images, masks, _ = load_pair(*pair, instances=True)
+        assert (images.names[0], len(masks.sections)) == ("t003", count)
+
+
 def test_check_and_the_constants_look_at_a_large_section_in_strips(monkeypatch):
     sections, masks = image_stack((2, 96, 64), "uint16"), mask_stack(image_stack((2, 96, 64)).sections > 90)
     whole = describe(sections, masks, window=64)

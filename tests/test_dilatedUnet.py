@@ -256,6 +256,7 @@ def test_check_says_what_the_files_are_and_of_images_alone_no_masks(call, small,
     ("--window 512", "--window must fit into the sections"),
     ("--recipe strong", "at most 64. Received: 256"),
     ("--window 60", "--window must be a positive multiple of 8"),
+    ("--recipe quick --window 40", "--window must be a positive multiple of 16"),
     ("--mask_path IMAGES", "must hold two label values"),
 )
 def test_check_ends_with_2_where_training_would_fail(call, small, flags, words):

@@ -189,6 +189,49 @@ def test_what_looks_inverted_is_warned_of_and_invert_mask_turns_the_labels(files
     assert found["dice"] == evaluation.score_arrays(*labelled, ("dice",))["dice"]
 
 
+def write_folder(name, sections, stems):
+    os.mkdir(name)
+    for section, stem in zip(sections, stems, strict=True):
+        tifffile.imwrite(f"{name}/{stem}.tif", section, photometric="minisblack")
+
+
+def test_folders_are_paired_by_name_as_in_training(files, labelled, capsys):
+    """Sorted each for itself, `scan_mask` stands last and `scan` first."""
+    files()
+    stems, truth = ("scan", "scan1", "scan2", "scan3"), labelled[1][:4]
+    for name, content, end in (("images", truth // 2, ""), ("labels", truth, "_mask"), ("p", truth / 255, "_p")):
+        write_folder(name, content.astype("f4" if name == "p" else "u1"), [stem + end for stem in stems])
+    tifffile.imwrite("stack.tif", (truth / 255).astype("f4"), photometric="minisblack")
+    labels = ("--mask_path", "labels", "--scores", "dice", "--sections", "1-3")
+    for flags in (("--prediction", "p"), ("--prediction", "p", "--image_path", "images"),
+                  ("--prediction", "stack.tif", "--image_path", "images")):  # fmt: skip
+        assert numbers([*flags, *labels])["dice"] == 1
+        said = capsys.readouterr()
+        assert "pairs: by name" in said.out
+        assert "inverted" not in said.err
+    write_folder("others", truth, ("a1", "a2", "a3", "a4"))
+    refused("the names in labels .* must be those in others", evaluate, ["--prediction", "others", *labels])
+
+
+def test_percent_in_8_bits_are_warned_of_and_a_rounding_above_1_is_not_refused(labelled):
+    percent, _ = evaluation.to_probabilities(sections(np.round(labelled[0] * 100).astype(np.uint8)))
+    assert any("above 0.5" in words for words in evaluation.warnings_about(percent, labelled[1]))
+    found, _ = evaluation.to_probabilities(sections(labelled[0] * np.float32(1.0000001) - np.float32(1e-7)))
+    assert (min(p.min() for p in found), max(p.max() for p in found)) == (0, 1)
+
+
+def test_a_report_leaves_no_picture_of_the_one_that_it_replaces(files):
+    for flags in (["all"], ["dice", "--sections", "1", "--force"]):
+        evaluate([*files(), "--report", "r", "--scores", *flags])
+    assert sorted(os.listdir("r")) == ["report.html", "section-001.png"]
+
+
+def test_one_number_for_all_cells_is_warned_of(files, labelled, capsys):
+    evaluate([*files(labelled[1]), "--instances"])
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("all cells have one and the same number") == 2
+
+
 REFUSED = {
     "scores": (["--scores", "dise"], "--scores must be 'all' or names of"),
     "scores, empty": (["--scores", "v_rand,"], "--scores must be"),
