@@ -2,13 +2,16 @@
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tifffile
 from conftest import HOLDOUT, TINY, assert_same_run, cases, files, same_weights, strict
 
+import data
 import dilatedUnet
 from network import unet
 from predict import prediction
@@ -96,6 +99,21 @@ def test_a_run_laid_out_for_minutes_is_resumed_as_it_was_laid_out(train, monkeyp
     train(f"{HOLDOUT} --clr_mode cosine --epochs 6 --run_dir by-hand")
     assert_same_run(tmp_path / "run", tmp_path / "by-hand")
     assert same_weights(tmp_path / "run/best.weights.h5", tmp_path / "by-hand/best.weights.h5")
+
+
+def test_held_out_sections_that_the_other_network_was_trained_on_are_warned_of_and_kept_in_the_record(train, finished):
+    flags = f"{HOLDOUT.replace('8-9', '4-5')} --epochs 1 --init_from {finished / 'weights/x'} --run_dir run"
+    assert "was trained on sections 4-5, which are held out here: their scores mean nothing" in train(flags).err
+    assert strict("run/run.json")["init_from"]["held_out_seen"] == [4, 5]
+    record = strict(finished / "weights/x.json")
+    stack = data.read_stack(finished / "images.tif")
+    for held_out, images, seen in (
+        ((4, 5, 8), stack, [4, 5]), ((8, 9), stack, []), ((4, 5), replace(stack, sections=stack.sections[::-1]), [])
+    ):  # fmt: skip
+        assert (
+            initial.seen_before(record, SimpleNamespace(images=images, split=SimpleNamespace(held_out=held_out)))
+            == seen
+        )
 
 
 def test_the_flags_of_another_network_can_be_typed():

@@ -5,7 +5,7 @@ import time
 
 import keras
 
-from data import DataError
+from data import DataError, format_sections, sha256_pixels
 from files.shell import say
 from predict import prediction
 
@@ -14,13 +14,14 @@ SHARE = 0.9  # of the minutes for the updates; the rest is for checkpoints and t
 FEWEST_EPOCHS = 5  # of a course that is laid out for a time
 
 
-def start_from(network, path):
+def start_from(network, path, stacks=None):
     """Give a network the weights of another one of its kind, batch norm's statistics included.
 
     What does not fit because the network has another number of classes or channels keeps its random start, and is
     named. The gray values are normalised by the new training sections' own mean and deviation, not by those of the
-    other network: it saw gray values of mean 0 and deviation 1, and sees them again. Returns which weights those are,
-    for the record; a DataError says with which flags a network of another kind was built.
+    other network: it saw gray values of mean 0 and deviation 1, and sees them again. Warns where that one was trained
+    on sections of `stacks` that are held out now. Returns which weights those are, and these sections, for the record;
+    a DataError says with which flags a network of another kind was built.
     """
     try:
         source, record = prediction.load_network(path)
@@ -37,8 +38,21 @@ def start_from(network, path):
         for ours_is, theirs_is in zip(ours[name].weights, theirs[name].weights, strict=True):
             ours_is.assign(keras.ops.convert_to_numpy(theirs_is))
     say(f"starts from {prediction.weight_file(path)}" + f", but for {', '.join(other)}" * bool(other))
+    seen = seen_before(record, stacks) if stacks else []
+    if seen:
+        which = format_sections(seen)
+        say(f"warning: {path} was trained on sections {which}, which are held out here: their scores mean nothing")
     with open(prediction.weight_file(path), "rb") as file:
-        return {"weights": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"weights": str(path), "sha256": digest} | ({"held_out_seen": seen} if seen else {})
+
+
+def seen_before(record, stacks):
+    """Held-out sections that the network of a record was trained on, as far as the record says it."""
+    split, of = (record.get(key) if isinstance(record.get(key), dict) else {} for key in ("split", "data"))
+    seen = {i for part in ("train", "inner") for i in split.get(part) or () if i in stacks.split.held_out}
+    same = bool(seen) and of.get("image_sha256") == sha256_pixels(stacks.images.sections)
+    return sorted(seen) if same else []
 
 
 def _dilations(layers):
