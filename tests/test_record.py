@@ -1,5 +1,6 @@
 """The run folder: whose files stand there, what a run remembers, what must be the same when it goes on."""
 
+import argparse
 import contextlib
 import json
 import math
@@ -164,13 +165,33 @@ def test_a_file_that_is_damaged_anywhere_is_refused_in_a_sentence_or_read(finish
             prediction.segmentation_of([kept, kept])
             return kept["network"] == good["network"] or prediction.load_network(place.weights)
         before = records.prepare(place, whole, resume=True, force=False, inputs=(), defaults={})
-        return records.nothing_left(before, 3), json.dumps(records.continued(whole, before, 2))
+        args = argparse.Namespace(epochs=3, merge=0, tta="none", minutes=None)
+        return records.nothing_left(place, before, args), json.dumps(records.continued(whole, before, 2))
 
     for _ in range(CASES):
         with contextlib.suppress(DataError):
             use(spoilt(good, rng))
             read += 1
     assert CASES / 10 < read < CASES - CASES / 10
+
+
+def test_a_run_that_was_laid_out_cannot_be_given_more_epochs_and_one_without_weights_is_not_finished(tmp_path):
+    place, said = records.Place(tmp_path, tmp_path / "x.weights.h5"), []
+    before = {"settings": {"clr_mode": "cosine"}, "finished": True, "epochs": 2, "stopped_early": False, "final": {}}
+    args = argparse.Namespace(epochs=2, merge=0, tta="none", minutes=None)
+    assert records.nothing_left(place, before, args) is None
+    for path in (place.weights, prediction.record_file(place.weights)):
+        path.touch()
+    for mode, minutes, stopped in (
+        ("none", None, False),
+        ("none", 3, False),
+        ("cosine", None, False),
+        ("none", 3, True),
+    ):
+        args.minutes, before["settings"]["clr_mode"], before["stopped_early"] = minutes, mode, stopped
+        said.append(records.nothing_left(place, before, args).split("; ")[1])
+    more, laid_out = "raise --epochs to go on", "it was laid out for these epochs: --force trains anew"
+    assert said == [more, laid_out, laid_out, "it stopped early, so more --epochs change nothing"]
 
 
 @pytest.mark.parametrize("name", ["r/history.csv", "r/checkpoint.npz", "r/last.weights.h5", "r/last.json",

@@ -186,6 +186,15 @@ def test_an_older_run_whose_paths_are_spelled_otherwise_goes_on_and_keeps_its_sc
     assert "finished after epoch 4 already; raise --epochs to go on" in again(flags).err
 
 
+def test_a_folder_that_moved_with_its_weights_is_resumed_and_lost_weights_are_missed(train, tmp_path):
+    train(f"{HOLDOUT} --run_dir here/r --weight_path here/r/best --epochs 1")
+    (tmp_path / "here").rename(tmp_path / "there")
+    flags = f"{HOLDOUT} --run_dir there/r --weight_path there/r/best --resume"
+    assert "resumed after epoch 1" in train(f"{flags} --epochs 2").err
+    (tmp_path / "there/r/best.weights.h5").unlink()
+    assert "of the best weights so far, is gone" in train(f"{flags} --epochs 2", code=2).err
+
+
 def test_a_finished_run_may_learn_false_borders_or_average_otherwise_and_predict_uses_it(
     again, call, tmp_path, monkeypatch
 ):
@@ -248,10 +257,15 @@ def test_a_run_that_goes_to_another_machine_may_change_its_precision_and_says_so
     assert record["precision"] == "bfloat16"
 
 
+def spoil_precision(path):
+    path.write_text(json.dumps(strict(path) | {"precision": "float99"}))
+
+
 @cases(
     "name, damage, words",
     ("checkpoint.npz", lambda path: path.write_bytes(path.read_bytes()[:-500]), "or a broken one"),
     ("run.json", lambda path: path.write_text("[1, 2]"), "run.json is not a run record"),
+    ("run.json", spoil_precision, "run.json is not a run record: its precision is float99"),
     ("run.json", Path.unlink, "--force starts anew"),
     ("../../weights/x.weights.h5", Path.unlink, "the best weights so far, is gone"),
     ("run.json", lambda path: None, "--epochs must be at least the 3 done. Received: 2"),

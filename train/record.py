@@ -152,6 +152,8 @@ def read_record(path):
     for key, kind in (NEEDED | (AT_THE_END if record.get("finished") is True else {})).items():
         if not isinstance(record.get(key), kind):
             raise DataError(f"{path} is not a run record: {key} is missing, or of another form.")
+    if record["precision"] not in device.PRECISIONS:
+        raise DataError(f"{path} is not a run record: its precision is {record['precision']}.")
     return record
 
 
@@ -270,7 +272,9 @@ def check_same_run(place, before, record, defaults):
         if was.get(key) != now.get(key):
             raise DataError(f"--resume needs the same settings: --{key} was {was.get(key)}. Received: {now.get(key)}")
     weights = prediction.weight_file(str(was.get("weight_path") or place.folder / "best.weights"))
-    if os.path.realpath(weights) != os.path.realpath(place.weights):
+    inside = os.path.relpath(weights, was.get("run_dir") or place.folder)  # a folder may move with its weights
+    moved = inside == os.path.relpath(place.weights, place.folder)
+    if os.path.realpath(weights) != os.path.realpath(place.weights) and not moved:
         raise DataError(f"--resume needs the same settings: --weight_path was {weights}. Received: {place.weights}")
     if any(before["data"].get(key) != record["data"][key] for key in ("image_sha256", "mask_sha256")):
         raise DataError("--resume needs the same data: the pixels of --image_path or --mask_path have changed.")
@@ -281,11 +285,18 @@ def check_same_run(place, before, record, defaults):
         raise DataError(f"{rule}. Received: {record['epochs']}")
 
 
-def nothing_left(before, epochs, merge=False, tta="none"):
-    """A sentence if the run needs no more epochs, nor to be scored in another way, else None."""
-    if before and ((merge and not before["settings"].get("merge")) or before["settings"].get("tta", tta) != tta):
+def nothing_left(place, before, args):
+    """A sentence if the run needs no more epochs, nor to be scored in another way, and its weights stand; else None."""
+    was = before["settings"]
+    if (args.merge and not was.get("merge")) or was.get("tta", args.tta) != args.tta:
         return None
-    if not (before and before["finished"] and (before["epochs"] >= epochs or before["stopped_early"])):
+    if not (before["finished"] and (before["epochs"] >= args.epochs or before["stopped_early"])):
         return None
-    more = "it stopped early, so more --epochs change nothing" if before["stopped_early"] else "raise --epochs to go on"
+    if not (place.weights.exists() and prediction.record_file(place.weights).exists()):
+        return None
+    more = "raise --epochs to go on"
+    if args.minutes or was.get("clr_mode") == "cosine":
+        more = "it was laid out for these epochs: --force trains anew"
+    if before["stopped_early"]:
+        more = "it stopped early, so more --epochs change nothing"
     return f"finished after epoch {before['final'].get('epoch')} already; {more}"

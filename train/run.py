@@ -66,7 +66,7 @@ def train(args, place, spread, defaults):
     lay_out(args, place, stacks, precision)
     course = course_of(args)
     trainee = make_trainee(args, course, stacks.normalisation, precision, spread)
-    start = initial.start_from(trainee.network, args.init_from) if args.init_from and not resumes(args, place) else None
+    start = starting_point(args, place, trainee.network, stacks)
     if args.lr_find:
         return find_learning_rate(args, trainee, feed_of(args, stacks), place)
     say(f"schedule: {course.describe(args.window)}")
@@ -74,7 +74,7 @@ def train(args, place, spread, defaults):
     extra = extra_callbacks(args, place) if spread.chief else []
     with contextlib.ExitStack() as locks:
         before = together(spread, lambda: spread.chief and begin(args, place, record, defaults, locks))
-        done = records.nothing_left(before, args.epochs, args.merge, args.tta) if before else None
+        done = records.nothing_left(place, before, args) if before else None
         if spread.agree(bool(done)):
             say(f"{place.folder}: {done or 'finished already'}")
             return 0
@@ -306,6 +306,13 @@ def resumes(args, place):
     return args.resume and place.checkpoint.exists()
 
 
+def starting_point(args, place, network, stacks):
+    """The weights of --init_from, for the record; a run that is resumed has them already."""
+    if not args.init_from or resumes(args, place):
+        return None
+    return initial.start_from(network, args.init_from, stacks)
+
+
 def restore(args, place, spread, trainee, copy):
     """What the run remembers: of the checkpoint, if it goes on from one."""
     if not resumes(args, place):
@@ -329,6 +336,7 @@ def lay_out(args, place, stacks, precision):
         return
     if resumes(args, place) and (before := records.read_record(place.record)):
         args.epochs, args.steps_per_epoch = before["epochs"], before["settings"]["steps_per_epoch"]
+        say(f"--minutes: {args.epochs} epochs of {args.steps_per_epoch} updates, as laid out at the start")
         return
     trainee = make_trainee(args, course_of(args), stacks.normalisation, precision)
     updates = initial.updates_in(args.minutes, trainee, feed_of(args, stacks).training(0))
