@@ -133,9 +133,14 @@ class CyclicLR(keras.callbacks.Callback):
         """The same rates as a `LearningRateSchedule`."""
         return Schedule(self.rate)
 
+    @property
+    def _optimizer(self):
+        """The one that has the learning rate: in float16 Keras wraps it in another that scales the loss."""
+        return getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+
     def on_train_begin(self, logs=None):
-        self.update = int(self.model.optimizer.iterations)
-        configured = self.model.optimizer._learning_rate
+        self.update = int(self._optimizer.iterations)
+        configured = self._optimizer._learning_rate
         self._in_graph = isinstance(configured, Schedule)
         if callable(configured) and not self._in_graph:
             raise ValueError("CyclicLR needs an optimizer with a constant learning rate, or with its own schedule().")
@@ -145,7 +150,7 @@ class CyclicLR(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         if not self._in_graph:
-            self.model.optimizer.learning_rate = self.rate(self.update)
+            self._optimizer.learning_rate = self.rate(self.update)
 
     def on_train_batch_end(self, batch, logs=None):
         # `batch` is the last one of an execution, which may hold several updates.
@@ -156,7 +161,7 @@ class CyclicLR(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         # where the epoch's last execution ran out of batches
-        too_many = self.update - int(self.model.optimizer.iterations)
+        too_many = self.update - int(self._optimizer.iterations)
         if too_many > 0:
             self.update -= too_many
             for column in self.history.values():

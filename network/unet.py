@@ -188,7 +188,7 @@ class _Layers:
             from network import layers as kinds
         self.kinds, self.dtype, self.padding = kinds, PRECISIONS[precision], padding
         self.rate, self.momentum = dropout, bn_momentum
-        self.seeds = iter(range(seed * 1000, seed * 1000 + 1000))
+        self.seeds = (number % 2**31 for number in range(seed * 1000, seed * 1000 + 1000))  # as backends take them
 
     def __call__(self, kind, x, name, **settings):
         return getattr(self.kinds, kind)(dtype=self.dtype, name=name, **settings)(x)

@@ -92,6 +92,22 @@ def test_the_rate_used_moves_the_weights_and_a_second_fit_goes_on_at_the_right_u
     assert history["learning_rate"] == pytest.approx([again.rate(19), again.rate(29)])
 
 
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_float16_whose_optimizer_is_wrapped_has_the_same_rates(in_graph):
+    rates = []
+    for policy in ("float32", "mixed_float16"):
+        keras.config.set_dtype_policy(policy)
+        try:
+            callback = CyclicLR(1e-4, 1e-2, step_size=3)
+            optimizer = keras.optimizers.SGD(callback.schedule() if in_graph else 0.1)
+            fit(model(optimizer), callback, epochs=2)
+        finally:
+            keras.config.set_dtype_policy("float32")
+        rates.append(callback.history["learning_rate"])
+    assert rates[0] == rates[1]
+    assert len(rates[0]) == 20
+
+
 @pytest.mark.parametrize("steps_per_execution", [1, 4, 5])
 def test_the_schedule_in_the_graph_gives_the_same_weights(steps_per_execution):
     by_hand = model()

@@ -7,7 +7,7 @@ from conftest import ROOT, cases
 
 import data
 import dilatedUnet
-from network import unet
+from network import outline, unet
 from predict import prediction
 from train.run import network_settings
 
@@ -41,6 +41,15 @@ def test_the_published_variants_have_the_published_parameters_he_normal_but_for_
             assert type(layer.kernel_initializer).__name__ == kind
     limit = np.sqrt(6 / (22 + 2))
     assert np.abs(network.get_layer("head_conv").kernel).max() == pytest.approx(limit, rel=0.2)
+
+
+def test_the_layers_of_every_seed_have_seeds_of_their_own_that_every_backend_takes():
+    for seed in (3, 20_240_115, 2**31 - 1):
+        found = [*unet._Layers(outline, "float32", 0.0, seed, 0.99).seeds]
+        assert len(set(found)) == 1000
+        assert min(found) >= 0
+        assert max(found) < 2**31
+        assert found[0] == seed * 1000 or seed > 3
 
 
 def test_every_layer_has_the_shape_of_the_study_and_the_flags_dilate_and_add_what_it_did():
