@@ -260,7 +260,8 @@ def factor_words(factor, results) -> list[str]:
     text = [f"#### {heading(results.table, factor.title)}", ""]
     if body:
         text += markdown(["the study", "true where this is positive", "found", "verdict"], body)
-    return [*text, *(steps(factor, results) if factor.name == "sections" else [choice(factor, results)]), ""]
+    advice = [choice(factor, results)] if factor.alike else steps(factor, results) if factor.name == "sections" else []
+    return [*text, *advice, ""] if advice else text
 
 
 def choice(factor, results) -> str:

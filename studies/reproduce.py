@@ -32,13 +32,13 @@ SUITE = Path(__file__).resolve().parent.parent / "dilatedUnet.py"
 JAX_CACHE = Path.home() / ".cache" / "dilated-unet" / "jax"
 MOST = 100  # seeds, or folds: beyond it is a slip of the keyboard
 MARK = "<!-- written by `python dilatedUnet.py reproduce"
-STUDIES = (("study", None), ("study", "sections"), ("study", "receptive"), ("study", "finetune"))
+STUDIES = (("study", None), ("study", "sections"), ("study", "receptive"), ("study", "finetune"), ("study", "ladder"))
 EVERYTHING = (("table", None), ("best", None), *STUDIES, ("unet2015", None))
 INTRODUCTION = """# Results
 
-Every table, from the records in this folder. QUICK tables are of reduced recipes for two CPU cores. All but that of
-fine-tuning and the row `best` were recorded before the initialisation of the networks' last layer changed (see
-CHANGELOG.md).
+Every table, from the records in this folder. QUICK tables are of reduced recipes for two CPU cores. All but those of
+fine-tuning and of the steps to the recipe, and the row `best`, were recorded before the initialisation of the networks'
+last layer changed (see CHANGELOG.md).
 `benchmarks/` holds what was measured of speed, `start/` the run of `start.py`, `trials/` recipes that were tried.
 """
 
@@ -109,7 +109,8 @@ def plan_of(args, parse) -> rows.Plan:
     seeds = args.seeds or default_seeds(table, args, kept)
     jobs = rows.jobs_of(table, seeds, args.folds, args.protocol)
     if not jobs:
-        raise DataError(f"--protocol must be one that {args.name} has. Received: {args.protocol}")
+        turned = ", where --folds makes kfold of holdout" * bool(args.folds)
+        raise DataError(f"--protocol must be one that {args.name} has{turned}. Received: {args.protocol}")
     runs = args.runs and Path(args.runs)
     return rows.Plan(table, jobs, parse, runs, kept if args.render or args.missing else {})
 

@@ -53,7 +53,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Factor:
-    """Levels of one factor: label -> name of the row; `x`, where a score is drawn against a number."""
+    """Levels of one factor: label -> name of the row; `x`, where a score is drawn against a number.
+
+    Levels that are `alike` were scored on the same sections with as many labels: one of them can be chosen.
+    """
 
     name: str
     title: str
@@ -61,6 +64,7 @@ class Factor:
     chosen: str = ""
     x: str = ""
     metric: str = "held_out_v_rand"
+    alike: bool = True
 
 
 @dataclass(frozen=True)
@@ -183,10 +187,10 @@ FACTORS = {
         Factor("augmentation", "Augmentation", {"raw": "raw", "augmented": "base"}, "augmented"),
         Factor("lr", "Learning rate (Adam)", {"1e-5": "lr-1e-5", "1e-4": "base", "1e-3": "lr-1e-3"}, "1e-4"),
         Factor("optimizer", "Optimizer", {"SGD": "sgd", "Adam": "base", "Adamax": "adamax"}, "Adamax"),
-        Factor("sections", "Labelled sections", {str(n): f"sections-{n}" for n in SECTIONS}, x=SECTIONS_X),
+        Factor("sections", "Labelled sections", {str(n): f"sections-{n}" for n in SECTIONS}, x=SECTIONS_X, alike=False),
         Factor("receptive", "Receptive field", RECEPTIVE, x="receptive field, px"),
-        Factor("ladder", "From the standard network to the recipe", STEPS),
-        Factor("finetune", "Fine-tuning, on the synthetic stack", TUNED, x=SECTIONS_X),
+        Factor("ladder", "From the standard network to the recipe", STEPS, alike=False),
+        Factor("finetune", "Fine-tuning, on the synthetic stack", TUNED, x=SECTIONS_X, alike=False),
     )
 }
 POSTER = ("depth", "augmentation", "lr", "optimizer")
@@ -383,8 +387,8 @@ def jobs_of(table: Table, seeds: int, folds: int | None, protocol: str | None) -
 
 
 def protocols_of(row, folds):
-    """--folds turns holdout into k-fold, but not where a row names its training sections."""
-    turned = {"holdout": "kfold"} if folds and "--train_sections" not in row.argv else {}
+    """--folds turns holdout into k-fold, but not where a row names its training or held-out sections."""
+    turned = {"holdout": "kfold"} if folds and not {"--train_sections", "--val_sections"} & {*row.argv} else {}
     return [turned.get(protocol, protocol) for protocol in row.protocols]
 
 

@@ -231,6 +231,14 @@ def test_the_rows_of_2015_have_the_papers_values_beside_them():
     assert [found[1][key] for key in published] == ["sgd", 0.99, 1, False, "valid", "7"]
 
 
+def test_rows_that_name_their_held_out_sections_are_not_folded_and_levels_that_are_not_alike_are_not_ranked(capsys):
+    assert call_here(capsys, "reproduce", "study", "ladder", "--quick", "--folds", 5, "--list").code == 0
+    records = ROOT / "results"
+    for factor, ranked in (("ladder", False), ("finetune", False), ("receptive", True)):
+        out = call_here(capsys, "reproduce", "study", factor, "--quick", "--render", "--records", records).out
+        assert ("Choose" in out) == ranked
+
+
 @cases(
     "words, sentence",
     (["table", "lr"], "lr is a factor of study"),
