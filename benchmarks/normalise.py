@@ -6,6 +6,7 @@ Three sections of ISBI-2012 as they are, with gray values and pixel sizes change
 The network was trained on those of ISBI-2012: compare the numbers of one line only. Written after every line.
 """
 
+import argparse
 import os
 import sys
 from dataclasses import replace
@@ -63,11 +64,14 @@ def cases():
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, metavar="FILE")
+    args = parser.parse_args()
     results = {"weights": WEIGHTS, "sections": SECTIONS}
     for name, pair, compared in cases():
         results[name] = {words: v_rand(*pair, *how) for words, how in compared.items()}
         print(name, results[name], flush=True)
-        atomic.write_json(sys.argv[1], results)
+        atomic.write_json(args.json, results)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_quality.py --minutes 20                       all of this suite, one after the other
     python benchmarks/time_to_quality.py --only start.py --minutes 2        a quick look
-    python benchmarks/time_to_quality.py --record results/benchmarks/time_to_quality*.json --figure time.png
+    python benchmarks/time_to_quality.py --record results/benchmarks/time_to_quality.json --figure time.png
     python benchmarks/time_to_quality.py --only "SMP ResNet-34" nnU-Net --python PEERS/bin/python --seeds 0 1 2
 
 The rivals train in PyTorch, with their own networks, as `rivals.py` says; PEERS is an environment with what
@@ -214,7 +214,10 @@ def recorded(paths):
     found = {}
     for path in paths:
         for name, runs in json.loads(Path(path).read_text())["points"].items():
-            found.setdefault(name, {}).update(runs if isinstance(runs, dict) else {"0": runs})
+            runs = runs if isinstance(runs, dict) else {"0": runs}
+            for seed in runs.keys() & found.setdefault(name, {}).keys():
+                print(f"{name}, seed {seed}: as in {path}, not as in the record before")
+            found[name].update(runs)
     return found
 
 
