@@ -31,6 +31,11 @@ if "DILATED_UNET_DATA" not in os.environ and (SHARED / "isbi2012").is_dir():
     os.environ["DILATED_UNET_DATA"] = str(SHARED)
 
 
+def pytest_collection_modifyitems(items):
+    """The slow ones first: one of two workers begins with them, and the other one takes over what is left."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 def _real(name):
     folder = Path(os.environ.get("DILATED_UNET_DATA", "")) / name
     if not os.environ.get("DILATED_UNET_DATA") or not folder.is_dir():
