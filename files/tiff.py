@@ -44,7 +44,8 @@ def _tiff_reader(tif, path, what, ids, channel):
     size, count = series.shape[-2:], math.prod(series.shape[:-2])
     _check_pages(tif, series, count, path, what)
     pixels = _tiff_pixels(tif, series, (count, *size))
-    if page.photometric == 3 and not ids and any((each.colormap != page.colormap).any() for each in tif.pages):
+    palettes = (getattr(each, "colormap", None) for each in tif.pages) if page.photometric == 3 and not ids else ()
+    if any(one is not None and (one != page.colormap).any() for one in palettes):
         raise refusal(what, path, "has a palette of its own for each section: save it as 8-bit gray values")
     read, note = _as_shown(page, lambda i, *part: pixels(planes[i], *part), path, what, ids)
     words = ", ".join([f"axes {series.axes}", *_encoding(tif), *note])

@@ -166,7 +166,7 @@ def in_image_order(args, labels, notes):
     So a section has the number that it has in training (`data.load_pair`).
     """
     for path, role, number in ((args.image_path, "image", args.channel), (args.prediction, "prediction", None)):
-        if path and os.path.isdir(path) and os.path.isdir(labels.source):
+        if path and os.path.isdir(os.path.expanduser(path)) and os.path.isdir(labels.source):
             with data.iter_sections(path, what=role, channel=number, ids=args.instances) as reader:
                 pairs = order_of(reader, labels)
             if pairs:

@@ -8,6 +8,7 @@ what it shows.
 import base64
 import html
 import io
+import re
 from pathlib import Path
 from string import Template
 
@@ -125,7 +126,8 @@ def write(folder, result, prediction, references, raw=None):
     target = folder / "report.html"
     atomic.write_text(target, _page(result, drawn, blocks))  # an existing report was refused before the work began
     for path in before - written:  # of the report that this one replaces
-        path.unlink()
+        if re.fullmatch(r"section-\d+\.png|curves-\w+\.png", path.name):
+            path.unlink()
     return target
 
 

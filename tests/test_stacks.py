@@ -102,8 +102,9 @@ def test_white_is_zero_and_palettes_of_grays_read_as_they_look_but_not_numbers_o
     tifffile.imwrite(tmp_path / "white.tif", sections, photometric="miniswhite")
     np.testing.assert_array_equal(read_stack(tmp_path / "white.tif").sections, ~sections)
     palette = np.repeat(np.arange(255, -1, -1)[None], 3, 0).astype(np.uint16) * 257
-    tifffile.imwrite(tmp_path / "grays.tif", gray(), photometric="palette", colormap=palette)
-    np.testing.assert_array_equal(read_stack(tmp_path / "grays.tif").sections, ~gray())
+    for kind in ({}, {"ome": True, "metadata": {"axes": "ZYX"}}, {"imagej": True, "metadata": {"axes": "ZYX"}}):
+        tifffile.imwrite(tmp_path / "grays.tif", gray(), photometric="palette", colormap=palette, **kind)
+        np.testing.assert_array_equal(read_stack(tmp_path / "grays.tif").sections, ~gray())
     for options in ({"photometric": "palette", "colormap": COLOURS}, {"photometric": "miniswhite"}):
         tifffile.imwrite(tmp_path / "cells.tif", gray(), **options)
         with iter_sections(tmp_path / "cells.tif", what="mask", ids=True) as reader:

@@ -272,8 +272,10 @@ def check_same_run(place, before, record, defaults):
         if was.get(key) != now.get(key):
             raise DataError(f"--resume needs the same settings: --{key} was {was.get(key)}. Received: {now.get(key)}")
     weights = prediction.weight_file(str(was.get("weight_path") or place.folder / "best.weights"))
-    inside = os.path.relpath(weights, was.get("run_dir") or place.folder)  # a folder may move with its weights
-    moved = inside == os.path.relpath(place.weights, place.folder)
+    old = Path(was.get("run_dir") or place.folder)
+    moved = False  # a folder with its weights
+    if weights.is_relative_to(old) and place.weights.is_relative_to(place.folder):
+        moved = weights.relative_to(old) == place.weights.relative_to(place.folder)
     if os.path.realpath(weights) != os.path.realpath(place.weights) and not moved:
         raise DataError(f"--resume needs the same settings: --weight_path was {weights}. Received: {place.weights}")
     if any(before["data"].get(key) != record["data"][key] for key in ("image_sha256", "mask_sha256")):
