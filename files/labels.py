@@ -141,7 +141,8 @@ def instance_messages(reader, ignore=None):
 def match(images, masks, instances):
     """Return the images that have masks, the mask of each, and what was done in words."""
     kept = range(len(images.names))
-    if instances and _is_folder(images) and (_is_folder(masks) or len(masks.names) == 1):
+    one_frame = len(masks.names) == 1 and masks.names[0][-1:].isdigit()
+    if instances and _is_folder(images) and (_is_folder(masks) or one_frame):
         # the frames whose number is on a mask
         numbers = {_last_number(name) for name in masks.names}
         labelled = [i for i, name in enumerate(images.names) if _last_number(name) in numbers]

@@ -309,6 +309,7 @@ def to_probabilities(native):
 
 
 ROUNDING = 1e-5  # of probabilities, at either end
+FEW_LEVELS = 10  # that the votes of a few masks have
 DOUBTS = {  # what makes the scores of a readable prediction doubtful
     "small": "no probability is above 0.5; an instance mask, or values that are not scaled to the full range, cannot "
     "be scored",
@@ -325,9 +326,10 @@ DOUBTS = {  # what makes the scores of a readable prediction doubtful
 
 def warnings_about(prediction, references):
     """Return those of `DOUBTS` that `Sections` of probabilities raise."""
-    largest, between, sums, pairs = 0.0, False, np.zeros(5), np.zeros(2)
+    largest, between, sums, pairs, levels = 0.0, False, np.zeros(5), np.zeros(2), set()
     for p, r in zip(prediction, references, strict=True):
         middle = abs(p - 0.5) < 0.45
+        levels.update(np.unique(p[middle])[: FEW_LEVELS + 1].tolist())
         middle = middle[:, 1:] & middle[:, :-1]
         pairs += (middle.sum(), (middle & (p[:, 1:] == p[:, :-1])).sum())
         p, r = p[r >= 0], r[r >= 0]
@@ -340,7 +342,7 @@ def warnings_about(prediction, references):
     found = {
         "small": largest < 0.25 or (scaled and largest <= 0.5),
         "gray": largest > 0.5 and scaled and sure < 0.1 * pixels,
-        "cells": scaled and pairs[0] > 0.25 * pixels and pairs[1] > 0.8 * pairs[0],
+        "cells": scaled and len(levels) > FEW_LEVELS and pairs[0] > 0.25 * pixels and pairs[1] > 0.8 * pairs[0],
         "inverted": pixels * both - probability * interior < -1e-9 * pixels**2,
         "flat": not between,
     }

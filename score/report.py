@@ -125,8 +125,9 @@ def write(folder, result, prediction, references, raw=None):
         blocks.append(_section_html(result, place, pictures))
     target = folder / "report.html"
     atomic.write_text(target, _page(result, drawn, blocks))  # an existing report was refused before the work began
+    own = rf"section-\d{{3,}}\.png|curves-({'|'.join({score.chart for score in SCORES.values() if score.chart})})\.png"
     for path in before - written:  # of the report that this one replaces
-        if re.fullmatch(r"section-\d+\.png|curves-\w+\.png", path.name):
+        if re.fullmatch(own, path.name):
             path.unlink()
     return target
 

@@ -398,6 +398,8 @@ def test_frames_without_a_mask_are_left_out_of_what_check_says_and_one_mask_may_
         saying(lines, f"pairs: {count} of 9 frames are labelled", said, problems=count == 1)
         images, masks, _ = load_pair(*pair, instances=True)
         assert (images.names[0], len(masks.sections)) == ("t003", count)
+    (tmp_path / "masks1/t003.tif").rename(tmp_path / "v2_labels.tif")  # the number of a version, not of a frame
+    refused("must be like the images", load_pair, tmp_path / "frames", tmp_path / "v2_labels.tif", instances=True)
 
 
 def test_check_and_the_constants_look_at_a_large_section_in_strips(monkeypatch):

@@ -164,7 +164,12 @@ def test_masks_are_masks_whatever_their_one_is_and_flat_curves_are_warned_of(lab
 def test_numbers_of_cells_are_warned_of_and_probabilities_in_8_bits_are_not(labelled):
     cells = np.stack([segments.components(section > 0) for section in labelled[1]])
     numbered = np.where(cells > 0, 40 + cells * 180 // cells.max(), 0).astype(np.uint8)
-    for prediction, doubted in ((numbered, True), (np.round(labelled[0] * 255).astype(np.uint8), False)):
+    votes = np.round(labelled[0] * 4).astype(np.uint8) * 63
+    for prediction, doubted in (
+        (numbered, True),
+        (np.round(labelled[0] * 255).astype(np.uint8), False),
+        (votes, False),
+    ):
         found, _ = evaluation.to_probabilities(sections(prediction))
         assert any("numbers of cells" in words for words in evaluation.warnings_about(found, labelled[1])) == doubted
 
@@ -223,7 +228,10 @@ def test_percent_in_8_bits_are_warned_of_and_a_rounding_above_1_is_not_refused(l
 def test_a_report_leaves_no_picture_of_the_one_that_it_replaces(files):
     for flags in (["all"], ["dice", "--sections", "1", "--force"]):
         evaluate([*files(), "--report", "r", "--scores", *flags])
-    assert sorted(os.listdir("r")) == ["report.html", "section-001.png"]
+        for name in ("curves-mine.png", "section-mine.png"):
+            with open(f"r/{name}", "w"):
+                pass
+    assert sorted(os.listdir("r")) == ["curves-mine.png", "report.html", "section-001.png", "section-mine.png"]
 
 
 def test_one_number_for_all_cells_is_warned_of(files, labelled, capsys):
