@@ -433,11 +433,8 @@ def _mask_lines(images, mask_path, *, invert_mask=False, instances=False, ignore
     except DataError as error:
         return [*lines, f"problem: {error}"], None, len(images)
     labelled = None if ignore is None else [i for i, place in enumerate(order) if place in sections]
-    return (
-        [*lines, *(line if line.startswith("warning:") else f"  {line}" for line in messages + said)],
-        labelled,
-        len(kept),
-    )
+    lines += [line if line.startswith("warning:") else f"  {line}" for line in messages + said]
+    return lines, labelled, len(kept)
 
 
 def _training_lines(images, count, window, multiple, windows, protocol, labelled):
@@ -445,7 +442,7 @@ def _training_lines(images, count, window, multiple, windows, protocol, labelled
     fitting = {name: side for name, side in windows.items() if side <= min(height, width)}
     window = window or max(fitting.values(), default=min(windows.values(), default=512))
     crops = "whole sections" if height == width == window else f"crops of {window} x {window} px"
-    nbytes = count * height * width * (images.dtype.itemsize + 1)
+    nbytes = math.prod(images.shape) * (images.dtype.itemsize + 1)  # all are read, before some are left out
     lines = ["training:"]
     for attempt in (
         lambda: split_sections(count, protocol, labelled=labelled).describe(),

@@ -291,11 +291,8 @@ def _card(args):
     """The model card beside the weights, if its title names them; its links into the repository become plain words."""
     card = prediction.record_file(args.weight_path).with_name("README.md")
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    return (
-        re.sub(r"\[([^]]*)\]\((?!http)[^)]*\)", r"\1", text)
-        if re.match(f"#[^\n]*`{re.escape(_stem(args))}`", text)
-        else ""
-    )
+    theirs = re.match(f"#[^\n]*`{re.escape(_stem(args))}`", text)
+    return re.sub(r"\[([^]]*)\]\((?!http)[^)]*\)", r"\1", text) if theirs else ""
 
 
 def _documentation(args, record, sizes):
