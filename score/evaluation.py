@@ -326,19 +326,21 @@ DOUBTS = {  # what makes the scores of a readable prediction doubtful
 
 def warnings_about(prediction, references):
     """Return those of `DOUBTS` that `Sections` of probabilities raise."""
+    scaled = prediction.dtype.kind != "f"
     largest, between, sums, pairs, levels = 0.0, False, np.zeros(5), np.zeros(2), set()
     for p, r in zip(prediction, references, strict=True):
-        middle = abs(p - 0.5) < 0.45
-        levels.update(np.unique(p[middle])[: FEW_LEVELS + 1].tolist())
-        middle = middle[:, 1:] & middle[:, :-1]
-        pairs += (middle.sum(), (middle & (p[:, 1:] == p[:, :-1])).sum())
+        if scaled:
+            middle = abs(p - 0.5) < 0.45
+            if len(levels) <= FEW_LEVELS:
+                levels.update(np.unique(p[middle])[: FEW_LEVELS + 1].tolist())
+            middle = middle[:, 1:] & middle[:, :-1]
+            pairs += (middle.sum(), (middle & (p[:, 1:] == p[:, :-1])).sum())
         p, r = p[r >= 0], r[r >= 0]
         largest = max(largest, float(p.max()))
         between = between or bool(((p > 0) & ~above(p, THRESHOLDS[-1])).any())
         inside, sure = r > 0, (abs(p - 0.5) > 0.4).sum()
         sums += (p.size, p.sum(dtype=np.float64), inside.sum(), p[inside].sum(dtype=np.float64), sure)
     pixels, probability, interior, both, sure = sums
-    scaled = prediction.dtype.kind != "f"
     found = {
         "small": largest < 0.25 or (scaled and largest <= 0.5),
         "gray": largest > 0.5 and scaled and sure < 0.1 * pixels,

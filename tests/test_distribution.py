@@ -99,11 +99,9 @@ def test_two_processes_give_the_loss_curve_of_one_and_where_one_dies_two_devices
     wait_for_epochs(run, 2, chief)
     other.kill()
     other.wait()
-    if not TENSORFLOW:  # JAX's own service ends the process, after 100 s without a sign of life
-        chief.kill()
-        chief.wait()
-    else:
-        assert chief.wait(300) == 1, said(start, "dying-0")
+    assert chief.wait(300) not in (0, 2), said(start, "dying-0")
+    if TENSORFLOW:  # JAX's own service ends the process, after 100 s without a sign of life
+        assert chief.returncode == 1
         assert "another process of this run is lost" in said(start, "dying-0").splitlines()[-1]
     done = len(history(run))
     assert 2 <= done < 16, "the process died too late"
