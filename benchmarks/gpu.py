@@ -15,19 +15,19 @@ Dice. Ten are done in a row, then the device is waited for. Candidates take turn
     quality  `--recipe quick` until the held-out V_rand is 0.978, scored in between with the clock stopped
     table    rows of `reproduce table`: their first epochs, as the command runs them, counted up to all
     layers   the dilated network with batch norm, dropout or both as Keras ships them
+    kernels  what an update of the standard network spends its time on, with JAX
 """
 
 import argparse
+import collections
 import itertools
 import json
 import math
 import os
-import queue
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ import dilatedUnet
 from files import atomic
 from network import device, losses, unet
 from studies import reproduce, rows
+from train.feed import ahead
 from train.record import hardware, versions
 
 NETWORKS = {
@@ -101,7 +102,7 @@ def built(**settings):
 
 def on_resident_batch(make, settings, precision, args):
     """A network's updates on one batch that lies on the device, and what is known of it."""
-    small = {"filters": 4, "levels": 2} if settings.get("arch") else {"filters": (4, 8)}
+    small = {"filters": 4, "levels": 2} if settings.get("arch") == "unet2015" else {"filters": (4, 8)}
     network = make(**settings | (small if args.tiny else {}), precision=precision)
     rng, shape = np.random.default_rng(0), (args.batch_size, args.window, args.window)
     x = keras.ops.convert_to_tensor(rng.normal(size=(*shape, 1)).astype("float32"))
@@ -180,9 +181,10 @@ def step(record, precision, args):
     candidates, workers = {}, []
     if "step" in args.only:
         candidates["product"] = partial(product, precision, args)
-        candidates |= {name: partial(on_resident_batch, built, NETWORKS[name], precision, args) for name in NETWORKS}
+        chosen = args.networks or NETWORKS
+        candidates |= {name: partial(on_resident_batch, built, NETWORKS[name], precision, args) for name in chosen}
     if "peers" in args.only:
-        names = ("PyTorch",) if args.tiny else PEERS
+        names = ("PyTorch",) if args.tiny else args.peers
         candidates |= {name: partial(of_peer, name, precision, args, workers) for name in names}
     try:
         compare("step", candidates, record, args.rounds)
@@ -204,14 +206,29 @@ def layers(record, precision, args):
     compare("layers", candidates, record, args.rounds)
 
 
+def kernels(record, precision, args):
+    """Milliseconds of an update in each kernel, by JAX's profiler."""
+    import jax
+
+    run, _ = on_resident_batch(built, NETWORKS["standard"], precision, args)
+    run()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (traced,) = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(traced)).planes
+    updates, spent = args.updates * (args.calls + 1), collections.Counter()
+    lines = (line for plane in planes if plane.name.startswith("/device") for line in plane.lines)
+    for line in lines:
+        if line.name.startswith("Stream"):
+            for event in line.events:
+                spent[event.name] += event.duration_ns / updates / 1e6
+    for name, ms in spent.most_common(60):
+        record.add("kernels", name, ms=round(ms, 4))
+    record.add("kernels", "all", ms=round(spent.total(), 3))
+
+
 # -- runs ---------------------------------------------------------------------------------------------------------
-
-
-def ahead(batches, depth):
-    """The same batches, drawn by a thread."""
-    ready = queue.Queue(depth)
-    threading.Thread(target=lambda: [ready.put(batch) for batch in batches], daemon=True).start()
-    return iter(ready.get, None)
 
 
 def feed(record, precision, args):
@@ -222,8 +239,8 @@ def feed(record, precision, args):
         begin, few = time.perf_counter(), 2 * args.updates
         there = [next(program.feed) for _ in range(few)]
         record.add("feed", "drawing one batch", seconds=[(time.perf_counter() - begin) / few] * 3)
-        fed = {"batches there": itertools.cycle(there), "as a run": program.feed}
-        fed["drawn ahead"] = ahead(program.batches.training(0), args.updates)
+        fed = {"batches there": itertools.cycle(there), "drawn when needed": program.feed}
+        fed["as a run"] = ahead(program.batches.training(0), args.updates)
 
         def candidate(batches):
             return lambda: in_a_row(program.trainee, batches, 3 * args.calls, program.recorder), {}
@@ -278,6 +295,7 @@ def first_epochs(job, args):
 
 
 PARTS = {"step": step, "peers": step, "feed": feed, "quality": quality, "table": table, "layers": layers}
+PARTS["kernels"] = kernels
 
 # -- the report ---------------------------------------------------------------------------------------------------
 
@@ -306,6 +324,8 @@ def report(found):
     for name, known in found.get("table", {}).items():
         epoch = f" (an epoch {known['epoch_s']:.3f} s, the rest {known['rest_s']:.0f} s)" if "epoch_s" in known else ""
         yield f"table   {name:30s}{known['minutes']:10.2f} minutes{epoch}"
+    for name, known in sorted(found.get("kernels", {}).items(), key=lambda item: -item[1]["ms"])[:12]:
+        yield f"kernels {name[:60]:60s}{known['ms']:10.3f} ms an update"
     yield from (f"left out: {name}: {known['why']}" for name, known in found["failed"].items())
 
 
@@ -313,6 +333,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True, help="the record; what an earlier one holds of other parts stays")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, metavar="NAME", help="of step")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, metavar="NAME", help="of peers")
     parser.add_argument("--image_path", default="isbi2012", help="of quality and table")
     parser.add_argument("--python", default=sys.executable, help="interpreter with PyTorch (default: this one)")
     parser.add_argument("--window", type=int, default=512)

@@ -17,25 +17,45 @@ __all__ += ["Interior", "MaxPooling2D", "Model", "Upsample"]
 
 
 class Conv2D(keras.layers.Conv2D):
-    """Keras's. On a processor with TensorFlow it is `onednn.convolution`.
-
-    On a GPU with JAX a dilated one is a plain one of every `rate`-th row and column, the same sums. cuDNN has no fast
-    kernels for dilated convolutions in bfloat16: on an H200 the dilated network of 2017 took 3 times as long as the
-    standard one.
-    """
+    """Keras's. On a processor with TensorFlow it is `onednn.convolution`; on a GPU with JAX the same sums for cuDNN."""
 
     def convolution_op(self, inputs, kernel):
         if onednn.serves():
             return onednn.convolution(self, inputs, kernel, super().convolution_op)
-        (rate, across), (rows, columns, channels) = self.dilation_rate, inputs.shape[1:]
-        fits = rows and columns and rate == across > 1 and rows % rate == columns % rate == 0
-        if not (fits and self.padding == "same" and self.strides == (1, 1) and device.splits_dilated()):
+        if not device.computes_with_cudnn():
             return super().convolution_op(inputs, kernel)
-        x = ops.reshape(inputs, (-1, rows // rate, rate, columns // rate, rate, channels))
+        width = kernel.shape[-1]
+        if inputs.dtype == "bfloat16":
+            inputs, kernel = _aligned(inputs, kernel)
+        return self._every_nth(inputs, kernel, super().convolution_op)[..., :width]
+
+    def _every_nth(self, x, kernel, plain):
+        """A dilated convolution as a plain one of every `rate`-th row and column, where these fit.
+
+        cuDNN has no fast kernels for dilated convolutions in bfloat16: on an H200 the dilated network of 2017 took 3
+        times as long as the standard one.
+        """
+        (rate, across), (rows, columns, channels) = self.dilation_rate, x.shape[1:]
+        fits = rows and columns and rate == across > 1 and rows % rate == columns % rate == 0
+        if not (fits and self.padding == "same" and self.strides == (1, 1)):
+            return plain(x, kernel)
+        x = ops.reshape(x, (-1, rows // rate, rate, columns // rate, rate, channels))
         x = ops.reshape(ops.transpose(x, (0, 2, 4, 1, 3, 5)), (-1, rows // rate, columns // rate, channels))
         x = ops.conv(x, kernel, padding="same", data_format=self.data_format)
-        x = ops.reshape(x, (-1, rate, rate, rows // rate, columns // rate, self.filters))
-        return ops.reshape(ops.transpose(x, (0, 3, 1, 4, 2, 5)), (-1, rows, columns, self.filters))
+        x = ops.reshape(x, (-1, rate, rate, rows // rate, columns // rate, kernel.shape[-1]))
+        return ops.reshape(ops.transpose(x, (0, 3, 1, 4, 2, 5)), (-1, rows, columns, kernel.shape[-1]))
+
+
+def _aligned(x, kernel):
+    """Both with channels of zeros up to a multiple of 16, but for a few outputs such as the classes.
+
+    cuDNN's fast bfloat16 kernels want that: on an H200 an update of the networks of 2017, of 44 channels, takes 10.4 ms
+    in place of 14.3.
+    """
+    more_in, more_out = (-width % 16 for width in kernel.shape[2:])
+    more_out *= kernel.shape[-1] >= 8
+    widened = ops.pad(kernel, ((0, 0), (0, 0), (0, more_in), (0, more_out)))
+    return ops.pad(x, ((0, 0), (0, 0), (0, 0), (0, more_in))), widened
 
 
 # -- dropout and batch norm -------------------------------------------------------------------------------------

@@ -51,8 +51,8 @@ def test_a_dilated_convolution_of_every_nth_pixel_is_the_dilated_convolution(fit
     x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype("float32")
     layer = layers.Conv2D(5, 3, padding=padding, dilation_rate=4)
     stock = np.asarray(layer(x))
-    assert not device.splits_dilated()  # on a processor
-    monkeypatch.setattr(device, "splits_dilated", lambda: True)
+    assert not device.computes_with_cudnn()  # on a processor
+    monkeypatch.setattr(device, "computes_with_cudnn", lambda: True)
     if fits:
         monkeypatch.setattr(keras.layers.Conv2D, "convolution_op", None)  # it is not asked
     np.testing.assert_allclose(layer(x), stock, atol=1e-5)

@@ -1,6 +1,8 @@
 """Which windows a run is fed with: a batch is a function of (seed, epoch, index)."""
 
 import math
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -96,7 +98,7 @@ class Feed:
         if self.split.protocol == "published":
             source, none = self.source("validate"), augment.RECIPES["none"]
             groups = grouped(range(self.val_windows), self.batch_size)
-            return lambda epoch: (self.crops(source, none, VALIDATION + epoch, group) for group in groups)
+            return lambda epoch: ahead((self.crops(source, none, VALIDATION + epoch, group) for group in groups), 2)
         places = grid(self.images.shape[1:], self.side, self.split.inner)
         places = [(s, i, j) for s, i, j in places if augment.labelled(self.masks[s], (i, j), self.side)]
         places = places[:: max(1, math.ceil(len(places) / MOST_WINDOWS))]
@@ -116,6 +118,18 @@ class Feed:
         how = {"seed": self.seed, "n": n, "window": self.side, "context": self.context, "sections": sections}
         how |= {"mean": normalisation.mean, "std": normalisation.std}
         return augment.preview_batch(images, masks, self.recipe, **how)
+
+
+def ahead(batches, count):
+    """The same batches, of which a thread draws up to `count` while others are used."""
+    with ThreadPoolExecutor(1) as pool:
+        drawn = deque(pool.submit(next, batches, None) for _ in range(count))
+        try:
+            while (batch := drawn.popleft().result()) is not None:
+                drawn.append(pool.submit(next, batches, None))
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def grouped(items, size):

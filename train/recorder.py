@@ -10,7 +10,7 @@ import keras
 
 from data import DataError
 from files import shell
-from network import distribution
+from network import device, distribution
 from predict import prediction
 from train.record import Journal, save_checkpoint
 from train.trainee import averaged_weights
@@ -95,6 +95,7 @@ class Recorder(keras.callbacks.Callback):
     def close_epoch(self, row):
         """Validate and save."""
         journal, last = self.journal, row["update"] - 1
+        device.start_copying(self.alone.state())
         self.check(self.alone.is_finite(), last, "the weights are")
         with averaged_weights(self.alone):
             if self.validation:

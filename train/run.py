@@ -24,7 +24,7 @@ from network import device, distribution, layers, losses, optimizers, unet
 from predict import prediction
 from train import initial
 from train import record as records
-from train.feed import Feed, Stacks, pixel_weights
+from train.feed import Feed, Stacks, ahead, pixel_weights
 from train.finish import draw_weights, finish
 from train.recorder import Recorder
 from train.trainee import Course, Trainee, find_rates
@@ -103,6 +103,8 @@ def fit(args, recorder, feed, extra, stacks):
         if not journal.stopped:
             first_epoch, replicas = len(journal.rows), spread.replicas
             batches = spread.feed(lambda slices: feed.training(first_epoch, replicas, slices))
+            if device.backend() == "jax":  # TensorFlow draws ahead by itself
+                batches = ahead(batches, recorder.model.steps_per_execution)
             length = {"initial_epoch": first_epoch, "epochs": args.epochs, "steps_per_epoch": args.steps_per_epoch}
             recorder.model.fit(batches, **length, callbacks=[recorder, *extra], shuffle=False, verbose=0)
         if spread.chief:
