@@ -1,5 +1,7 @@
 """Which windows a run sees: functions of seed, epoch and index; the montages of 2017; the grid of validation."""
 
+import threading
+
 import numpy as np
 import pytest
 import tifffile
@@ -38,6 +40,27 @@ def test_validation_windows_cover_the_inner_sections_and_are_always_the_same(fed
     places = [(5, 0, 0), (5, 0, 24), (5, 0, 48), (5, 32, 0), (5, 32, 24), (5, 32, 48)]
     assert feeds.grid((64, 80), 32, (5,)) == places
     assert fed("--protocol holdout --inner_sections 0").validation() is None
+
+
+def test_batches_are_drawn_ahead_by_a_thread_that_ends_with_them():
+    drawn, threads = [], threading.active_count()
+
+    def batches(count):
+        for number in range(count):
+            if number == 9:
+                raise MemoryError("too large")
+            drawn.append(number)
+            yield number
+
+    assert list(feeds.ahead(batches(5), 3)) == [0, 1, 2, 3, 4]
+    with pytest.raises(MemoryError, match="too large"):
+        list(feeds.ahead(batches(20), 3))
+    drawn.clear()
+    some = feeds.ahead(batches(9), 3)
+    assert (next(some), next(some)) == (0, 1)
+    some.close()
+    assert len(drawn) <= 5, "no more than asked for"
+    assert threading.active_count() == threads
 
 
 def test_the_preview_shows_what_an_unpadded_network_sees(fed):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from network import device, layers, unet
+from network import device, layers, onednn, unet
 
 
 @pytest.mark.jax
@@ -56,6 +56,26 @@ def test_a_dilated_convolution_of_every_nth_pixel_is_the_dilated_convolution(fit
     if fits:
         monkeypatch.setattr(keras.layers.Conv2D, "convolution_op", None)  # it is not asked
     np.testing.assert_allclose(layer(x), stock, atol=1e-5)
+
+
+@pytest.mark.jax
+@pytest.mark.parametrize(("width", "size", "made"), [(44, 3, (32, 48)), (8, 3, (32, 16)), (2, 1, (32, 2))])
+def test_channels_are_aligned_in_bfloat16_and_the_sums_are_the_same(width, size, made, monkeypatch):
+    x = ops.cast(np.random.default_rng(0).normal(size=(2, 12, 16, 22)), "bfloat16")
+    layer = layers.Conv2D(width, size, padding="same", dtype="mixed_bfloat16")
+    stock, seen, plain = layer(x), [], keras.layers.Conv2D.convolution_op
+
+    def convolution_op(self, inputs, kernel):
+        seen.append((inputs.shape[-1], *kernel.shape[2:]))
+        return plain(self, inputs, kernel)
+
+    monkeypatch.setattr(device, "computes_with_cudnn", lambda: True)
+    monkeypatch.setattr(onednn, "serves", lambda: False)  # TensorFlow on a processor
+    monkeypatch.setattr(keras.layers.Conv2D, "convolution_op", convolution_op)
+    mine = layer(x)
+    assert mine.shape == stock.shape
+    assert seen == [(made[0], *made)]
+    np.testing.assert_allclose(ops.cast(mine, "float32"), ops.cast(stock, "float32"), atol=0.03)
 
 
 @pytest.mark.parametrize("found", [None, pytest.param("a GPU", marks=pytest.mark.jax)])
