@@ -214,7 +214,8 @@ def collect(plan, folder):
             new, old = look_up(plan, job).result, kept.get(job.row.name, {}).get(job.key)
             if new and new["history"] and (old is None or epochs_done(new) >= epochs_done(old)):
                 kept.setdefault(job.row.name, {})[job.key] = new
-        write_text(path, as_lines(plan.table, kept))
+        if kept:
+            write_text(path, as_lines(plan.table, kept))
 
 
 def epochs_done(result):

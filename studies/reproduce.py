@@ -73,6 +73,8 @@ def run(args, parse) -> int:
     check_flags(args)
     args.collect |= args.missing  # what was missing is added to the records
     plans = list(plans_of_all(args, parse)) if args.name == "all" else [plan_of(args, parse)]
+    if args.figures and not any(plan.table.factors for plan in plans):
+        raise DataError(f"--figures draws study and unet2015. Received: {args.name}")
     if args.figures and not args.force:
         refuse_existing(*(comparison.picture(p.table, f, args.figures) for p in plans for f in p.table.factors))
     if args.list:

@@ -256,6 +256,7 @@ def test_rows_that_name_their_held_out_sections_are_not_folded_and_levels_that_a
     (["table", "--output", "README.md/x.md", "--force"], "README.md could not be written"),
     (["table", "--output", "."], "exists and is not a table written by reproduce"),
     (["study", "lr", "--figures", "images"], "images/study-lr.png exists already"),
+    (["best", "--figures", "images"], "--figures draws study and unet2015. Received: best"),
 )
 def test_bad_usage_is_one_sentence_and_exit_code_2_and_starts_nothing(reproduced, words, sentence):
     theirs = [Path("README.md"), Path("images/study-lr.png"), Path("table.json")]
@@ -651,6 +652,11 @@ def test_only_what_the_records_lack_is_trained_and_added_to_them(reproduced):
     assert sorted(kept("unet")) == [f"{p}-f0-s{s}" for p in ("holdout", "published") for s in (0, 1)]
     COMMITTED.write_text(COMMITTED.read_text().replace('"step_size":2000', '"step_size":2001'))
     assert len(reproduced(*words, 1, "--missing")[3]) == 2, "the record of another recipe is none"
+
+
+def test_collecting_where_nothing_was_trained_writes_no_record(reproduced):
+    assert reproduced(*ONE, "--collect", suite=Suite(stop={"unet": 2}))[0] == 1
+    assert not COMMITTED.exists()
 
 
 def test_collecting_keeps_what_was_collected_before_and_one_line_per_run(reproduced):
