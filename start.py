@@ -25,13 +25,29 @@ def main():
     sys.exit(test(environment("requirements-test.txt")) if job == "test" else demo(environment("requirements.txt")))
 
 
+def run(words, **how):
+    """The exit code of a program, 1 where there is none. After Ctrl-C, which it is sent as well, it ends by itself."""
+    try:
+        process = subprocess.Popen(words, **how)
+    except OSError:
+        return 1
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        sys.exit(130)
+
+
 def environment(requirements):
     """Make .venv beside this file, or use the one that is there, and install the requirements; its Python."""
     folder = ROOT / ".venv"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not python.exists():
+    if run([python, "-m", "pip", "--version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
         print(f"making {folder}", flush=True)
-        venv.create(folder, with_pip=True)
+        try:
+            venv.create(folder, with_pip=True)  # also over one that was left half made
+        except subprocess.CalledProcessError:
+            sys.exit("Python's venv does not work here. On Debian and Ubuntu: sudo apt install python3-venv")
     # pip would compile all of it, on one core: Python compiles what it imports, once
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     quick = ("--quiet", "--disable-pip-version-check", "--no-compile")
@@ -41,10 +57,10 @@ def environment(requirements):
     if requirements == "requirements-test.txt" and sys.platform == "linux":
         # PyPI's PyTorch for Linux brings several GB for GPUs; where this one cannot be had, that is taken
         without_gpu = ("--no-deps", "--retries", "1", "--index-url", "https://download.pytorch.org/whl/cpu", "torch")
-        subprocess.run([*install[:-2], *without_gpu, *lock], stderr=subprocess.DEVNULL)
-    if subprocess.run([*install, *lock]).returncode:
+        run([*install[:-2], *without_gpu, *lock], stderr=subprocess.DEVNULL)
+    if run([*install, *lock]):
         print("the tested versions do not all install here: taking the ranges of the requirements", flush=True)
-        if subprocess.run(install).returncode:
+        if run(install):
             sys.exit("What is needed could not be installed: see above.")
     return python
 
@@ -59,7 +75,7 @@ def test(python):
         ([*pytest, "-m", "jax"], {"KERAS_BACKEND": "jax", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}),  # compiles faster
         ([*pytest, "--durations", "10"], {"KERAS_BACKEND": "tensorflow"}),
     )
-    codes = [subprocess.run(words, cwd=ROOT, env=os.environ | one | backend).returncode for words, backend in jobs]
+    codes = [run(words, cwd=ROOT, env=os.environ | one | backend) for words, backend in jobs]
     return int(any(codes))
 
 
@@ -68,7 +84,7 @@ def demo(python):
 
     def suite(*words):
         print("\n$ python dilatedUnet.py", *words, flush=True)
-        return subprocess.run([python, "dilatedUnet.py", *map(str, words)], cwd=ROOT).returncode
+        return run([python, "dilatedUnet.py", *map(str, words)], cwd=ROOT)
 
     name = "isbi2012"
     if suite("fetch", name):

@@ -79,7 +79,8 @@ class Grid(NamedTuple):
         """What the grid does, and whether stitched equals whole."""
         size = f"{self.tile[0]} x {self.tile[1]} px"
         if self.count == 1:
-            return f"one piece, input {size}, halo {self.halo}, mirrored at the borders: no seams"
+            around = "mirrored at the borders" if self.tile != self.shape else "nothing around it"
+            return f"one piece, input {size}, halo {self.halo}, {around}: no seams"
         tiled = f"{self.count} tiles of {size}"
         if self.shrink:
             return f"{tiled}, unpadded network, halo {self.halo}: tiles meet exactly, stitched equals whole"

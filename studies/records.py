@@ -54,11 +54,15 @@ def look_up(plan, job) -> Found:
     if not folder or not (path := folder / "run.json").exists():
         return Found("absent", "no run")
     try:
+        history = read_history(folder / "history.csv")
+    except (DataError, OSError) as error:
+        return Found("broken", f"{error}: move the folder away")
+    try:
         record = read_json(path, "run record")
         differing = difference(plan, job, record["settings"] | {"epochs": record["epochs"]})
         if differing:
             return Found("other", f"{folder} holds a run with other settings ({differing}): move it away")
-        result = check_result(result_of(record, read_history(folder / "history.csv")))
+        result = check_result(result_of(record, history))
         if record["finished"]:
             return Found("finished", "finished", result)
         return Found("half", f"half-finished in {folder}, {progress_words(result)}", result)
@@ -153,10 +157,13 @@ def read_history(path) -> dict[str, list]:
     """Columns of history.csv; those that an epoch has no value of are left out."""
     if not path.exists():
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        names, *lines = csv.reader(file)
-    columns = zip(names, zip(*lines, strict=True), strict=True)
-    return {name: [*map(short, column)] for name, column in columns if "" not in column}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            names, *lines = csv.reader(file)
+        columns = zip(names, zip(*lines, strict=True), strict=True)
+        return {name: [*map(short, column)] for name, column in columns if "" not in column}
+    except ValueError as error:
+        raise DataError(f"{path} is cut off or damaged") from error
 
 
 def best_epoch(history) -> int:

@@ -185,6 +185,9 @@ def train(plan, args) -> bool:
         if found.state in ("other", "broken"):
             say(f"{job.name} cannot run: {found.words}")
     todo = [(job, found) for job, found in states if found.state in ("absent", "half")]
+    for start in {plan.settings(job)["init_from"] for job, _ in todo} - {None}:
+        if not Path(f"{start}.weights.h5").exists():
+            raise DataError(f"{args.name} starts from {start}: run it in the suite's folder, {SUITE.parent}.")
     minutes = sum(job.row.minutes for job, _ in todo)
     machine = "2 CPU cores" if plan.table.quick else "one H200-class GPU (--list says what on a CPU)"
     say(f"{len(todo)} of {len(states)} runs to go: about {minutes:.0f} minutes on {machine}")

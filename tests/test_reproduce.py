@@ -367,6 +367,19 @@ def test_a_broken_record_counts_as_missing_and_stops_nothing(reproduced, text):
     assert "is not a run record" in out
 
 
+@cases("text", "", "epoch,loss\n", "epoch,loss\n1\n")
+def test_a_history_that_is_cut_off_is_named(reproduced, text):
+    reproduced(*ONE)
+    folder = Path("runs/reproduce/table/unet-holdout-f0-s0")
+    (folder / "history.csv").write_text(text)
+    err = reproduced(*ONE)[2]
+    assert f"cannot run: {folder}/history.csv is cut off or damaged: move the folder away" in err
+
+
+def test_what_starts_from_the_shipped_network_says_where_it_must_run(reproduced):
+    refused(reproduced, "study starts from weights/isbi2012: run it in", "study", "finetune", "--quick")
+
+
 def test_ctrl_c_starts_no_other_run_and_the_same_command_goes_on(reproduced):
     code, out, err, calls = reproduced("table", "--seeds", 1, suite=Suite(stop={"unet-a": 130}))
     assert code == 130
@@ -707,6 +720,8 @@ def test_hardware_versions_a_mix_of_data_and_the_command_are_named_and_the_outpu
 @pytest.mark.parametrize(("name", "factor"), TABLES)
 def test_tables_have_as_many_cells_as_their_heads_and_quick_ones_say_so(reproduced, name, factor):
     words = [name, *([factor] if factor else []), "--seeds", 1, *(["--folds", 2] if name == "table" else [])]
+    Path("weights").mkdir()
+    Path("weights/isbi2012.weights.h5").touch()  # what fine-tuning starts from
     for quick in (False, True):
         out, width = reproduced(*words, *["--quick"] * quick)[1], None
         for line in out.splitlines():

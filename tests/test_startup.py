@@ -1,8 +1,15 @@
 """The environment is checked before the frameworks read it."""
 
-from conftest import cases
+import os
+import signal
+import subprocess
+import sys
+import venv
+
+from conftest import ROOT, cases, with_ctrl_c
 
 import dilatedUnet
+import start
 
 LOOKS = "TF_CONFIG must look like"
 
@@ -48,3 +55,25 @@ def test_a_device_is_chosen_before_keras_is_imported_and_one_that_is_not_there_i
     monkeypatch.setattr("network.device.accelerator", lambda: None)
     assert chosen() == ("-1", "")
     assert chosen("--gpu", "3") == ("3", "--gpu 3: no such GPU is found here, so the CPU computes\n")
+
+
+def test_an_environment_that_was_left_half_made_is_made_again(tmp_path, monkeypatch):
+    """As after Ctrl-C while pip was installed: its Python is there, pip is not."""
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / "requirements.lock").touch()
+    monkeypatch.setattr(start, "ROOT", tmp_path)
+    venv.create(tmp_path / ".venv", with_pip=False)
+    python = start.environment("requirements.txt")
+    assert start.run([python, "-m", "pip", "--version"], stdout=subprocess.DEVNULL) == 0
+
+
+def test_ctrl_c_ends_what_start_runs_after_it_has_saved(tmp_path):
+    child = "import time\ntry:\n    print('began', flush=True)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n"
+    child += "    time.sleep(1)\n    print('saved', flush=True)"
+    words = [sys.executable, "-c", f"import start, sys\nstart.run([sys.executable, '-c', {child!r}])"]
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, **options, start_new_session=True, preexec_fn=with_ctrl_c) as process:
+        assert process.stdout.readline() == "began\n"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=60) == ("saved\n", "")
+    assert process.returncode == 130

@@ -194,8 +194,8 @@ PAPER = Field(107, 16, 92, 12)
 
 @cases(
     "shape, field, asked, tile, halo, words",
-    ((512, 512), Field(560), {}, (512, 512), 0, "one piece, input 512 x 512 px"),
-    ((513, 700), Field(560), {}, (520, 704), 0, "one piece, input 520 x 704 px"),
+    ((512, 512), Field(560), {}, (512, 512), 0, "input 512 x 512 px, halo 0, nothing around it: no seams"),
+    ((513, 700), Field(560), {}, (520, 704), 0, "one piece, input 520 x 704 px, halo 0, mirrored"),
     ((100, 90), Field(92), {}, (104, 96), 0, "no seams"),
     ((4096, 4096), Field(92), {}, (1016, 1016), 96, "25 tiles of 1016 x 1016 px, halo 96 >= receptive radius 92"),
     ((4096, 4096), Field(560), {}, (944, 944), 128, "halo 128 < receptive radius 560: stitched equals"),
