@@ -22,8 +22,14 @@ if (nSlices != sections)
     exit("The raw stack has " + nSlices + " sections, the prediction " + sections);
 
 selectImage(prediction);
-if (depth == 16) run("3-3-2 RGB"); else run("Fire");
-if (depth == 32) setMinAndMax(0, 1); else resetMinAndMax();
+labels = depth == 16;
+for (i = 1; depth == 32 && i <= sections; i++) {  // labels of large sections have 32 bits, as probabilities do
+    setSlice(i);
+    getStatistics(area, mean, min, max);
+    if (max > 1) labels = true;
+}
+if (labels) run("3-3-2 RGB"); else run("Fire");
+if (depth == 32 && !labels) setMinAndMax(0, 1); else resetMinAndMax();
 for (i = 1; i <= sections; i++) {
     selectImage(prediction);
     setSlice(i);
@@ -38,7 +44,7 @@ outlines = substring(files[1], 0, lastIndexOf(files[1], ".")) + ".zip";
 if (File.exists(outlines)) {
     selectImage(raw);
     roiManager("open", outlines);
-} else if (depth != 16) {
+} else if (!labels) {
     selectImage(prediction);
     if (depth == 32) setThreshold(0.5, 1); else setThreshold(128, 255);
     run("Analyze Particles...", "add stack");

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+OF_ZARR = ("zarr.json", ".zgroup", ".zarray")  # one of these is in every folder of Zarr
 ABANDONED_S = 24 * 3600  # of another machine's file: its processes cannot be asked for here
 
 
@@ -184,14 +185,15 @@ def within(path):
 
 
 def refuse_inputs(flag, output, *inputs):
-    """Refuse an output that is an input, or exists in an input's folder, or would be one more section there."""
+    """Refuse an output that is an input, or in an input's Zarr, or would be one more section of an input's folder."""
     target = Path(os.path.realpath(output))
     for given in inputs:
         if not isinstance(given, (str, os.PathLike)) or not os.path.exists(within(given)[0]):
             continue  # a stack in memory, or a data set's name
         source = Path(os.path.realpath(within(given)[0]))
         a_section = target.parent == source and target.suffix.lower() in (".tif", ".tiff", ".png")
-        if a_section or (target.exists() and (target.samefile(source) or source in target.parents)):
+        in_zarr = source in target.parents and any((source / name).is_file() for name in OF_ZARR)
+        if a_section or in_zarr or (target.exists() and target.samefile(source)):
             raise DataError(f"{flag} must not be an input, or a file in its folder. Received: {output}, input: {given}")
 
 

@@ -95,7 +95,7 @@ def open_zarr(path, what="image", channel=None):
         import zarr
     folder, inside = within(path)
     try:
-        node = zarr.open(str(folder), mode="r", path=inside)
+        node = zarr.open(Path(folder), mode="r", path=inside)
         attributes = node.attrs.asdict()
         if {"ome", "multiscales", "bioformats2raw.layout"}.isdisjoint(attributes):
             path, array = _plain_array(path, what, node)
@@ -190,7 +190,7 @@ def create(path, reader, shape, chunks, record):
             "dimension_names": [axis["name"] for axis in multiscale["axes"]],
             "compressors": zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=4),
         }
-    group = zarr.create_group(str(path), zarr_format=zarr_format(reader), attributes=attributes | {RECORD: record})
+    group = zarr.create_group(Path(path), zarr_format=zarr_format(reader), attributes=attributes | {RECORD: record})
     group.create_array("0", shape=shape, chunks=chunks, dtype="float32", fill_value=math.nan, **layout)
 
 
@@ -199,7 +199,7 @@ def check_array(path, shape, chunks):
     with extra():
         import zarr
     try:
-        array = zarr.open_array(f"{path}/0", mode="r")
+        array = zarr.open_array(Path(path, "0"), mode="r")
         found = tuple(array.shape), tuple(array.chunks), str(array.dtype)
     except Exception as error:
         raise DataError(f"{path}: the array of the prediction cannot be read: {error}.") from error

@@ -30,10 +30,21 @@ def open_tiff(path, what, ids=False, channel=None, **_):
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs about broken files is raised here
     tif = tifffile.TiffFile(path)
     try:
+        if _is_page_by_page(tif):
+            tif.close()
+            tif = tifffile.TiffFile(path, is_shaped=False)
         return _tiff_reader(tif, path, what, ids, channel)
     except BaseException:
         tif.close()
         raise
+
+
+def _is_page_by_page(tif):
+    """Whether tifffile wrote each section as an image of its own, all of them alike: together they are a stack."""
+    if not tif.is_shaped or not 1 < len(tif.series) == len(tif.pages):
+        return False
+    first = tif.series[0]
+    return first.ndim == 2 and all((one.shape, one.dtype) == (first.shape, first.dtype) for one in tif.series)
 
 
 def _tiff_reader(tif, path, what, ids, channel):

@@ -99,7 +99,10 @@ def _layout(voxel_nm, made_of, nbytes, dtype):
         about = {f"PhysicalSize{axis}": um for axis, um in sizes.items()}
         about |= {f"PhysicalSize{axis}Unit": "\u00b5m" for axis in sizes}
         about["Description"] = "\n".join(f"{key}={value}" for key, value in said.items())
-        return {"ome": True, "bigtiff": nbytes > CLASSIC_TIFF_BYTES, "metadata": {"axes": "ZYX", **about}}
+        layout = {"ome": True, "bigtiff": nbytes > CLASSIC_TIFF_BYTES, "metadata": {"axes": "ZYX", **about}}
+        if "X" in sizes:  # for ImageJ, which does not read OME's
+            layout |= {"resolution": (1e4 / sizes["X"], 1e4 / sizes["Y"]), "resolutionunit": "CENTIMETER"}
+        return layout
     about = {"axes": "ZYX"} | said | ({"spacing": sizes["Z"]} if "Z" in sizes else {})
     if "X" not in sizes:
         return {"imagej": True, "metadata": about}

@@ -127,7 +127,7 @@ def _load(job):
             return network(windows)
 
     reader = data.iter_sections(Path(job.image), channel=job.channel)
-    return _part_reader(reader), predict, zarr.open_array(f"{job.output}/0", mode="r+")
+    return _part_reader(reader), predict, zarr.open_array(Path(job.output, "0"), mode="r+")
 
 
 def _part_reader(reader):
@@ -249,7 +249,7 @@ def _record(output):
     with omezarr.extra():
         import zarr
     try:
-        record = zarr.open_group(output, mode="r").attrs[omezarr.RECORD]
+        record = zarr.open_group(Path(output), mode="r").attrs[omezarr.RECORD]
         return record["made_of"] if record["format"] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

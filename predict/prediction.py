@@ -291,8 +291,14 @@ def mergers_of(args, records, in_blocks, shape):
     large = math.prod(shape[1:]) > LARGE_PX
     if args.merge is None:
         args.merge = int(args.segment and not (missing or args.rescale or large or len(learned) > 1))
-        if args.segment and len(learned) > 1:
-            say(f"--merge 0: the networks learned false borders with different --tta ({', '.join(learned)})")
+        reasons = (
+            (len(learned) > 1, f"the networks learned them with different --tta ({', '.join(learned)})"),
+            (args.rescale, "with --rescale they cannot be judged"),
+            (large, f"a section has more than {LARGE_PX} px"),
+            (missing, f"{missing and missing[0]} is missing, or says nothing of them"),
+        )
+        if args.segment and learned and not args.merge:
+            say(f"--merge 0: false borders stay, for {next(words for wrong, words in reasons if wrong)}")
     for wrong, words, received in (
         (missing, "--merge needs weights that were trained with --merge 1", missing and missing[0]),
         (in_blocks, "--merge goes with a TIFF --output", args.output),
@@ -335,7 +341,7 @@ def check_output(args):
 def run_blocks(args, sections, record, norm, how):
     """`predict` to OME-Zarr: the workers load the network, so this process does not."""
     (weights,) = args.weight_path
-    settings = {"network": record["network"], "normalisation": norm.to_dict()}
+    settings = {"network": record["network"], "normalisation": norm.to_dict(), "engine": engines.choose(how["engine"])}
     if math.prod(sections.shape) <= HASHED_PX:
         settings[blocks.PIXELS] = data.sha256_pixels(sections)
     how |= {"normalisation": json.dumps(norm.to_dict())}

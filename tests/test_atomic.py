@@ -153,5 +153,12 @@ def test_an_output_is_no_input(tmp_path, monkeypatch):
     for output in ("a.tif", "./folder/../a.tif", "link.tif", "hard.tif", "folder/s1.png", "folder", "folder/new.tif"):
         with pytest.raises(DataError, match="--output must not be an input"):
             atomic.refuse_inputs("--output", output, "isbi2012", None, Path("folder"), str(tmp_path / "a.tif"))
-    for output in ("b.tif", "new.tif", "folder/new.json", "folder/in/new.tif", "isbi2012"):
+    Path("folder/in").mkdir()
+    Path("folder/in/old.tif").touch()  # as an interrupted prediction, which goes on
+    for output in ("b.tif", "new.tif", "folder/new.json", "folder/in/new.tif", "folder/in/old.tif", "isbi2012"):
         atomic.refuse_inputs("--output", output, "isbi2012", None, Path("folder"), str(tmp_path / "a.tif"))
+    for name in ("3.zarr/zarr.json", "2.zarr/.zgroup", "array.zarr/.zarray"):
+        Path(name).parent.mkdir()
+        Path(name).touch()
+        with pytest.raises(DataError, match="--output must not be an input"):
+            atomic.refuse_inputs("--output", Path(name).with_name("new.zarr"), f"{Path(name).parent}:/raw")

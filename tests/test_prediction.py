@@ -246,6 +246,28 @@ def test_networks_that_do_not_go_together_are_not_averaged(refuses, weights, tmp
         assert (args.merge, args.tta) == (0, "none")
 
 
+def test_segment_says_why_false_borders_stay(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, more in (("a", {"tta": "4", "threshold": 0.5}), ("b", {"tta": "8", "threshold": 0.5})):
+        prediction.save_weights(network_of(), tmp_path / name, RECORD | {"network": SETTINGS, "merge": more})
+        prediction.borders_file(str(tmp_path / name)).write_bytes(b"")
+
+    def said(*words, shape=(1, 60, 44)):
+        capsys.readouterr()
+        args = dilatedUnet.parse(["predict", "--segment", "--image_path", "x", "--weight_path", *map(str, words)])
+        records = [prediction.read_record(path) for path in args.weight_path]
+        assert prediction.mergers_of(args, records, False, shape) == []
+        return capsys.readouterr().err
+
+    borders_stay = "--merge 0: false borders stay, for "
+    assert said("a", "b") == f"{borders_stay}the networks learned them with different --tta (4, 8)\n"
+    assert said("a", "--rescale") == f"{borders_stay}with --rescale they cannot be judged\n"
+    assert said("a", shape=(1, 2**14, 2**14)) == f"{borders_stay}a section has more than {prediction.LARGE_PX} px\n"
+    missing = prediction.borders_file(str(weights))
+    assert said("a", weights) == f"{borders_stay}{missing} is missing, or says nothing of them\n"
+    assert said(weights) == said("a", "--merge", "0") == ""
+
+
 @pytest.mark.parametrize("threshold", [0.3, 0.7])
 def test_a_threshold_writes_an_8_bit_mask(predict, threshold):
     sections = np.stack([section_of(40, 48, seed) for seed in range(2)])

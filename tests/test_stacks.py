@@ -300,6 +300,10 @@ def test_a_tiff_that_is_no_gray_stack_or_is_damaged_is_refused(tmp_path, case):
 def test_what_is_no_stack_in_memory_or_in_pages_is_refused(tmp_path):
     pages(tmp_path / "c.tif", [gray((8, 8)), gray((9, 8))])
     refused(tmp_path / "c.tif", r"2 separate images \(8 x 8, 9 x 8\)")
+    with tifffile.TiffWriter(tmp_path / "c.tif") as writer:  # which describes each page as an image of its own
+        for section in (gray((8, 8)), gray((9, 8))):
+            writer.write(section)
+    refused(tmp_path / "c.tif", r"2 separate images \(8 x 8, 9 x 8\)")
     refused(Stack(np.zeros((5, 5)), source="mine"), "mine holds no stack of sections: its shape is 5 x 5")
 
 
@@ -478,6 +482,20 @@ def test_masks_voxel_sizes_and_what_they_are_made_of_come_back(tmp_path, count, 
     np.testing.assert_array_equal(stack.sections, labels * 255 if dtype == "uint8" else labels)
     assert (stack.dtype, stack.voxel_nm, stack.made_of) == (np.dtype(dtype), voxel_nm, made_of)
     assert read_stack(stack).made_of == made_of
+    with tifffile.TiffFile(tmp_path / "m.tif") as tif:  # what ImageJ reads of it
+        per_um = {1: 1, 2: 1, 3: 1e-4}[int(tif.pages[0].tags["ResolutionUnit"].value)]
+        across, down = (tif.pages[0].tags[f"{axis}Resolution"].value for axis in "XY")
+    if voxel_nm:
+        assert (1e3 * across[1] / across[0] / per_um, 1e3 * down[1] / down[0] / per_um) == pytest.approx((4, 8))
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_pages_that_tifffile_wrote_one_by_one_are_sections(tmp_path, count):
+    sections = gray((count, 12, 10))
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for section in sections:
+            writer.write(section)
+    np.testing.assert_array_equal(read_stack(tmp_path / "a.tif").sections, sections)
 
 
 def test_mask_of_0_1_and_of_0_255_are_written_alike(tmp_path):
