@@ -342,7 +342,7 @@ def _change_gray(image, gray, recipe):
 
 def _blur(image, sd, most):
     """Gaussian blur of each image (B, h, w) by its own standard deviation, px, `most` at most; mirrored outside."""
-    reach = int(np.ceil(3 * most))
+    reach = min(int(np.ceil(3 * most)), min(image.shape[1:]) - 1)
     away = ops.arange(-reach, reach + 1, dtype="float32")
     weights = ops.exp(-(away**2) / (2 * ops.maximum(sd[:, None], 0.01) ** 2))  # 0.01 px: the image as it is
     weights = weights / ops.sum(weights, axis=1, keepdims=True)

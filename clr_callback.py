@@ -186,19 +186,23 @@ def describe_schedule(updates, step_size):
 # -- the learning-rate range test -------------------------------------------------------------------------------
 
 
+def smoothed(losses):
+    """Exponential average of losses so far, 0.9 of it kept at each, without the bias towards 0 at the start."""
+    from scipy import signal
+
+    return signal.lfilter([0.1], [1, -0.9], losses) / (1 - 0.9 ** np.arange(1, len(losses) + 1))
+
+
 def suggest_range(rates, losses):
     """Lower and upper learning rate suggested by a range test (Smith 2015, section 3.3); ValueError without a fall.
 
     Base: where the smoothed loss has made a tenth of its whole fall. Max: a third of the rate at which the smoothed
     loss is lowest, for beyond it the loss rises again.
     """
-    from scipy import signal
-
-    averages = signal.lfilter([0.1], [1, -0.9], losses)  # exponential, still with a bias towards 0 at the start
-    curve = averages / (1 - 0.9 ** np.arange(1, len(losses) + 1))
+    curve = smoothed(losses)
     lowest = int(np.argmin(curve))
-    if lowest == 0:
-        raise ValueError("the loss never fell in the range test: start it at a lower learning rate")
+    if rates[lowest] / 3 < rates[0]:
+        raise ValueError("the loss never fell in the range test: take more updates, or lower learning rates")
     start = int(np.argmax(curve[:lowest]))
     fallen = curve[start] - 0.1 * (curve[start] - curve[lowest])
     onset = start + int(np.argmax(curve[start:] <= fallen))

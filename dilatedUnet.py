@@ -454,7 +454,7 @@ def contradictions(given, args):
     of_2015, weighted = args.arch == "unet2015", args.loss == "weighted"
     only_2015 = args.depth or args.padding or args.batch_norm
     dilated = given.dilate or given.dilate_rate or given.addition is not None
-    pixels = args.batch_size * args.window**2
+    pixels, high = args.batch_size * args.window**2, args.max_lr or LATE["max_lr"]
     return (
         (args.val_sections and args.protocol != "holdout", "--val_sections goes with --protocol holdout"),
         (not kfold and {args.fold, args.folds} != {None}, "--fold and --folds go with --protocol kfold"),
@@ -465,7 +465,7 @@ def contradictions(given, args):
         (args.step_size and not cyclic, f"--step_size is of no use with --clr_mode {args.clr_mode}"),
         (args.clr_gamma and args.clr_mode != "exp_range", "--clr_gamma goes with --clr_mode exp_range"),
         (args.max_lr and args.clr_mode == "none", "--max_lr is of no use with --clr_mode none"),
-        ((args.max_lr or LATE["max_lr"]) < args.lr and args.clr_mode != "none", "--max_lr must be at least --lr"),
+        (high < args.lr and args.clr_mode != "none", f"--max_lr must be at least --lr, {args.lr}. Received: {high}"),
         (given.momentum and args.optimizer not in ("rmsprop", "sgd"), "--momentum goes with rmsprop and sgd"),
         (args.lr_find and args.distribute is not None, "--lr_find runs on one device: without --distribute"),
         (args.minutes and args.distribute is not None, "--minutes runs on one device: without --distribute"),

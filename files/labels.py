@@ -131,7 +131,8 @@ def instance_messages(reader, ignore=None):
     if bare and filled:
         words = f"warning: sections that are all background: {format_sections(bare)}; if they are not labelled"
         empty = [f"{words}, give them a value of their own and name it with --ignore_label"]
-    one = [f"warning: {ONE_FOR_ALL}"] * one_for_all(reader)
+    cells = (section if ignore is None else section * (section != ignore) for section in reader)
+    one = [f"warning: {ONE_FOR_ALL}"] * one_for_all(cells)
     return [f"labels: instances, {min(counts)} to {max(counts)} a section; {share}", *empty, *one]
 
 

@@ -375,6 +375,9 @@ def test_blur_is_scipys_gaussian_as_wide_as_drawn_before_the_noise_and_leaves_th
         np.testing.assert_allclose(seen, ndimage.gaussian_filter(source, sd, radius=5, mode="mirror"), atol=1e-3)
     blurred = run(lambda sd: augment._blur(ops.convert_to_tensor(sharp), sd, 1.5))(np.zeros(6, np.float32))
     np.testing.assert_array_equal(ops.convert_to_numpy(blurred), sharp)
+    few = sharp[:, :3, :2]  # smaller than the blur reaches
+    blurred = run(lambda sd: augment._blur(ops.convert_to_tensor(few), sd, 1.5))(np.ones(6, np.float32))
+    assert np.isfinite(ops.convert_to_numpy(blurred)).all()
     noisy = replace(made, noise=0.5)
     arrays = batch(stack(), stack(), noisy)
     quiet = arrays | {"gray": arrays["gray"] * np.float32([1, 1, 1, 0, 1, 1, 1])}

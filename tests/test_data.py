@@ -136,6 +136,9 @@ def test_what_is_not_labelled_is_no_cell_and_no_background():
     bare = "warning: sections that are all background: 1; if they are not labelled"
     assert any(line.startswith(bare) for line in data.read_instances(mask_stack(PARTLY * (PARTLY < 2)))[1])
     refused("must not be 0 with --instances", data.read_instances, mask_stack(PARTLY), ignore=0)
+    cells = np.zeros((1, 9, 9), np.uint8)
+    cells[0, 1:3], cells[0, 5:7], cells[0, 8] = 1, 1, 255
+    assert any("one and the same number" in line for line in data.read_instances(mask_stack(cells), ignore=255)[1])
 
 
 def folder_of(folder, names):

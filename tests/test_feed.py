@@ -42,6 +42,15 @@ def test_validation_windows_cover_the_inner_sections_and_are_always_the_same(fed
     assert fed("--protocol holdout --inner_sections 0").validation() is None
 
 
+def test_few_windows_of_many_are_from_all_over_the_sections(fed):
+    columns, rows = np.meshgrid(np.arange(8), np.arange(8))
+    images = np.broadcast_to(np.kron(8 * rows + columns, np.ones((16, 16))).astype(np.uint8), (10, 128, 128))
+    batches = fed("--protocol holdout --window 16 --inner_sections 4", images).validation()(1)
+    seen = [int(window[0, 0]) for batch in batches for window in batch["image"]]
+    assert len(seen) == feeds.MOST_WINDOWS
+    assert {place % 8 for place in seen} == {place // 8 for place in seen} == set(range(8))
+
+
 def test_batches_are_drawn_ahead_by_a_thread_that_ends_with_them():
     drawn, threads = [], threading.active_count()
 

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -514,12 +515,37 @@ def test_the_range_test_draws_a_picture_and_suggests_a_range(train, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lr_find.png"]
 
 
-@pytest.mark.parametrize("found", [[1.0, 2.0, 3.0, 5.0], [float("nan")]])
+def test_the_range_test_goes_on_where_single_windows_differ_and_its_advice_is_taken(train, monkeypatch):
+    noise = np.random.default_rng(0).uniform(1, 13, 60) * np.r_[np.ones(30), np.linspace(1, 0.1, 30)]
+    values = iter([13.4, 11.2, 6.7, 7.9, 2.0, 12.0, *noise, *[100.0] * 34])
+    monkeypatch.setattr(training.Trainee, "train_on_batch", lambda *_, **__: {"loss": next(values)})
+    words = "--arch unet2015 --depth 1 --filters 2 --window 44 --protocol all"
+    said = train(f"{words} --lr_find 100").err.splitlines()[-1]
+    rates, lines = re.findall("[0-9.]+e-[0-9]+", said), said.split(": ")[1].split(" (")[0].split(", or ")
+    assert 1e-5 < float(rates[0]) < 1
+    assert next(values) == 100, "it ended where the loss exploded"
+    for line in lines:
+        dilatedUnet.parse([*words.split(), *line.split()])
+
+
+@pytest.mark.parametrize("found", [[1.0, 2.0, 3.0, 50.0], [float("nan")]])
 def test_a_range_test_in_which_the_loss_never_falls_says_so(train, monkeypatch, tmp_path, found):
     values = iter(found)
     monkeypatch.setattr(training.Trainee, "train_on_batch", lambda *_, **__: {"loss": next(values)})
     assert "the loss never fell in the range test" in train("--lr_find", code=2).err
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_tensorboard_shows_the_rate_of_the_last_update_and_force_removes_the_logs_of_the_old_run(train, tmp_path):
+    assert hasattr(keras.callbacks.TensorBoard, "_collect_learning_rate")  # which it asks after every epoch
+    assert training.TensorBoard(tmp_path)._collect_learning_rate({"learning_rate": 0.25}) == {"learning_rate": 0.25}
+    train(f"{HOLDOUT} --epochs 1 --run_dir run")
+    log, mine = (tmp_path / "run/tensorboard/train" / name for name in ("events.out.tfevents.1.a.2.v2", "mine.txt"))
+    log.parent.mkdir(parents=True)
+    for path in (log, mine):
+        path.touch()
+    train(f"{HOLDOUT} --epochs 1 --run_dir run --force")
+    assert (log.exists(), mine.exists()) == (False, True)
 
 
 def test_tensorboard_logs_are_written_or_the_missing_package_is_named(train, tmp_path):

@@ -101,7 +101,9 @@ class Feed:
             return lambda epoch: ahead((self.crops(source, none, VALIDATION + epoch, group) for group in groups), 2)
         places = grid(self.images.shape[1:], self.side, self.split.inner)
         places = [(s, i, j) for s, i, j in places if augment.labelled(self.masks[s], (i, j), self.side)]
-        places = places[:: max(1, math.ceil(len(places) / MOST_WINDOWS))]
+        if len(places) > MOST_WINDOWS:  # any of them: every nth may be one column of windows
+            chosen = np.random.default_rng(0).permutation(len(places))[:MOST_WINDOWS]
+            places = [places[i] for i in sorted(chosen)]
         batches = [self.windows_at(group) for group in grouped(places, self.batch_size)]
         return (lambda epoch: batches) if batches else None
 

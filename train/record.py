@@ -247,7 +247,7 @@ def prepare(place, record, *, resume, force, inputs, defaults):
         atomic.refuse_existing(*outputs, words="--resume continues the run, --force replaces it")
     atomic.make_writable(place.folder, place.weights.parent)
     if force:  # now, or old weights would stand beside a new run that has none yet
-        for path in outputs:
+        for path in [*outputs, *place.folder.glob("tensorboard/*/events.out.tfevents.*")]:
             atomic.replaceable(path, force=True).unlink(missing_ok=True)
     return None
 

@@ -358,7 +358,14 @@ def extra_callbacks(args, place):
         return []
     if importlib.util.find_spec("tensorboard") is None:
         raise DataError("--tensorboard needs the package tensorboard, which is not installed.")
-    return [keras.callbacks.TensorBoard(place.folder / "tensorboard")]
+    return [TensorBoard(place.folder / "tensorboard")]
+
+
+class TensorBoard(keras.callbacks.TensorBoard):
+    """Keras's, with the learning rate of the last update, which the recorder gives, instead of the next one's."""
+
+    def _collect_learning_rate(self, logs):
+        return logs
 
 
 def preview(args, stacks):
@@ -385,5 +392,8 @@ def find_learning_rate(args, trainee, feed, place):
     with refused():
         low, high = clr_callback.suggest_range(rates, found)
     figures.lr_find(rates, found, (low, high), path)
-    say(f"suggested: --lr {low:.1e} --max_lr {high:.1e} (picture: {path})")
+    cyclical = f"--lr {low:.1e} --max_lr {high:.1e}"
+    if args.clr_mode == "none":
+        cyclical = f"--lr {high:.1e}, or --clr_mode triangular {cyclical}"
+    say(f"suggested: {cyclical} (picture: {path})")
     return 0

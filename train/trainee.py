@@ -162,7 +162,8 @@ def find_rates(trainee, feed, count, lowest=1e-7, highest=1.0):
     for _ in rates:
         trainee.reset_metrics()
         found.append(float(trainee.train_on_batch(next(feed)[0], return_dict=True)["loss"]))
-        if not math.isfinite(found[-1]) or found[-1] > 4 * min(found):
+        curve = clr_callback.smoothed(found)  # the loss of single windows goes up and down
+        if not math.isfinite(found[-1]) or curve[-1] > 4 * min(curve):
             break
     found = [loss for loss in found if math.isfinite(loss)] or [math.inf]
     return rates[: len(found)], found
