@@ -8,6 +8,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import venv
 import webbrowser
 from pathlib import Path
@@ -66,16 +67,19 @@ def environment(requirements):
 
 
 def test(python):
-    """Linter, formatter, then the tests of the second backend on JAX and all of them on TensorFlow."""
-    ruff, pytest = [python, "-m", "ruff"], [python, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal"]
-    one = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}  # a worker a core: threads would wait for each other
-    jobs = (
-        ([*ruff, "check", "."], {}),
-        ([*ruff, "format", "--check", "."], {}),
-        ([*pytest, "-m", "jax"], {"KERAS_BACKEND": "jax", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}),  # compiles faster
-        ([*pytest, "--durations", "10"], {"KERAS_BACKEND": "tensorflow"}),
-    )
-    codes = [run(words, cwd=ROOT, env=os.environ | one | backend) for words, backend in jobs]
+    """Linter, formatter, then all tests on TensorFlow, and beside them those of the second backend on JAX."""
+    ruff, pytest = [python, "-m", "ruff"], [python, "-m", "pytest", "-q", "--durations", "10"]
+    one = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}  # a process a core: threads would wait for each other
+    jax = {"KERAS_BACKEND": "jax", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles faster
+    codes = [run([*ruff, *words], cwd=ROOT) for words in (("check", "."), ("format", "--check", "."))]
+    with tempfile.TemporaryFile() as said:
+        how = {"cwd": ROOT, "env": os.environ | one | jax, "stdout": said, "stderr": subprocess.STDOUT}
+        beside = subprocess.Popen([*pytest, "-m", "jax"], **how)  # one of its tests waits most of its minutes
+        of_all = os.environ | one | {"KERAS_BACKEND": "tensorflow"}
+        codes.append(run([*pytest, "-n", "2", "--dist", "worksteal"], cwd=ROOT, env=of_all))
+        codes.append(beside.wait())
+        said.seek(0)
+        print("\non JAX:\n" + said.read().decode(errors="replace"), flush=True)
     return int(any(codes))
 
 
