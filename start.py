@@ -95,7 +95,11 @@ def demo(python):
         name = "synthetic"
         print("ISBI-2012 cannot be fetched here: going on with the built-in synthetic stack", flush=True)
     images, weights, prediction = ("--image_path", name), ("--weight_path", RUN / "weights"), RUN / "prediction.tif"
-    failed = suite("--recipe", "quick", *images, *weights, "--run_dir", RUN, "--force")
+    training, record = ("--recipe", "quick", *images, *weights, "--run_dir", RUN), ROOT / RUN / "run.json"
+    half = record.exists() and b'"finished": false' in record.read_bytes()
+    failed = suite(*training, "--resume") if half else 2
+    if failed == 2:  # nothing to go on with: no run, or one of other data
+        failed = suite(*training, "--force")
     failed = failed or suite("predict", *images, *weights, "--output", prediction, "--tta", "--force")
     if not failed:
         show(ROOT / RUN / "held_out.png")

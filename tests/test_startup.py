@@ -1,5 +1,6 @@
 """The environment is checked before the frameworks read it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -65,6 +66,33 @@ def test_an_environment_that_was_left_half_made_is_made_again(tmp_path, monkeypa
     venv.create(tmp_path / ".venv", with_pip=False)
     python = start.environment("requirements.txt")
     assert start.run([python, "-m", "pip", "--version"], stdout=subprocess.DEVNULL) == 0
+
+
+@cases(
+    "finished, codes, how",
+    (None, {}, ["--force"]),
+    (True, {}, ["--force"]),
+    (False, {}, ["--resume"]),
+    (False, {"--resume": 2}, ["--resume", "--force"]),
+    (False, {"--resume": 130}, ["--resume"]),
+)
+def test_the_main_job_goes_on_with_a_training_that_is_half_done(tmp_path, monkeypatch, finished, codes, how):
+    done = []
+
+    def run(words, **_):
+        done.append(words[2:])
+        return codes.get(words[-1], 0)
+
+    monkeypatch.setattr(start, "ROOT", tmp_path)
+    monkeypatch.setattr(start, "run", run)
+    monkeypatch.setattr(start, "show", lambda picture: None)
+    if finished is not None:
+        (tmp_path / start.RUN).mkdir(parents=True)
+        (tmp_path / start.RUN / "run.json").write_text(json.dumps({"finished": finished}, indent=1))
+    failed = start.demo("python")
+    assert [words[-1] for words in done if words[0] == "--recipe"] == how
+    assert failed == codes.get(how[-1], 0)
+    assert (done[-1][0] == "predict") == (not failed)
 
 
 def test_ctrl_c_ends_what_start_runs_after_it_has_saved(tmp_path):
