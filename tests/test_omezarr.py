@@ -164,3 +164,14 @@ def test_an_output_is_what_the_models_of_the_format_want(tmp_path, voxel_nm):
             shape = omezarr.array_shape(reader)
             omezarr.create(tmp_path / version, reader, shape, shape, {"made_of": {"a": 1}})
         assert check(zarr.open_group(tmp_path / version, mode="r")).ome_zarr_version == version
+
+
+def test_two_colons_in_a_name_are_no_chain_of_addresses(tmp_path):
+    write_mask(tmp_path / "m.tif", iter(np.zeros((2, 9, 9))), count=2, shape=(9, 9))
+    with iter_sections(tmp_path / "m.tif") as reader:
+        shape = omezarr.array_shape(reader)
+        omezarr.create(tmp_path / "a::b.zarr", reader, shape, shape, {"made_of": {"a": 1}})
+        omezarr.check_array(tmp_path / "a::b.zarr", shape, shape)
+    zarr.open_array(tmp_path / "a::b.zarr" / "0", mode="r+")[:] = 0.5
+    with iter_sections(tmp_path / "a::b.zarr") as reader:
+        np.testing.assert_array_equal(reader[1], np.full((9, 9), 0.5, np.float32))

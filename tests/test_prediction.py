@@ -572,3 +572,13 @@ def test_the_room_reserved_for_weights_is_enough(tmp_path, filters):
     prediction.reserve(tmp_path / "room", network)
     prediction.save_weights(network, tmp_path / "net", {})
     assert (tmp_path / "net.weights.h5").stat().st_size <= (tmp_path / "room").stat().st_size
+
+
+def test_blocks_are_made_of_the_engine_that_computes_not_of_the_word_auto(predict, weights, monkeypatch):
+    seen = []
+    monkeypatch.setattr(prediction.blocks, "run", lambda *_, how, settings, **__: seen.append((how, settings)))
+    for has in (True, False):
+        monkeypatch.setattr(prediction.engines.device, "has_openvino", lambda has=has: has)
+        predict(section_of(64, 72)[None], "--output", "x.zarr", "--engine", "auto")
+    assert [how["engine"] for how, _ in seen] == ["auto", "auto"]
+    assert [settings["engine"] for _, settings in seen] == ["openvino", "keras"]
