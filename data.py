@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from files import labels, omezarr
-from files.atomic import DataError, replacing, within
+from files.atomic import DataError, is_zarr, replacing, within
 from files.fetching import DATA_SETS, ISBI_ROLES, dataset_path, fetch
 from files.sections import (
     Stack,
@@ -97,7 +97,7 @@ def iter_sections(path, *, what="image", ids=False, channel=None):
     0, where there are several.
     """
     found = resolve(path, what)
-    if isinstance(found, Path) and omezarr.is_zarr(within(found)[0]):
+    if isinstance(found, Path) and is_zarr(within(found)[0]):
         return omezarr.open_zarr(found, what, channel)
     return open_stack(found, what, ids=ids, channel=channel)
 

@@ -181,8 +181,8 @@ def step(record, precision, args):
     candidates, workers = {}, []
     if "step" in args.only:
         candidates["product"] = partial(product, precision, args)
-        chosen = args.networks or NETWORKS
-        candidates |= {name: partial(on_resident_batch, built, NETWORKS[name], precision, args) for name in chosen}
+        for name in args.networks:
+            candidates[name] = partial(on_resident_batch, built, NETWORKS[name], precision, args)
     if "peers" in args.only:
         names = ("PyTorch",) if args.tiny else args.peers
         candidates |= {name: partial(of_peer, name, precision, args, workers) for name in names}
@@ -294,8 +294,7 @@ def first_epochs(job, args):
     return {"epoch_s": epoch, "rest_s": rest, "epochs": epochs, "minutes": (rest + epochs * epoch) / 60}
 
 
-PARTS = {"step": step, "peers": step, "feed": feed, "quality": quality, "table": table, "layers": layers}
-PARTS["kernels"] = kernels
+PARTS = {"step": step, "peers": step} | {part.__name__: part for part in (feed, quality, table, layers, kernels)}
 
 # -- the report ---------------------------------------------------------------------------------------------------
 
@@ -333,7 +332,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True, help="the record; what an earlier one holds of other parts stays")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, metavar="NAME", help="of step")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS], metavar="NAME", help="of step")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, metavar="NAME", help="of peers")
     parser.add_argument("--image_path", default="isbi2012", help="of quality and table")
     parser.add_argument("--python", default=sys.executable, help="interpreter with PyTorch (default: this one)")

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
-OF_ZARR = ("zarr.json", ".zgroup", ".zarray")  # one of these is in every folder of Zarr
 ABANDONED_S = 24 * 3600  # of another machine's file: its processes cannot be asked for here
 
 
@@ -184,6 +183,11 @@ def within(path):
     return found[1], found[2].replace("\\", "/").strip("/")
 
 
+def is_zarr(path):
+    """Whether a path is a folder of zarr's."""
+    return any((Path(path) / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray"))
+
+
 def refuse_inputs(flag, output, *inputs):
     """Refuse an output that is an input, or in an input's Zarr, or would be one more section of an input's folder."""
     target = Path(os.path.realpath(output))
@@ -192,8 +196,7 @@ def refuse_inputs(flag, output, *inputs):
             continue  # a stack in memory, or a data set's name
         source = Path(os.path.realpath(within(given)[0]))
         a_section = target.parent == source and target.suffix.lower() in (".tif", ".tiff", ".png")
-        in_zarr = source in target.parents and any((source / name).is_file() for name in OF_ZARR)
-        if a_section or in_zarr or (target.exists() and target.samefile(source)):
+        if a_section or (source in target.parents and is_zarr(source)) or (target.exists() and target.samefile(source)):
             raise DataError(f"{flag} must not be an input, or a file in its folder. Received: {output}, input: {given}")
 
 

@@ -7,8 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from files.atomic import DataError
-from files.omezarr import is_zarr
+from files.atomic import DataError, is_zarr
 from files.sections import format_sections, shape_words, some, strips
 
 UNLABELLED = -1  # what `--ignore_label` names becomes this in masks and in numbers of cells
@@ -115,6 +114,11 @@ def one_for_all(sections):
     return parts > 1
 
 
+def cells_of(section, ignore):
+    """The numbers of cells, 0 where there is no label."""
+    return section if ignore is None else section * (section != ignore)
+
+
 def instance_messages(reader, ignore=None):
     """Return messages about numbered cells; refuse what are no numbers of cells."""
     if ignore == 0:
@@ -122,7 +126,7 @@ def instance_messages(reader, ignore=None):
     counts, filled, bare = [], 0, []
     for index, section in enumerate(reader):
         bare += [index] * (not section.any())
-        section = section if ignore is None else section * (section != ignore)
+        section = cells_of(section, ignore)
         require_ids(section, f"--mask_path: {reader.source}")
         counts.append(np.count_nonzero(np.unique(section)))
         filled += np.count_nonzero(section)
@@ -131,8 +135,7 @@ def instance_messages(reader, ignore=None):
     if bare and filled:
         words = f"warning: sections that are all background: {format_sections(bare)}; if they are not labelled"
         empty = [f"{words}, give them a value of their own and name it with --ignore_label"]
-    cells = (section if ignore is None else section * (section != ignore) for section in reader)
-    one = [f"warning: {ONE_FOR_ALL}"] * one_for_all(cells)
+    one = [f"warning: {ONE_FOR_ALL}"] * one_for_all(cells_of(section, ignore) for section in reader)
     return [f"labels: instances, {min(counts)} to {max(counts)} a section; {share}", *empty, *one]
 
 

@@ -28,11 +28,6 @@ def extra():
 # -- OME-Zarr in -------------------------------------------------------------------------------------------------
 
 
-def is_zarr(path):
-    """Whether a path is a folder of zarr's."""
-    return any((Path(path) / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray"))
-
-
 class ZarrReader(sections.StackReader):
     """Sections of an OME-Zarr image, one in memory at a time, or parts of them.
 

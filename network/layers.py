@@ -27,9 +27,9 @@ class Conv2D(keras.layers.Conv2D):
         width = kernel.shape[-1]
         if inputs.dtype == "bfloat16":
             inputs, kernel = _aligned(inputs, kernel)
-        return self._every_nth(inputs, kernel, super().convolution_op)[..., :width]
+        return self._every_nth(inputs, kernel)[..., :width]
 
-    def _every_nth(self, x, kernel, plain):
+    def _every_nth(self, x, kernel):
         """A dilated convolution as a plain one of every `rate`-th row and column, where these fit.
 
         cuDNN has no fast kernels for dilated convolutions in bfloat16: on an H200 the dilated network of 2017 took 3
@@ -38,7 +38,7 @@ class Conv2D(keras.layers.Conv2D):
         (rate, across), (rows, columns, channels) = self.dilation_rate, x.shape[1:]
         fits = rows and columns and rate == across > 1 and rows % rate == columns % rate == 0
         if not (fits and self.padding == "same" and self.strides == (1, 1)):
-            return plain(x, kernel)
+            return super().convolution_op(x, kernel)
         x = ops.reshape(x, (-1, rows // rate, rate, columns // rate, rate, channels))
         x = ops.reshape(ops.transpose(x, (0, 2, 4, 1, 3, 5)), (-1, rows // rate, columns // rate, channels))
         x = ops.conv(x, kernel, padding="same", data_format=self.data_format)

@@ -288,28 +288,24 @@ def mergers_of(args, records, in_blocks, shape):
     missing = [file for file in map(borders_file, args.weight_path) if not file.is_file()]
     missing += [record_file(path) for path, one in zip(args.weight_path, records, strict=True) if "merge" not in one]
     learned = sorted({one["merge"]["tta"] for one in records if "merge" in one})
-    large = math.prod(shape[1:]) > LARGE_PX
+    large, most = math.prod(shape[1:]) > LARGE_PX, f"{LARGE_PX} px"
+    ttas, lost, apart = ", ".join(learned), missing and missing[0], "the networks learned them with different --tta"
+    obstacles = (  # whether it is so; a refusal, and what was received; why --segment leaves false borders in
+        (lost, "needs weights that were trained with --merge 1", lost, f"{lost} is missing, or says nothing of them"),
+        (in_blocks, "goes with a TIFF --output", args.output, "the output has blocks"),
+        (args.rescale, "goes without --rescale", "both", "with --rescale they cannot be judged"),
+        (len(learned) > 1, "takes networks that learned it with one --tta", ttas, f"{apart} ({ttas})"),
+        (large, f"takes sections of at most {most}", size_words(shape), f"a section has more than {most}"),
+    )
+    wrong = next((words for so, *words in obstacles if so), None)
     if args.merge is None:
-        args.merge = int(args.segment and not (missing or args.rescale or large or len(learned) > 1))
-        reasons = (
-            (len(learned) > 1, f"the networks learned them with different --tta ({', '.join(learned)})"),
-            (args.rescale, "with --rescale they cannot be judged"),
-            (large, f"a section has more than {LARGE_PX} px"),
-            (missing, f"{missing and missing[0]} is missing, or says nothing of them"),
-        )
-        if args.segment and learned and not args.merge:
-            say(f"--merge 0: false borders stay, for {next(words for wrong, words in reasons if wrong)}")
-    for wrong, words, received in (
-        (missing, "--merge needs weights that were trained with --merge 1", missing and missing[0]),
-        (in_blocks, "--merge goes with a TIFF --output", args.output),
-        (args.rescale, "--merge goes without --rescale", "both"),
-        (len(learned) > 1, "--merge takes networks that learned it with one --tta", ", ".join(learned)),
-        (large, f"--merge takes sections of at most {LARGE_PX} px", size_words(shape)),
-    ):
-        if args.merge and wrong:
-            raise DataError(f"{words}. Received: {received}")
+        args.merge = int(args.segment and not wrong)
+        if args.segment and learned and wrong:
+            say(f"--merge 0: false borders stay, for {wrong[2]}")
     if not args.merge:
         return []
+    if wrong:
+        raise DataError(f"--merge {wrong[0]}. Received: {wrong[1]}")
     if args.tta not in learned:
         say(f"--merge: with --tta {learned[0]}, with which its borders were learned")
         args.tta = learned[0]

@@ -124,14 +124,14 @@ class Feed:
 
 def ahead(batches, count):
     """The same batches, of which a thread draws up to `count` while others are used."""
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         drawn = deque(pool.submit(next, batches, None) for _ in range(count))
-        try:
-            while (batch := drawn.popleft().result()) is not None:
-                drawn.append(pool.submit(next, batches, None))
-                yield batch
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while (batch := drawn.popleft().result()) is not None:
+            drawn.append(pool.submit(next, batches, None))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def grouped(items, size):
