@@ -172,6 +172,7 @@ CHANGED = {
     "sgd": {"adamax": "optimizer"},
     "dilation-off": {"dilation-centre": "dilate", "dilation-encoder": "dilate_rate"},
     "sections-24": {"sections-2": "train_sections"},
+    "best": {"best-broad": "augment"},
     "best-standard": {"best-dilated": BOTH},
     "cells": {"cells-flat": "w0"},
 }
