@@ -239,13 +239,15 @@ def _save(figure, path):
 
 
 def _save_pictures(figure, path, dpi=DPI):
-    """Render pictures to PNG with a palette of 256 colours: noise in full colour costs twice the bytes."""
+    """Render pictures to PNG with a palette of 256 colours: noise in full colour costs three times the bytes."""
     from PIL import Image
 
     rendered = BytesIO()
     figure.savefig(rendered, dpi=dpi, format="png", bbox_inches="tight", pad_inches=0.04)
     with Image.open(rendered) as image, atomic.replacing(path, force=True) as partial:
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(partial, "PNG", optimize=True)
+        # the colours of few pixels, such as marks, count as much as the grays
+        few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+        few.save(partial, "PNG", optimize=True)
     return Path(path)
 
 

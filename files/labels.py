@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 
 from files.atomic import DataError, is_zarr
-from files.sections import format_sections, shape_words, some, strips
+from files.sections import format_sections, shape_words, shared_end, shared_start, some, strips
 
 UNLABELLED = -1  # what `--ignore_label` names becomes this in masks and in numbers of cells
 
@@ -195,14 +195,6 @@ def _pairs(images, names, masks):
 
 def _bare_names(names):
     """Strip what all names share at either end; what is left as a number counts as one, so that 007 is 7."""
-    start = re.sub(r"[0-9]+$", "", _shared_start(names))
-    end = re.sub(r"[0-9]+$", "", _shared_start([name[::-1] for name in names]))
+    start, end = shared_start(names), shared_end(names)
     bare = [name[len(start) : len(name) - len(end)] for name in names]
     return [str(int(name)) if name.isdecimal() else name for name in bare]
-
-
-def _shared_start(names):
-    """Return the longest start of all names: that of the first and the last in alphabetical order."""
-    first, last = min(names), max(names)
-    same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return first[: next(same, min(len(first), len(last)))]

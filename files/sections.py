@@ -211,6 +211,26 @@ def natural_key(name):
     return [int(part) if i % 2 else part.casefold() for i, part in enumerate(parts)], str(name)
 
 
+def shared_end(names):
+    """Return the longest end of all names, but for digits at its start: those are a section's number.
+
+    >>> shared_end(["a1_mask", "b1_mask"])
+    '_mask'
+    """
+    return shared_start([name[::-1] for name in names])[::-1]
+
+
+def shared_start(names):
+    """Return the longest start of all names, that of the first and the last of the alphabet, but for digits at its end.
+
+    >>> shared_start(["s10", "s12"])
+    's'
+    """
+    first, last = min(names), max(names)
+    same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return re.sub(r"[0-9]+$", "", first[: next(same, min(len(first), len(last)))])
+
+
 def format_sections(sections):
     """Write section numbers as `parse_sections` reads them.
 

@@ -21,6 +21,7 @@ from files.sections import (
     refusal,
     require_memory,
     shape_words,
+    shared_end,
     some,
 )
 from files.tiff import open_tiff
@@ -108,7 +109,8 @@ def _sections_in(folder, what):
     files = [path for path in files if path.is_file()]
     if not files:
         raise refusal(what, folder, f"holds no {', '.join(SUFFIXES)} files")
-    return sorted(files, key=lambda path: natural_key(path.stem))
+    rest = len(shared_end([path.stem for path in files]))  # without it images and their masks have one order
+    return sorted(files, key=lambda path: natural_key(path.stem[: len(path.stem) - rest]))
 
 
 # --- PNG ----------------------------------------------------------------------------------------------------

@@ -200,10 +200,11 @@ def _as_shown(page, read, path, what, ids):
         deep = page.dtype.itemsize > 1 or colours.max() < 256
         grays = (colours[0] if deep else colours[0] >> 8).astype(page.dtype)
         return (lambda *part: grays[read(*part)]), ["palette of grays"]
-    # 0 is shown white (ImageJ's inverting LUT); bool is left alone, for tifffile marks every bool array so
-    if page.photometric == 0 and page.dtype.kind == "u":
+    # 0 is shown white (ImageJ's inverting LUT), but for the bool arrays of tifffile, which marks every one so
+    own = page.dtype.kind == "b" and "tifffile" in page.tags.valueof("Software", "")
+    if page.photometric == 0 and page.dtype.kind in "bu" and not own:
         white = page.dtype.type(2**page.bitspersample - 1)
-        return (lambda *part: white - read(*part)), ["stored with 0 = white, turned"]
+        return (lambda *part: white ^ read(*part)), ["stored with 0 = white, turned"]
     return read, []
 
 

@@ -171,6 +171,8 @@ def in_image_order(args, labels, notes):
                 pairs = order_of(reader, labels)
             if pairs:
                 return data.chosen(labels, pairs[0]), [*notes, pairs[1]]
+    if len(labels.sections) > 1 and os.path.isdir(labels.source):
+        notes = [*notes, "pairs: sections and labels go together by their order; with --image_path FOLDER by name"]
     return labels, notes
 
 

@@ -78,7 +78,7 @@ def run(args, parse) -> int:
     if args.figures and not args.force:
         refuse_existing(*(comparison.picture(p.table, f, args.figures) for p in plans for f in p.table.factors))
     if args.list:
-        print("\n".join(listing(plans[0], args.missing)))
+        print("\n".join(listing(plans[0], args.missing)) or "# no run is missing")
         return 0
     places = {args.records: args.collect, args.figures: args.figures, Path(args.output or "").parent: args.output}
     make_writable(*(folder for folder, asked in places.items() if asked))

@@ -214,6 +214,8 @@ def test_folders_are_paired_by_name_as_in_training(files, labelled, capsys):
         said = capsys.readouterr()
         assert "pairs: by name" in said.out
         assert "inverted" not in said.err
+    assert numbers(["--prediction", "stack.tif", *labels])["dice"] == 1  # without the ending they have one order
+    assert "pairs: sections and labels go together by their order" in capsys.readouterr().out
     write_folder("others", truth, ("a1", "a2", "a3", "a4"))
     refused("the names in labels .* must be those in others", evaluate, ["--prediction", "others", *labels])
 

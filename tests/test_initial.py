@@ -54,7 +54,8 @@ def test_a_fine_tuned_run_has_its_own_normalisation_names_its_start_and_needs_it
     run, there = strict("run/run.json"), prediction.read_record("start")
     assert run["normalisation"] != there["normalisation"]
     sha256 = hashlib.sha256(Path("start.weights.h5").read_bytes()).hexdigest()
-    assert run["init_from"] == strict("run/best.json")["init_from"] == {"weights": "start", "sha256": sha256}
+    begun = {"weights": "start", "sha256": sha256, "trained_on": initial.sections_seen(there)}
+    assert run["init_from"] == strict("run/best.json")["init_from"] == begun
     network, record = prediction.load_network("run/best")
     assert record["network"]["bn_momentum"] == 0
     theirs = prediction.load_network("start")[0]
@@ -68,6 +69,14 @@ def test_a_fine_tuned_run_has_its_own_normalisation_names_its_start_and_needs_it
         path.unlink()
     train(f"{flags} 2 --resume")
     assert strict("run/run.json")["init_from"] == run["init_from"]
+    without, _ = flags.split(" --init_from")
+    said = "--init_from was start. Received: None"
+    assert said in train(f"{without} --epochs 3 --resume", code=2).err
+    shutil.copy("run/best.weights.h5", "other.weights.h5")
+    other = flags.replace("--init_from start", "--init_from other")
+    assert "--init_from was start. Received: other" in train(f"{other} 3 --resume", code=2).err
+    shutil.copy(finished / "weights/x.weights.h5", "other.weights.h5")
+    train(f"{other} 3 --resume")
 
 
 @cases("asked, flags, painted", ("--threshold 0.5", (), 255), ("--segment", ("--instances",), 99))
@@ -105,6 +114,9 @@ def test_held_out_sections_that_the_other_network_was_trained_on_are_warned_of_a
     flags = f"{HOLDOUT.replace('8-9', '4-5')} --epochs 1 --init_from {finished / 'weights/x'} --run_dir run"
     assert "was trained on sections 4-5, which are held out here: their scores mean nothing" in train(flags).err
     assert strict("run/run.json")["init_from"]["held_out_seen"] == [4, 5]
+    again = flags.replace(f"{finished / 'weights/x'} --run_dir run", "run/best --run_dir again")
+    assert "was trained on sections 4-5" in train(again).err, "by the network before that one"
+    assert strict("again/run.json")["init_from"]["held_out_seen"] == [4, 5]
     record = strict(finished / "weights/x.json")
     stack = data.read_stack(finished / "images.tif")
     for held_out, images, seen in (

@@ -1,6 +1,5 @@
 """Where a training starts from: the weights of another network (`--init_from`), and the time that it may take."""
 
-import hashlib
 import time
 
 import keras
@@ -8,6 +7,7 @@ import keras
 from data import DataError, format_sections, sha256_pixels
 from files.shell import say
 from predict import prediction
+from train.record import sha256
 
 TIMED = 4  # updates that are timed for --minutes, after two that compile
 SHARE = 0.9  # of the minutes for the updates; the rest is for checkpoints and the scores at the end
@@ -38,21 +38,33 @@ def start_from(network, path, stacks=None):
         for ours_is, theirs_is in zip(ours[name].weights, theirs[name].weights, strict=True):
             ours_is.assign(keras.ops.convert_to_numpy(theirs_is))
     say(f"starts from {prediction.weight_file(path)}" + f", but for {', '.join(other)}" * bool(other))
-    seen = seen_before(record, stacks) if stacks else []
+    trained_on, seen = sections_seen(record), seen_before(record, stacks) if stacks else []
     if seen:
         which = format_sections(seen)
         say(f"warning: {path} was trained on sections {which}, which are held out here: their scores mean nothing")
-    with open(prediction.weight_file(path), "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"weights": str(path), "sha256": digest} | ({"held_out_seen": seen} if seen else {})
+    digest = sha256(prediction.weight_file(path))
+    earlier = {"trained_on": trained_on, "held_out_seen": seen}
+    return {"weights": str(path), "sha256": digest} | {key: value for key, value in earlier.items() if value}
+
+
+def sections_seen(record):
+    """Sections that a network, and those that it started from, were trained on or chosen by: {pixels' hash: list}."""
+    split, of, start = (_dict(record.get(key)) for key in ("split", "data", "init_from"))
+    found = {key: set(sections) for key, sections in _dict(start.get("trained_on")).items()}
+    own = {i for part in ("train", "inner") for i in split.get(part) or ()}
+    if own and of.get("image_sha256"):
+        found[of["image_sha256"]] = found.get(of["image_sha256"], set()) | own
+    return {key: sorted(sections) for key, sections in found.items()}
 
 
 def seen_before(record, stacks):
     """Held-out sections that the network of a record was trained on, as far as the record says it."""
-    split, of = (record.get(key) if isinstance(record.get(key), dict) else {} for key in ("split", "data"))
-    seen = {i for part in ("train", "inner") for i in split.get(part) or () if i in stacks.split.held_out}
-    same = bool(seen) and of.get("image_sha256") == sha256_pixels(stacks.images.sections)
-    return sorted(seen) if same else []
+    seen = sections_seen(record)
+    return sorted({*seen.get(sha256_pixels(stacks.images.sections), ())} & {*stacks.split.held_out}) if seen else []
+
+
+def _dict(value):
+    return value if isinstance(value, dict) else {}
 
 
 def _dilations(layers):

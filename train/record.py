@@ -1,6 +1,7 @@
 """The run folder: what is written, what a run remembers, what must be the same when it goes on."""
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -271,6 +272,7 @@ def check_same_run(place, before, record, defaults):
     for key in sorted((was.keys() | now.keys()) - free):
         if was.get(key) != now.get(key):
             raise DataError(f"--resume needs the same settings: --{key} was {was.get(key)}. Received: {now.get(key)}")
+    check_same_start(before, was.get("init_from"), now.get("init_from"))
     weights = prediction.weight_file(str(was.get("weight_path") or place.folder / "best.weights"))
     old = Path(was.get("run_dir") or place.folder)
     moved = False  # a folder with its weights
@@ -285,6 +287,21 @@ def check_same_run(place, before, record, defaults):
     if now["clr_mode"] == "cosine" and before["epochs"] != record["epochs"]:
         rule = f"--epochs may not change on --resume with --clr_mode cosine, laid out for {before['epochs']} epochs"
         raise DataError(f"{rule}. Received: {record['epochs']}")
+
+
+def check_same_start(before, was, now):
+    """A run that goes on is past its start; other weights to start from would be named in vain."""
+    file, begun = now and prediction.weight_file(now), before.get("init_from")
+    same = bool(was) == bool(now)
+    if same and was != now and file.is_file() and isinstance(begun, dict):
+        same = begun.get("sha256") in (None, sha256(file))
+    if not same:
+        raise DataError(f"--resume needs the same settings: --init_from was {was}. Received: {now}")
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def nothing_left(place, before, args):
