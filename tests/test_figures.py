@@ -89,6 +89,13 @@ def test_a_picture_is_small_not_blank_on_white_and_replaces_the_old_file_with_th
     assert DRAWINGS[name](tmp_path / "again").read_bytes() == path.read_bytes()
 
 
+def test_marks_keep_their_colours_in_a_picture_full_of_grays(tmp_path):
+    picture = np.repeat(noisy((300, 300))[..., None], 3, axis=-1) * 0.75 + 50
+    picture[100:104, 50:250] = marks = (204, 60, 150)
+    figures.sheet({"errors": picture.astype(np.uint8), "raw": noisy((300, 300))}, tmp_path / "sheet.png")
+    assert np.abs(pixels(tmp_path / "sheet.png").astype(int) - marks).max(axis=-1).min() <= 5
+
+
 def test_a_single_cell_looks_alike_whatever_its_number(draw):
     cell = disc().astype(np.int32)
     _, truth, prediction = draw("panel", noisy((64, 64)), cell * 23, cell, titles="abc").axes

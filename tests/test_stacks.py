@@ -101,6 +101,9 @@ def test_white_is_zero_and_palettes_of_grays_read_as_they_look_but_not_numbers_o
     sections = gray(dtype=dtype)
     tifffile.imwrite(tmp_path / "white.tif", sections, photometric="miniswhite")
     np.testing.assert_array_equal(read_stack(tmp_path / "white.tif").sections, ~sections)
+    for software, turned in ((None, False), ("other", True)):  # tifffile says so of every bool array
+        tifffile.imwrite(tmp_path / "bits.tif", sections > 99, photometric="miniswhite", software=software)
+        np.testing.assert_array_equal(read_stack(tmp_path / "bits.tif").sections, (sections > 99) ^ turned)
     palette = np.repeat(np.arange(255, -1, -1)[None], 3, 0).astype(np.uint16) * 257
     for kind in ({}, {"ome": True, "metadata": {"axes": "ZYX"}}, {"imagej": True, "metadata": {"axes": "ZYX"}}):
         tifffile.imwrite(tmp_path / "grays.tif", gray(), photometric="palette", colormap=palette, **kind)
