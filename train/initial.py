@@ -11,6 +11,7 @@ from train.record import sha256
 
 TIMED = 4  # updates that are timed for --minutes, after two that compile
 SHARE = 0.9  # of the minutes for the updates; the rest is for checkpoints and the scores at the end
+SEEN = ("train", "inner")  # parts of a split that a network has seen
 FEWEST_EPOCHS = 5  # of a course that is laid out for a time
 
 
@@ -50,11 +51,12 @@ def start_from(network, path, stacks=None):
 def sections_seen(record):
     """Sections that a network, and those that it started from, were trained on or chosen by: {pixels' hash: list}."""
     split, of, start = (_dict(record.get(key)) for key in ("split", "data", "init_from"))
-    found = {key: set(sections) for key, sections in _dict(start.get("trained_on")).items()}
-    own = {i for part in ("train", "inner") for i in split.get(part) or ()}
-    if own and of.get("image_sha256"):
-        found[of["image_sha256"]] = found.get(of["image_sha256"], set()) | own
-    return {key: sorted(sections) for key, sections in found.items()}
+    found = [*_dict(start.get("trained_on")).items(), *((of.get("image_sha256"), split.get(k)) for k in SEEN)]
+    seen = {}
+    for pixels, sections in found:
+        if isinstance(pixels, str) and isinstance(sections, list):
+            seen.setdefault(pixels, set()).update(i for i in sections if isinstance(i, int))
+    return {pixels: sorted(sections) for pixels, sections in seen.items() if sections}
 
 
 def seen_before(record, stacks):
