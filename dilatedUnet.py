@@ -57,13 +57,14 @@ RECIPES = {
     | {"bn_momentum": 0.9, "average_warmup": 1, "tta": "8", "merge": 1},
 }
 RECIPES["finetune"] = RECIPES["quick"] | {"epochs": 2, "max_lr": 2e-3, "init_from": str(SHIPPED)}
-RECIPES["strong"] = RECIPES["quick"] | {"epochs": 40, "ema": 0.99}
+RECIPES["strong"] = RECIPES["quick"] | {"augment": "broad", "epochs": 40, "ema": 0.99}
 COSTS = {
     "published": "the study of 2017, which validated on its training sections. Estimated: 4 to 9 hours on 2 CPU cores, "
     "6 minutes on an H200",
     "quick": "for your own sections. 4 to 9 minutes on 2 CPU cores",
     "finetune": "for a few sections: goes on from a trained network. 3 minutes on 2 CPU cores",
-    "strong": "for your own sections, six times as many updates as quick. 20 to 70 minutes on 2 CPU cores",
+    "strong": "for your own sections and others like them: six times as many updates as quick, and more augmentation. "
+    "20 to 70 minutes on 2 CPU cores",
 }
 # What depends on the network: defaults of flags that are not given.
 ARCHITECTURES = {

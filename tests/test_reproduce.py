@@ -172,10 +172,12 @@ CHANGED = {
     "sgd": {"adamax": "optimizer"},
     "dilation-off": {"dilation-centre": "dilate", "dilation-encoder": "dilate_rate"},
     "sections-24": {"sections-2": "train_sections"},
-    "best": {"best-broad": "augment"},
     "best-standard": {"best-dilated": BOTH},
     "cells": {"cells-flat": "w0"},
 }
+
+
+AUGMENTED = {True: ("best", "best-broad", "all", "broad"), False: ("best", "best-all", "broad", "all")}
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -185,6 +187,9 @@ def test_rows_differ_in_what_they_compare_and_in_nothing_else(base, quick):
     for name, changed in CHANGED[base].items():
         found = {key for key, value in by_name[name].items() if value != by_name[base][key]}
         assert found == {*changed.split()}, name
+    *names, ours, other = AUGMENTED[quick]
+    ours, other = (by_name["best"] | {"augment": augment} for augment in (ours, other))
+    assert [by_name[name] for name in names] == [ours, other]
 
 
 def test_the_factors_of_the_poster_share_one_base_run_and_the_quick_best_is_the_recipe_of_start_py():
