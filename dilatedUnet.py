@@ -63,7 +63,7 @@ COSTS = {
     "6 minutes on an H200",
     "quick": "for your own sections. 4 to 9 minutes on 2 CPU cores",
     "finetune": "for a few sections: goes on from a trained network. 3 minutes on 2 CPU cores",
-    "strong": "for your own sections and others like them: six times as many updates as quick, and more augmentation. "
+    "strong": "for your own sections and others like them, six times as many updates as quick, more augmentation. "
     "20 to 70 minutes on 2 CPU cores",
 }
 # What depends on the network: defaults of flags that are not given.
