@@ -59,7 +59,7 @@ def add_arguments(parser):
     group.add_argument("--budget", type=hours, metavar="HOURS", help="stop after so many hours, at an epoch's end")
     group.add_argument("--list", action="store_true", help="print the command lines and their cost, and train nothing")
     group.add_argument("--render", action="store_true", help="render whatever records exist, and train nothing")
-    group.add_argument("--collect", action="store_true", help="copy records, no weights, into --records")
+    group.add_argument("--collect", action="store_true", help="then copy records, no weights, into --records")
     group.add_argument("--missing", action="store_true", help="train only what --records lack, and add it to them")
     group.add_argument("--output", metavar="FILE.md", help="write the Markdown there as well")
     group.add_argument("--figures", metavar="FOLDER", help="draw a PNG per factor of study")
