@@ -37,8 +37,8 @@ EVERYTHING = (("table", None), ("best", None), *STUDIES, ("unet2015", None))
 INTRODUCTION = """# Results
 
 Every table, from the records in this folder. QUICK tables are of reduced recipes for two CPU cores. All but those of
-fine-tuning and of the steps to the recipe, and the row `best`, were recorded before the initialisation of the networks'
-last layer changed (see CHANGELOG.md).
+fine-tuning and of the steps to the recipe, and the rows `best` and `best-all`, were recorded before the initialisation
+of the networks' last layer changed (see CHANGELOG.md).
 `benchmarks/` holds what was measured of speed, `start/` the run of `start.py`, `trials/` recipes that were tried.
 """
 

@@ -143,8 +143,7 @@ def test_images_and_masks_of_a_folder_have_one_order_whatever_their_names_end_wi
     names = ["scan", "scan2", "scan2b", "scan10", "scan-3"]
     for name in names:
         Image.fromarray(gray((5, 7))).save(tmp_path / f"{name}{end}.png")
-    stems = [name + end for name in ("scan", "scan2", "scan2b", "scan10", "scan-3")]
-    assert read_stack(tmp_path).names == stems
+    assert read_stack(tmp_path).names == [name + end for name in names]
 
 
 def test_a_palette_for_each_section_is_refused_and_a_kind_that_is_not_read_is_not_called_damaged(tmp_path):
