@@ -146,7 +146,7 @@ def match(images, masks, instances):
     """Return the images that have masks, the mask of each, and what was done in words."""
     kept = range(len(images.names))
     one_frame = len(masks.names) == 1 and masks.names[0][-1:].isdigit()
-    if instances and _is_folder(images) and (_is_folder(masks) or one_frame):
+    if instances and is_folder(images) and (is_folder(masks) or one_frame):
         # the frames whose number is on a mask
         numbers = {_last_number(name) for name in masks.names}
         labelled = [i for i, name in enumerate(images.names) if _last_number(name) in numbers]
@@ -162,12 +162,12 @@ def match(images, masks, instances):
 
 def order_of(images, masks):
     """Return the mask's index for each image, and the words, where both are folders of as many files; else None."""
-    if 1 < len(images.names) == len(masks.names) and _is_folder(images) and _is_folder(masks):
+    if 1 < len(images.names) == len(masks.names) and is_folder(images) and is_folder(masks):
         return _pairs(images, images.names, masks)
     return None
 
 
-def _is_folder(stack):
+def is_folder(stack):
     """Whether each section is a file with a name of its own."""
     return os.path.isdir(stack.source) and not is_zarr(stack.source)
 
@@ -179,7 +179,7 @@ def _last_number(name):
 
 def _pairs(images, names, masks):
     """Return the mask's index for each name of an image, and what was done in words."""
-    if len(names) < 2 or not (_is_folder(images) and _is_folder(masks)):
+    if len(names) < 2 or not (is_folder(images) and is_folder(masks)):
         return range(len(names)), "pairs: sections and masks go together by their order"
     for key in (list, _bare_names):
         ours, theirs = key(names), key(masks.names)
