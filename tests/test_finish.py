@@ -26,9 +26,9 @@ def test_a_prediction_that_is_not_finite_is_refused_and_few_sections_are_spread_
 
 def test_the_noise_of_a_section_is_its_own_the_same_every_time_and_of_the_size_of_its_contrast():
     section = np.random.default_rng(0).normal(100, 20, (64, 64)).astype(np.float32)
-    once, again, other = (finish.noisy(section, i) - section for i in (3, 3, 4))
+    once, again, other = (finish.noisy(section, i, 0.4) - section for i in (3, 3, 4))
     assert np.array_equal(once, again)
     assert not np.array_equal(once, other)
-    assert abs(once.std() / (finish.NOISE * section.std()) - 1) < 0.05
-    assert finish.noisy(section, 3).dtype == np.float32
-    assert np.array_equal(finish.noisy(np.full((8, 8), 7, np.float32), 0), np.full((8, 8), 7, np.float32))
+    assert abs(once.std() / (0.4 * section.std()) - 1) < 0.05
+    assert finish.noisy(section, 3, 1.2).dtype == np.float32
+    assert np.array_equal(finish.noisy(np.full((8, 8), 7, np.float32), 0, 1.2), np.full((8, 8), 7, np.float32))

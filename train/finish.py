@@ -18,13 +18,14 @@ from train.trainee import averaged_weights
 
 LEARNED_PX = 2**25  # of training sections that false borders are learned from, 128 of 512 x 512
 STRETCH = 8  # sections that follow each other, of which those are taken
-NOISE = 0.4  # of a section's standard deviation: the network is then less sure, as of sections it never saw
+NOISE = 0.2, 2  # of a section's standard deviation, and times what the network was trained with: then it is less sure
 
 
-def finish(recorder, stacks, tta, merge=False):
+def finish(recorder, stacks, tta, merge=False, trained_noise=0.0):
     """Save the last weights, then score the chosen ones on the held-out sections, else on some training sections.
 
-    With `merge`, false borders are learned from the network's own predictions of its training sections.
+    With `merge`, false borders are learned from the network's own predictions of its training sections. `trained_noise`
+    is the most that the training added to them, in their standard deviations.
     """
     place, journal, network = recorder.place, recorder.journal, recorder.alone.network
     split, cells = stacks.split, stacks.cells
@@ -32,7 +33,8 @@ def finish(recorder, stacks, tta, merge=False):
     images = stacks.images.sections
     interior_of = cache(lambda i: finite(predict(images[i]), i))  # some both choose and are scored
     cut_of = cache(lambda i: borders.cut(interior_of(i), images[i]))
-    noisy_cut_of = cache(lambda i: borders.cut(finite(predict(noisy(images[i], i)), i), images[i]))
+    noise = NOISE[0] + NOISE[1] * trained_noise
+    noisy_cut_of = cache(lambda i: borders.cut(finite(predict(noisy(images[i], i, noise)), i), images[i]))
     chosen = some(split.inner or split.train)
     with averaged_weights(recorder.alone):
         if not journal.validated:  # nothing to choose by: the last weights it is, if they are worth saving
@@ -48,7 +50,7 @@ def finish(recorder, stacks, tta, merge=False):
     role = "held_out" if split.held_out else "training_sections"
     record["training_seconds"] = round(journal.seconds, 1)
     merger, threshold = learn_borders(stacks, chosen, cut_of, noisy_cut_of) if merge else (None, None)
-    keep(place, record, role, merger, {"threshold": threshold, "tta": tta})
+    keep(place, record, role, merger, {"threshold": threshold, "tta": tta, "noise": noise})
     truth = cells or stacks.masks
     shown = np.stack(list(prediction.segment_stack(interior, record))) if cells else interior
     record[role] = score(truth.sections[sections], shown, sections, bool(cells))
@@ -85,10 +87,10 @@ def finite(interior, i):
     raise DataError(f"the network's prediction of section {i} is not finite: the run has diverged, try lower rates.")
 
 
-def noisy(section, i):
-    """The section (H, W) with noise, the same for the same number `i`."""
+def noisy(section, i, level):
+    """The section (H, W) with noise of `level` times its standard deviation, the same for the same number `i`."""
     noise = np.random.default_rng(i).standard_normal(section.shape, np.float32)
-    return section + np.float32(NOISE * section.std()) * noise
+    return section + np.float32(level * section.std()) * noise
 
 
 def some(sections, most=6):

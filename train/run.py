@@ -109,7 +109,7 @@ def fit(args, recorder, feed, extra, stacks):
             recorder.model.fit(batches, **length, callbacks=[recorder, *extra], shuffle=False, verbose=0)
         if spread.chief:
             with spread.apart():
-                finish(recorder, stacks, args.tta, args.merge)
+                finish(recorder, stacks, args.tta, args.merge, feed.recipe.noise)
     except BaseException as error:
         stop = error if isinstance(error, KeyboardInterrupt) else next(iter(shell.received), None)
         if stop is None:
