@@ -5,6 +5,7 @@ python3 start.py test     make .venv, run the linter and all tests
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -96,15 +97,24 @@ def demo(python):
         print("ISBI-2012 cannot be fetched here: going on with the built-in synthetic stack", flush=True)
     images, weights, prediction = ("--image_path", name), ("--weight_path", RUN / "weights"), RUN / "prediction.tif"
     training, record = ("--recipe", "quick", *images, *weights, "--run_dir", RUN), ROOT / RUN / "run.json"
-    half = record.exists() and b'"finished": false' in record.read_bytes()
-    failed = suite(*training, "--resume") if half else 2
-    if failed == 2:  # nothing to go on with: no run, or one of other data
-        failed = suite(*training, "--force")
+    half = record.exists() and is_half_done(record, name)
+    failed = suite(*training, "--resume" if half else "--force")
+    if failed and half:
+        print(f"\nthe training that was begun is in {RUN}: remove this folder to begin anew", flush=True)
     failed = failed or suite("predict", *images, *weights, "--output", prediction, "--tta", "--force")
     if not failed:
         show(ROOT / RUN / "held_out.png")
         print(f"\nprediction of the test stack: {prediction}\npicture of the held-out sections: {RUN / 'held_out.png'}")
     return failed
+
+
+def is_half_done(record, name):
+    """Whether a run record is of a training on that data set that has not come to its end."""
+    try:
+        found = json.loads(record.read_bytes())
+        return not found["finished"] and found["settings"]["image_path"] == name
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def show(picture):

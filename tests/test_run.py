@@ -196,6 +196,22 @@ def test_a_folder_that_moved_with_its_weights_is_resumed_and_lost_weights_are_mi
     assert "of the best weights so far, is gone" in train(f"{flags} --epochs 2", code=2).err
 
 
+def test_a_project_that_moved_is_resumed_and_other_weights_are_not_taken(train, tmp_path, monkeypatch):
+    train(f"{HOLDOUT} --run_dir {tmp_path}/a/runs/r --weight_path {tmp_path}/a/weights/r --epochs 1")
+    (tmp_path / "a").rename(tmp_path / "b")
+    flags = f"{HOLDOUT} --run_dir {tmp_path}/b/runs/r --resume --epochs 2 --weight_path {tmp_path}/b"
+    assert "--weight_path was" in train(f"{flags}/weights/s", code=2).err
+    assert "resumed after epoch 1" in train(f"{flags}/weights/r").err
+
+
+def test_a_finished_run_does_not_take_the_weights_of_another_for_its_own(again, tmp_path):
+    with_(seed=5)(tmp_path / "weights/x.json")
+    before = files(tmp_path)
+    for words in ("--resume", "--resume --tta 4", "--resume --epochs 5"):
+        assert "is of another run now: move it away" in again(words, code=2).err
+    assert files(tmp_path) == before
+
+
 def test_a_finished_run_may_learn_false_borders_or_average_otherwise_and_predict_uses_it(
     again, call, tmp_path, monkeypatch
 ):
@@ -258,17 +274,19 @@ def test_a_run_that_goes_to_another_machine_may_change_its_precision_and_says_so
     assert record["precision"] == "bfloat16"
 
 
-def spoil_precision(path):
-    path.write_text(json.dumps(strict(path) | {"precision": "float99"}))
+def with_(**changed):
+    return lambda path: path.write_text(json.dumps(strict(path) | changed))
 
 
 @cases(
     "name, damage, words",
     ("checkpoint.npz", lambda path: path.write_bytes(path.read_bytes()[:-500]), "or a broken one"),
     ("run.json", lambda path: path.write_text("[1, 2]"), "run.json is not a run record"),
-    ("run.json", spoil_precision, "run.json is not a run record: its precision is float99"),
+    ("run.json", with_(precision="float99"), "run.json is not a run record: its precision is float99"),
     ("run.json", Path.unlink, "--force starts anew"),
     ("../../weights/x.weights.h5", Path.unlink, "the best weights so far, is gone"),
+    ("../../weights/x.json", with_(seed=5), "x.weights.h5 is of another run now"),
+    ("../../weights/x.json", with_(after={"epoch": 2, "loss": 0.3}), "x.weights.h5 is of another run now"),
     ("run.json", lambda path: None, "--epochs must be at least the 3 done. Received: 2"),
 )
 def test_a_damaged_or_longer_run_is_not_resumed(again, tmp_path, name, damage, words):
@@ -353,11 +371,18 @@ def test_a_signal_keeps_the_checkpoint_and_says_how_to_go_on(capsys, monkeypatch
     course = SimpleNamespace(epochs=9, steps_per_epoch=2, updates=18)
     held = recorder.Recorder(records.Place(Path("run"), Path("x")), {}, course, records.Journal(rows=[{}, {}]))
     held.set_model(SimpleNamespace(fit=fit))
-    args = SimpleNamespace(epochs=9, steps_per_epoch=2)
+    held.journal.rows.append({})  # the checkpoint does not hold it yet
+    args = SimpleNamespace(epochs=9, steps_per_epoch=2, force=False)
     assert training.fit(args, held, SimpleNamespace(training=lambda *_: iter([])), [], None) == code
     said = capsys.readouterr().err
     assert said.startswith("interrupted" if code == 130 else "ended by SIGTERM")
     assert "the checkpoint after epoch 2 (update 4) is in run; the same command with --resume goes on" in said
+
+
+def test_after_force_the_command_that_goes_on_is_another():
+    assert training.how_to_go_on(records.Place(Path("run"), Path("x")), force=True) == (
+        "the checkpoint is in run; the same command with --resume in place of --force goes on from there"
+    )
 
 
 def wait_for_epoch(folder, epoch, process):

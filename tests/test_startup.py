@@ -73,7 +73,7 @@ def test_an_environment_that_was_left_half_made_is_made_again(tmp_path, monkeypa
     (None, {}, ["--force"]),
     (True, {}, ["--force"]),
     (False, {}, ["--resume"]),
-    (False, {"--resume": 2}, ["--resume", "--force"]),
+    (False, {"--resume": 2}, ["--resume"]),
     (False, {"--resume": 130}, ["--resume"]),
 )
 def test_the_main_job_goes_on_with_a_training_that_is_half_done(tmp_path, monkeypatch, finished, codes, how):
@@ -88,11 +88,26 @@ def test_the_main_job_goes_on_with_a_training_that_is_half_done(tmp_path, monkey
     monkeypatch.setattr(start, "show", lambda picture: None)
     if finished is not None:
         (tmp_path / start.RUN).mkdir(parents=True)
-        (tmp_path / start.RUN / "run.json").write_text(json.dumps({"finished": finished}, indent=1))
+        (tmp_path / start.RUN / "run.json").write_text(
+            json.dumps({"finished": finished, "settings": {"image_path": "isbi2012"}})
+        )
     failed = start.demo("python")
     assert [words[-1] for words in done if words[0] == "--recipe"] == how
     assert failed == codes.get(how[-1], 0)
     assert (done[-1][0] == "predict") == (not failed)
+
+
+@cases(
+    "text, half",
+    ('{"finished": false, "settings": {"image_path": "isbi2012"}}', True),
+    ('{"finished": true, "settings": {"image_path": "isbi2012"}}', False),
+    ('{"finished": false, "settings": {"image_path": "synthetic"}}', False),
+    ("[1]", False),
+    ("cut o", False),
+)
+def test_only_a_training_of_the_same_data_is_gone_on_with(tmp_path, text, half):
+    (tmp_path / "run.json").write_text(text)
+    assert start.is_half_done(tmp_path / "run.json", "isbi2012") == half
 
 
 def test_ctrl_c_ends_what_start_runs_after_it_has_saved(tmp_path):

@@ -1,5 +1,6 @@
 """The run folder: what is written, what a run remembers, what must be the same when it goes on."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -120,15 +121,21 @@ def save_checkpoint(path, variables, journal):
         np.savez(file, meta=np.array(json.dumps({"names": names, **asdict(journal)})), **arrays)
 
 
-def load_checkpoint(path, variables):
-    """Set the variables and return the journal; DataError where the file does not belong to them."""
+@contextlib.contextmanager
+def opened_checkpoint(path):
+    """The file of a checkpoint, and what it holds beside arrays; DataError where reading it fails."""
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            kept = json.loads(str(file["meta"]))
-            arrays = [file[f"{i:04d}"] for i in range(len(kept["names"]))]
-        journal = Journal.of(kept)
+            yield file, json.loads(str(file["meta"]))
     except Exception as error:  # a broken zip shows itself as one of a dozen kinds
         raise DataError(f"{path} is not a checkpoint, or a broken one: {error}.") from error
+
+
+def load_checkpoint(path, variables):
+    """Set the variables and return the journal; DataError where the file does not belong to them."""
+    with opened_checkpoint(path) as (file, kept):
+        arrays = [file[f"{i:04d}"] for i in range(len(kept["names"]))]
+        journal = Journal.of(kept)
     if [a.shape for a in arrays] != [tuple(v.shape) for v in variables] or any(
         a.dtype.kind not in "fiu" for a in arrays
     ):
@@ -238,6 +245,7 @@ def prepare(place, record, *, resume, force, inputs, defaults):
     before = read_record(place.record) if resume else None
     if resume and before and place.checkpoint.exists():
         check_same_run(place, before, record, defaults)
+        check_own_weights(place, before)
         return before
     if resume:  # without a checkpoint: what was killed before its first one has a record, and perhaps a picture
         begun = [place.record, place.picture("weights")] if before and not before["finished"] else []
@@ -275,9 +283,7 @@ def check_same_run(place, before, record, defaults):
     check_same_start(before, was.get("init_from"), now.get("init_from"))
     weights = prediction.weight_file(str(was.get("weight_path") or place.folder / "best.weights"))
     old = Path(was.get("run_dir") or place.folder)
-    moved = False  # a folder with its weights
-    if weights.is_relative_to(old) and place.weights.is_relative_to(place.folder):
-        moved = weights.relative_to(old) == place.weights.relative_to(place.folder)
+    moved = os.path.relpath(weights, old) == os.path.relpath(place.weights, place.folder)  # both, with their folder
     if os.path.realpath(weights) != os.path.realpath(place.weights) and not moved:
         raise DataError(f"--resume needs the same settings: --weight_path was {weights}. Received: {place.weights}")
     if any(before["data"].get(key) != record["data"][key] for key in ("image_sha256", "mask_sha256")):
@@ -287,6 +293,28 @@ def check_same_run(place, before, record, defaults):
     if now["clr_mode"] == "cosine" and before["epochs"] != record["epochs"]:
         rule = f"--epochs may not change on --resume with --clr_mode cosine, laid out for {before['epochs']} epochs"
         raise DataError(f"{rule}. Received: {record['epochs']}")
+
+
+def check_own_weights(place, before):
+    """What stands at the run's weights is its own, and not of another run with the same --weight_path."""
+
+    def known(record):
+        data = record.get("data") or {}
+        hashes = [data.get(key) for key in ("image_sha256", "mask_sha256")]
+        return [*hashes, *(record.get(key) for key in ("seed", "split", "network"))]
+
+    with opened_checkpoint(place.checkpoint) as (_, kept):
+        rows = Journal.of(kept).rows
+    for path in (place.weights, place.last):
+        if not (path.exists() and prediction.record_file(path).exists()):
+            continue
+        beside = prediction.read_record(path)
+        after = beside.get("after")  # a row of this run, or of the epoch that no checkpoint holds yet
+        own = not after or after in rows or after.get("epoch") == len(rows) + 1
+        alike = (was == now for was, now in zip(known(before), known(beside), strict=True) if None not in (was, now))
+        if not (own and all(alike)):
+            words = "is of another run now: move it away, with the files beside it, or train with another --weight_path"
+            raise DataError(f"--resume: {path} {words}.")
 
 
 def check_same_start(before, was, now):

@@ -33,6 +33,7 @@ class Recorder(keras.callbacks.Callback):
         self.place, self.record, self.course, self.journal = place, record, course, journal or Journal()
         self.validation, self.spread, self.copy = validation, spread or distribution.Alone(), copy
         self.progress = Progress(course)
+        self.checkpointed = len(self.journal.rows)  # epochs in the checkpoint
 
     @property
     def alone(self):
@@ -114,6 +115,7 @@ class Recorder(keras.callbacks.Callback):
 
     def save_checkpoint(self):
         save_checkpoint(self.place.checkpoint, self.alone.state(), self.journal)
+        self.checkpointed = len(self.journal.rows)
 
     def on_train_end(self, logs=None):
         self.progress.end()

@@ -49,7 +49,7 @@ def run(args, defaults=None):
         return train(args, place, spread, defaults or {})
     except spread.lost as error:
         first = str(error).strip().partition("\n")[0]
-        say(f"another process of this run is lost ({first}); {how_to_go_on(place)}")
+        say(f"another process of this run is lost ({first}); {how_to_go_on(place, force=args.force)}")
         return 1
 
 
@@ -115,8 +115,8 @@ def fit(args, recorder, feed, extra, stacks):
         if stop is None:
             raise
         recorder.progress.end()
-        done = f"after epoch {len(journal.rows)} (update {recorder.done}) "
-        say(f"{str(stop) or 'interrupted'}: {how_to_go_on(recorder.place, done)}")
+        done = f"after epoch {recorder.checkpointed} (update {recorder.checkpointed * args.steps_per_epoch}) "
+        say(f"{str(stop) or 'interrupted'}: {how_to_go_on(recorder.place, done, args.force)}")
         return getattr(stop, "code", 130)
     spread.agree(0)  # who leaves early takes the others along
     return 0
@@ -133,8 +133,9 @@ def together(spread, step):
     raise wrong or DataError("another process of this run was refused, and says why.")
 
 
-def how_to_go_on(place, done=""):
-    return f"the checkpoint {done}is in {place.folder}; the same command with --resume goes on from there"
+def how_to_go_on(place, done="", force=False):
+    way = "--resume in place of --force" if force else "--resume"
+    return f"the checkpoint {done}is in {place.folder}; the same command with {way} goes on from there"
 
 
 @contextlib.contextmanager
