@@ -26,6 +26,7 @@ from files.fetching import DATA_SETS, ISBI_ROLES, dataset_path, fetch
 from files.sections import (
     Stack,
     StackReader,
+    alike,
     flag,
     format_sections,
     memory_words,
@@ -75,6 +76,9 @@ def resolve(name_or_path, role, *, log=print):
 def _missing(path, role):
     if os.path.islink(path):
         return f"{flag(role)}: {path} is a link to {os.readlink(path)}, which does not exist."
+    array = re.fullmatch(r"(.+\.\w+)[:/]+(.+)", str(path))
+    if array and os.path.isfile(array[1]):
+        return f"{flag(role)}: {path} does not exist; an array of {array[1]} is named {array[1]}:/{array[2]}."
     known = f"; the data sets are {', '.join(DATA_SETS)}" if role in ISBI_ROLES else ""
     return f"{flag(role)}: {path or 'the empty name'} does not exist{known}."
 
@@ -385,9 +389,9 @@ def describe(image_path, mask_path=None, *, channel=None, shipped_nm=None, windo
     windows, protocol = how.pop("windows", {}), how.pop("protocol", "holdout")
     with iter_sections(image_path, what="image", channel=channel) as images:
         lines, labelled, count = _image_lines(images), None, len(images)
-        if pixel_factors(images.voxel_nm, shipped_nm):
-            known = pixel_words(shipped_nm)
-            lines += [f"  the shipped network was trained on {known}: predict --rescale resamples the stack"]
+        if factors := pixel_factors(images.voxel_nm, shipped_nm):
+            way = "predict --rescale resamples the stack" if alike(factors) else "no network for this stack"
+            lines += [f"  the shipped network was trained on {pixel_words(shipped_nm)}: {way}"]
         if mask_path is not None:
             found, labelled, count = _mask_lines(images, mask_path, **how)
             lines += found
@@ -458,7 +462,8 @@ def _training_lines(images, count, window, multiple, windows, protocol, labelled
             lines.append(f"problem: {error}")
     if windows:
         said = ", ".join(f"{name} ({side} px)" for name, side in fitting.items()) or "none"
-        hint = "; add a smaller --window to the others" * (len(fitting) < len(windows))
+        others = " to the others" * bool(fitting)
+        hint = f"; add a smaller --window{others}" * (len(fitting) < len(windows))
         lines.append(f"  recipes whose window fits: {said}{hint}")
     if height % 8 or width % 8:
         lines.append(f"  {height} x {width} px is no multiple of 8: prediction mirrors the borders")

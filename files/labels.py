@@ -76,8 +76,10 @@ def _label_warnings(fractions, share, invert):
 
 def _too_many_values(reader, index, pixels, values, ignore):
     between = ((pixels != values[0]) & (pixels != pixels.max()))[:, 1:]
-    flat = np.mean((pixels[:, 1:] == pixels[:, :-1])[between]) if between.any() else 0.0
-    if flat <= 0.8 and between.mean() < 0.2:
+    flat = np.mean((pixels[:, 1:] == pixels[:, :-1])[between]) if between.any() else None
+    if flat is None:
+        like = "a third value appears there"
+    elif flat <= 0.8 and between.mean() < 0.2:
         like = "it looks like a mask blurred by resampling or JPEG: threshold it"
     elif flat > 0.8:
         like = "it looks like an instance mask (a number per cell), which --instances takes"
@@ -94,7 +96,7 @@ def require_ids(section, what):
     """Refuse a section of what are no numbers of cells."""
     low, high = section.min(), section.max()
     if section.dtype.kind not in "biu" or low < 0 or high >= 2**31:
-        rule = "must hold whole numbers, 0 = background, with --instances"
+        rule = "must hold whole numbers below 2**31, 0 = background, with --instances"
         raise DataError(f"{what} {rule}. Received: {section.dtype} {low}..{high}")
 
 

@@ -172,12 +172,12 @@ def refusal(what, path, rule):
     return DataError(f"{flag(what)}: {path} {rule}.")
 
 
-def colour_rule(channels):
+def colour_rule(what, channels):
     """Say what is wrong with colours, and what to do."""
-    return (
-        f"is a colour image ({channels} channels); sections must be gray: "
-        "save it as 8-bit or 16-bit grayscale (RGB in ImageJ: Image > Type > 8-bit)"
-    )
+    if what == "mask":  # ImageJ makes the same gray of pure red, green and blue
+        return f"holds colours ({channels}); labels must be numbers: save each kind as a gray value of its own"
+    gray = "8-bit or 16-bit grayscale (RGB in ImageJ: Image > Type > 8-bit)"
+    return f"is a colour image ({channels}); sections must be gray: save it as {gray}"
 
 
 def size_words(shape):
@@ -336,6 +336,9 @@ def pixel_words(voxel_nm):
     return f"{voxel_nm[1]:.4g} x {voxel_nm[2]:.4g} nm"
 
 
+RESCALED = 16  # times larger or smaller: beyond it a voxel size is wrong, or nothing is left to be seen
+
+
 def pixel_factors(voxel_nm, trained_nm):
     """Return how many pixels of the training a pixel's height and width are; None where about one, or not known.
 
@@ -346,6 +349,11 @@ def pixel_factors(voxel_nm, trained_nm):
         return None
     factors = tuple(own / trained for own, trained in zip(voxel_nm[1:], trained_nm[1:], strict=True))
     return factors if any(abs(factor - 1) > 0.1 for factor in factors) else None
+
+
+def alike(factors):
+    """Whether pixels of such factors can be resampled to those of the training."""
+    return 1 / RESCALED <= min(factors) <= max(factors) <= RESCALED
 
 
 def is_voxel(found):

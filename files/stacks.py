@@ -129,7 +129,7 @@ def _open_png(path, what, ids=False, channel=None, **_):
     if frames > 1:
         raise refusal(what, path, f"is a film of {frames} pictures; each section must be a file")
     if pixels.ndim != 2:
-        raise refusal(what, path, colour_rule(pixels.shape[-1]))
+        raise refusal(what, path, colour_rule(what, f"{pixels.shape[-1]} channels"))
     channel_of(1, channel, what, path)
     about = {"source": path, "description": f"PNG, mode {mode}"}
     return StackReader(lambda _, *part: pixels[part], (1, *pixels.shape), pixels.dtype, **about)

@@ -73,7 +73,8 @@ def _planes(tif, path, what, channel):
         raise refusal(what, path, f"holds {len(tif.series)} separate images ({sizes}); one stack is needed")
     axes = list(zip(series.axes, series.shape, strict=True))  # no dict: an axis without a name is Q, as is the next
     if "S" in series.axes and not _is_numbered(tif.pages[0]):
-        rule, count = colour_rule(dict(axes)["S"]), dict(axes)["S"]
+        count = dict(axes)["S"]
+        rule = colour_rule(what, f"{count} channels")
         hint = f"; {count} sections need photometric='minisblack' when tifffile writes them"
         raise refusal(what, path, rule + hint * (series.axes[0] == "S"))
     others = [axis for axis, n in axes[:-2] if n > 1]
@@ -97,7 +98,8 @@ def _check_pages(tif, series, count, path, what):
     """Refuse a file whose header and pages do not agree: tifffile reads some of the sections without a word."""
     pages = list(tif.pages)
     described = (tif.is_imagej or tif.is_ome or tif.is_shaped) and not series.is_multifile
-    if described and len(pages) not in (1, count):
+    with_levels = sum(math.prod(level.shape[:-2]) for level in series.levels)  # smaller copies, as pages of their own
+    if described and len(pages) not in (1, count, with_levels):
         raise refusal(what, path, f"is cut off, or damaged: {len(pages)} pages, and a header of {count} sections")
     whole = all(page is not None for page in series.pages) and all(_has_its_bytes(page, series) for page in pages)
     if _is_cut_off(tif, series) or not whole or _is_tangled(tif, series, count):
@@ -196,7 +198,7 @@ def _as_shown(page, read, path, what, ids):
     if page.photometric == 3:
         colours = page.colormap
         if colours is None or (colours != colours[0]).any():
-            raise refusal(what, path, "has a palette of colours; sections must be gray: Image > Type > 8-bit in ImageJ")
+            raise refusal(what, path, colour_rule(what, "a palette of colours"))
         deep = page.dtype.itemsize > 1 or colours.max() < 256
         grays = (colours[0] if deep else colours[0] >> 8).astype(page.dtype)
         return (lambda *part: grays[read(*part)]), ["palette of grays"]

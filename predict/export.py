@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import shlex
 import tempfile
 import zipfile
 from functools import partial
@@ -172,7 +173,8 @@ def _write_package(args, network, record, sizes, path):
     found = load_description(path)
     if isinstance(found, InvalidDescr):
         raise DataError(f"{args.output}: bioimageio.spec refuses the package: {found.get_reason()!s:.300}")
-    say(f"{args.output} holds {', '.join(weights)}; to test it: bioimageio test {args.output} --weight-format all")
+    test = shlex.join(["bioimageio", "test", str(args.output), "--weight-format", "all"])
+    say(f"{args.output} holds {', '.join(weights)}; to test it: {test}")
     if "torchscript" not in weights:
         say("without TorchScript, which ilastik reads: pip install torch, and export again")
 

@@ -9,9 +9,9 @@ import math
 import numpy as np
 
 from data import DataError
-from files.sections import pixel_factors, pixel_words, require_memory, size_words
+from files.sections import RESCALED, alike, pixel_factors, pixel_words, require_memory, size_words
 
-MOST = 16  # times larger or smaller: beyond it a voxel size is wrong, or nothing is left to be seen
+FAR = "too far apart to resample, so train a network of your own, or correct the pixel size"
 
 
 def seen_sizes(sections, records, asked, log):
@@ -29,16 +29,17 @@ def seen_sizes(sections, records, asked, log):
         if factors:
             found = f"pixels are {pixel_words(sections.voxel_nm)}, those of the training {pixel_words(trained)}"
             back = f"{found}: resampled to {size_words(sizes[-1])} px and back"
-            log(back if asked else f"warning: {found}: --rescale with a TIFF --output resamples")
+            way = "--rescale with a TIFF --output resamples" if alike(factors) else FAR
+            log(back if asked else f"warning: {found}: {way}")
         elif asked:
             log("--rescale: the pixels are those of the training sections to within a tenth, so nothing is resampled")
     return sizes
 
 
 def _size(size, factors):
-    if not 1 / MOST <= min(factors) <= max(factors) <= MOST:
+    if not alike(factors):
         found = " x ".join(f"{factor:.3g}" for factor in factors)
-        raise DataError(f"--rescale must change a section by at most {MOST} times. Received: {found}")
+        raise DataError(f"--rescale must change a section by at most {RESCALED} times. Received: {found}")
     found = tuple(max(1, round(length * factor)) for length, factor in zip(size, factors, strict=True))
     require_memory(12 * math.prod(found), f"--rescale: a section of {size_words(found)} px")
     return found

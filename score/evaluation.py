@@ -70,9 +70,7 @@ def run(args):
     asked = range(len(labels.sections)) if args.sections is None else data.parse_sections(args.sections)
     sections = data.sections_within(asked, len(labels.sections), "--sections")
     references = labels.sections[list(sections)]
-    if not (references > 0).any():
-        what = "no cell is labelled" if args.instances else "no pixel is interior"
-        raise data.DataError(f"--mask_path: {what} in the sections to score, {data.format_sections(sections)}.")
+    refuse_empty(args, references, sections)
     with contextlib.ExitStack() as files:
         fit = (sections, labels, notes, files)
         native = read_sections(args.prediction, "prediction", *fit, ids=args.instances)
@@ -102,6 +100,15 @@ def run(args):
         print(note, file=sys.stderr if note.startswith("warning:") else sys.stdout)
     print("\n".join([text, *written]))
     return 0
+
+
+def refuse_empty(args, references, sections):
+    """Refuse sections in which there is nothing to score."""
+    if (references > 0).any():
+        return
+    what = "no cell is labelled" if args.instances else "no pixel is interior"
+    why = "" if (references >= 0).any() else f": nothing is labelled there (--ignore_label {args.ignore_label})"
+    raise data.DataError(f"--mask_path: {what} in the sections to score, {data.format_sections(sections)}{why}.")
 
 
 def refuse_contradictions(args):

@@ -1,5 +1,6 @@
 """Labels, pairs, normalisation, splits, and what `check` says."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -386,7 +387,27 @@ def test_check_turns_label_trouble_into_lines(tmp_path):
     check(mask_stack(cells), "labels: instances, 63 to 64 a section", "by their order", instances=True)
     fitting = "recipes whose window fits: a (64 px), b (32 px); add a smaller"
     saying(describe(images, window=None, windows={"a": 64, "b": 32, "c": 128}), "whole sections", fitting)
+    assert "  recipes whose window fits: none; add a smaller --window" in describe(images, windows={"c": 128})
     refused("does not exist", describe, tmp_path / "no.tif")
+
+
+@pytest.mark.parametrize("third", [1, 2, 3])
+def test_sections_that_are_all_of_a_third_value_are_told_from_a_blurred_mask(third):
+    first, second = sorted({1, 2, 3} - {third})
+    values = np.where(np.arange(40) % 4, second, first) * np.ones((4, 40, 1), int)
+    values[2:] = third
+    words = "section 2: 1, 2, 3; a third value appears there; if one of the three means 'not labelled', name it with"
+    refused(words, read_labels, mask_stack(values))
+
+
+@cases(
+    "voxel_nm, words",
+    ((50.0, 8.0, 8.0), "trained on 4 x 4 nm: predict --rescale resamples the stack"),
+    ((50.0, 190.0, 190.0), "trained on 4 x 4 nm: no network for this stack"),
+)
+def test_check_advises_to_rescale_only_where_that_is_taken(voxel_nm, words):
+    images = dataclasses.replace(image_stack((2, 64, 64)), voxel_nm=voxel_nm)
+    saying(describe(images, window=64, shipped_nm=(50.0, 4.0, 4.0)), words)
 
 
 def test_frames_without_a_mask_are_left_out_of_what_check_says_and_one_mask_may_stand_alone(tmp_path):

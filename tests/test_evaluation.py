@@ -126,7 +126,7 @@ def test_sections_without_labels_are_not_scored_and_unlabelled_parts_are_shown_g
     assert "which neither train nor are scored: 1" in said
     shown, _ = report.section_pictures(found, partly[0][0], partly[1][0])["Truth"]
     assert np.unique(shown[:, 50:]).tolist() == [128]
-    with pytest.raises(DataError, match="no pixel is interior in the sections to score, 1"):
+    with pytest.raises(DataError, match="no pixel is interior in the sections to score, 1: nothing is labelled there"):
         evaluate([*files(labels=labels), "--ignore_label", 7, "--sections", "1"])
 
 

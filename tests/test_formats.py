@@ -158,6 +158,8 @@ WRONG = {  # writes a file and gives its name; options; words of the refusal
     "no channels": (lambda f: tiff(f, GRAY, "ZYX"), SECOND, "must be below 1"),
     "a painted stack": (lambda _: data.Stack(GRAY), SECOND, "must be below 1"),
     "no such file": (lambda f: f"{f}/b.h5:/raw", {}, "b.h5:/raw does not exist"),
+    "no colon": (lambda f: f"{hdf5(f)}/deep/x", {}, "does not exist; an array of .*a.h5 is named .*a.h5:/deep/x"),
+    "no slash": (lambda f: f"{hdf5(f)}:raw", {}, "does not exist; an array of .*a.h5 is named .*a.h5:/raw"),
     "a drive": (lambda _: "C:/b.h5", {}, "C:/b.h5 does not exist"),
 }
 

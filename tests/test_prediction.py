@@ -186,7 +186,7 @@ def test_rescaled_a_section_is_seen_as_in_training_and_comes_back_in_its_own_siz
     "nm, words, code, said",
     ((4.3, 4), "--rescale", 0, "nothing is resampled"),
     (None, "--rescale", 2, "pixel size of the stack, and no file says it"),
-    ((100, 4), "", 0, "warning: pixels are 100 x 4 nm, those of the training 4 x 4 nm"),
+    ((100, 4), "", 0, "warning: pixels are 100 x 4 nm, those of the training 4 x 4 nm: too far apart to resample"),
     ((100, 4), "--rescale", 2, "must change a section by at most 16 times. Received: 25 x 1"),
 )
 def test_other_pixel_sizes_are_said_and_refused_where_they_make_no_sense(trained_at_4_nm, nm, words, code, said):

@@ -318,6 +318,25 @@ def test_what_is_no_stack_in_memory_or_in_pages_is_refused(tmp_path):
     refused(Stack(np.zeros((5, 5)), source="mine"), "mine holds no stack of sections: its shape is 5 x 5")
 
 
+@pytest.mark.parametrize("kind", ["rgb", "palette"])
+def test_labels_in_colours_are_not_sent_to_be_made_gray(tmp_path, kind):
+    """Pure red, green and blue have the same gray in ImageJ."""
+    how = {"photometric": kind} | ({"colormap": COLOURS} if kind == "palette" else {})
+    tifffile.imwrite(tmp_path / "a.tif", gray((4, 20, 20, 3) if kind == "rgb" else (4, 20, 20)), **how)
+    with pytest.raises(DataError, match="labels must be numbers: save each kind as a gray value of its own"):
+        read_stack(tmp_path / "a.tif", what="mask")
+
+
+@pytest.mark.parametrize("subifds", [False, True])
+def test_smaller_copies_of_a_section_in_its_file_are_passed_over(tmp_path, subifds):
+    section = gray((1, 64, 64))[0]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        writer.write(section, tile=(16, 16), **GRAY, subifds=2 if subifds else 0)
+        for step in (2, 4):
+            writer.write(section[::step, ::step], tile=(16, 16), subfiletype=1, **GRAY)
+    assert np.array_equal(read_stack(tmp_path / "a.tif").sections, section[None])
+
+
 def wrong_bit(path):
     Image.fromarray(gray(dtype="uint16")[0]).save(path)
     content = bytearray(path.read_bytes())
