@@ -215,3 +215,13 @@ def make_writable(*folders):
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise could_not_be_written(folder, error) from error
+
+
+def make_nameable(*paths):
+    """Find out, now as well, whether names are too long: while a file is written its name is longer."""
+    for path in paths:
+        try:
+            beside(path).touch()
+            beside(path).unlink()
+        except OSError as error:
+            raise could_not_be_written(path, error) from error

@@ -204,6 +204,12 @@ def test_a_project_that_moved_is_resumed_and_other_weights_are_not_taken(train, 
     assert "resumed after epoch 1" in train(f"{flags}/weights/r").err
 
 
+def test_a_name_that_cannot_be_written_is_refused_before_the_training(train, tmp_path):
+    name = 238 * "n"  # as a file's name it is short enough, but not while the file is written
+    assert f"{name}.weights.h5 could not be written" in train(f"{HOLDOUT} --run_dir r --weight_path {name}", code=2).err
+    assert not list((tmp_path / "r").glob("*"))
+
+
 def test_a_finished_run_does_not_take_the_weights_of_another_for_its_own(again, tmp_path):
     with_(seed=5)(tmp_path / "weights/x.json")
     before = files(tmp_path)

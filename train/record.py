@@ -255,6 +255,7 @@ def prepare(place, record, *, resume, force, inputs, defaults):
     elif not force:
         atomic.refuse_existing(*outputs, words="--resume continues the run, --force replaces it")
     atomic.make_writable(place.folder, place.weights.parent)
+    atomic.make_nameable(place.weights, prediction.borders_file(place.weights))
     if force:  # now, or old weights would stand beside a new run that has none yet
         for path in [*outputs, *place.folder.glob("tensorboard/*/events.out.tfevents.*")]:
             atomic.replaceable(path, force=True).unlink(missing_ok=True)
