@@ -26,7 +26,7 @@ from files.fetching import DATA_SETS, ISBI_ROLES, dataset_path, fetch
 from files.sections import (
     Stack,
     StackReader,
-    alike,
+    can_resample,
     flag,
     format_sections,
     memory_words,
@@ -390,7 +390,7 @@ def describe(image_path, mask_path=None, *, channel=None, shipped_nm=None, windo
     with iter_sections(image_path, what="image", channel=channel) as images:
         lines, labelled, count = _image_lines(images), None, len(images)
         if factors := pixel_factors(images.voxel_nm, shipped_nm):
-            way = "predict --rescale resamples the stack" if alike(factors) else "no network for this stack"
+            way = "predict --rescale resamples the stack" if can_resample(factors) else "no network for this stack"
             lines += [f"  the shipped network was trained on {pixel_words(shipped_nm)}: {way}"]
         if mask_path is not None:
             found, labelled, count = _mask_lines(images, mask_path, **how)

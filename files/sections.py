@@ -336,9 +336,6 @@ def pixel_words(voxel_nm):
     return f"{voxel_nm[1]:.4g} x {voxel_nm[2]:.4g} nm"
 
 
-RESCALED = 16  # times larger or smaller: beyond it a voxel size is wrong, or nothing is left to be seen
-
-
 def pixel_factors(voxel_nm, trained_nm):
     """Return how many pixels of the training a pixel's height and width are; None where about one, or not known.
 
@@ -351,7 +348,10 @@ def pixel_factors(voxel_nm, trained_nm):
     return factors if any(abs(factor - 1) > 0.1 for factor in factors) else None
 
 
-def alike(factors):
+RESCALED = 16  # times larger or smaller: beyond it a voxel size is wrong, or nothing is left to be seen
+
+
+def can_resample(factors):
     """Whether pixels of such factors can be resampled to those of the training."""
     return 1 / RESCALED <= min(factors) <= max(factors) <= RESCALED
 

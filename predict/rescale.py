@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from data import DataError
-from files.sections import RESCALED, alike, pixel_factors, pixel_words, require_memory, size_words
+from files.sections import RESCALED, can_resample, pixel_factors, pixel_words, require_memory, size_words
 
 FAR = "too far apart to resample, so train a network of your own, or correct the pixel size"
 
@@ -29,7 +29,7 @@ def seen_sizes(sections, records, asked, log):
         if factors:
             found = f"pixels are {pixel_words(sections.voxel_nm)}, those of the training {pixel_words(trained)}"
             back = f"{found}: resampled to {size_words(sizes[-1])} px and back"
-            way = "--rescale with a TIFF --output resamples" if alike(factors) else FAR
+            way = "--rescale with a TIFF --output resamples" if can_resample(factors) else FAR
             log(back if asked else f"warning: {found}: {way}")
         elif asked:
             log("--rescale: the pixels are those of the training sections to within a tenth, so nothing is resampled")
@@ -37,7 +37,7 @@ def seen_sizes(sections, records, asked, log):
 
 
 def _size(size, factors):
-    if not alike(factors):
+    if not can_resample(factors):
         found = " x ".join(f"{factor:.3g}" for factor in factors)
         raise DataError(f"--rescale must change a section by at most {RESCALED} times. Received: {found}")
     found = tuple(max(1, round(length * factor)) for length, factor in zip(size, factors, strict=True))

@@ -42,7 +42,7 @@ class Recorder(keras.callbacks.Callback):
 
     @property
     def done(self):
-        """Updates, up to the last checkpoint."""
+        """Updates, up to the end of the last epoch; `checkpointed` lags behind while this one is saved."""
         return len(self.journal.rows) * self.course.steps_per_epoch
 
     @contextlib.contextmanager
