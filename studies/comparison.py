@@ -22,7 +22,8 @@ TITLES = {
 }
 DIGITS = {"held_out_warping_error": 6}
 HELD_OUT = ("loss", "val_loss", *(f"held_out_{name}" for name in ("bce", "dice", "v_rand", "v_info", "pixel_error")))
-BY_FOLD = ("held_out_v_rand", "held_out_merged_v_rand", "held_out_v_info", "held_out_merged_v_info")
+V_RANDS = ("held_out_v_rand", "held_out_merged_v_rand")
+BY_FOLD = (*V_RANDS, "held_out_v_info", "held_out_merged_v_info")
 
 
 def report(results) -> tuple[list[str], list[str]]:
@@ -287,10 +288,10 @@ def choice(factor, results) -> str:
 def steps(factor, results) -> list[str]:
     """How much more sections bring, from level to level."""
     found = {}
-    for (few, row), (many, other) in pairwise(factor.levels.items()):
-        gain = verdicts.paired(*(results.metric(name, "held_out_v_rand") for name in (other, row)))
+    for metric, ((few, row), (many, other)) in product(V_RANDS, pairwise(factor.levels.items())):
+        gain = verdicts.paired(*(results.metric(name, metric) for name in (other, row)))
         if gain.values:
-            found[f"from {few} to {many} sections V_rand changes by {gain}"] = gain
+            found[f"from {few} to {many} sections {TITLES[metric]} changes by {gain}"] = gain
     lines = [f"{words}: {verdict}" for words, verdict in zip(found, verdicts.holds([*found.values()]), strict=True)]
     return bullets("More labelled sections:", lines) or ["No two levels have runs of the same seed yet.", ""]
 
@@ -334,7 +335,7 @@ def curve(groups):
 def score_panels(factor, results) -> dict:
     """V_rand and Dice on the held-out sections against the number that the factor changes."""
     panels = {}
-    for metric in ("held_out_v_rand", "held_out_dice"):
+    for metric in (*V_RANDS, "held_out_dice"):
         scores = {level: results.values(row, metric) for level, row in factor.levels.items()}
         lines = {}
         for level, values in scores.items():

@@ -140,9 +140,8 @@ def row_2017(name, network, values, quick):
     return Row(name, argv, 6, published, stated, protocols=("published", "holdout"))
 
 
-# `best` is the recipe for one's own sections; the learning curve and the receptive field are half as long, or in quick
-# a third as wide.
-# In them the networks of 2017 have the settings that the recipes had for them.
+# `best` and the learning curve are the recipe for one's own sections. The receptive field is half as long, or in quick
+# a third as wide. The networks of 2017 have the settings that the recipes had for them.
 ADAM_2017 = {"arch": "unet2017", "optimizer": "adam", "max_lr": "1.5e-3", "bn_momentum": 0.99, "average_warmup": 0}
 ADAM_2017 |= {"merge": 0, "tta": "none"}
 QUICK_ADAM = ADAM_2017 | {"recipe": "quick", "epochs": 5}
@@ -208,7 +207,7 @@ def study_rows(quick: bool, factor: str | None = None) -> Table:
     factors = tuple(FACTORS[name] for name in ([factor] if factor else POSTER))
     changes = study_changes(quick)
     names = dict.fromkeys(row for f in factors for row in f.levels.values())
-    minutes = {"finetune": 4, "ladder": 7}.get(factor, 2) if quick else 4
+    minutes = {"finetune": 4, "ladder": 7, "sections": 6}.get(factor, 2) if quick else 4
     rows = tuple(Row(name, flags(changes[name]), minutes) for name in names)
     pairs = {f"the {x}'s dilation": (f"dilation-{x}", "dilation-off") for x in ("encoder", "centre")}
     if factor == "finetune":
@@ -222,15 +221,15 @@ def study_rows(quick: bool, factor: str | None = None) -> Table:
         }
     comparisons = comparisons_of(pairs, HELD_OUT) if factor in ("receptive", "finetune", "ladder") else ()
     title = f"The training study: {FACTORS[factor].title.lower()}" if factor else "The training study"
-    return Table("study", title, rows, quick, comparisons, factors)
+    shown = (*comparison.BY_FOLD, "held_out_dice") if factor in ("sections", "finetune", "ladder") else ()
+    return Table("study", title, rows, quick, comparisons, factors, shown=shown)
 
 
 def study_changes(quick):
     """Settings of every row of the study, each a base with one setting changed."""
     base = STUDY | (STUDY_QUICK if quick else {})
     strong = LEARNING_QUICK if quick else LEARNING
-    # Who has one labelled section has none to choose weights by.
-    curve = strong | {"protocol": "holdout"}
+    curve = {"recipe": "quick" if quick else "strong", "protocol": "holdout"}
     rows = {
         "base": base,
         "depth-3": base | {"filters": base["filters"].rpartition(",")[0]},
