@@ -291,7 +291,7 @@ def steps(factor, results) -> list[str]:
     for metric, ((few, row), (many, other)) in product(V_RANDS, pairwise(factor.levels.items())):
         gain = verdicts.paired(*(results.metric(name, metric) for name in (other, row)))
         if gain.values:
-            found[f"from {few} to {many} sections {TITLES[metric]} changes by {gain}"] = gain
+            found[f"from {few} to {many} sections {TITLES[metric].replace(',', ' with')} changes by {gain}"] = gain
     lines = [f"{words}: {verdict}" for words, verdict in zip(found, verdicts.holds([*found.values()]), strict=True)]
     return bullets("More labelled sections:", lines) or ["No two levels have runs of the same seed yet.", ""]
 

@@ -629,6 +629,7 @@ def test_cells_are_compared_by_their_mean_iou_and_the_learning_curve_by_what_mor
     out = reproduced("study", "sections", suite=Suite(scores={"sections-24": rising(0.0001, v_rand=0.98)}))[1]
     assert re.search(r"- from 10 to 24 sections V_rand changes by \+0\.0201 \[.*: confirmed", out)
     assert re.search(r"- from 1 to 2 sections V_rand changes by \+0\.0000 .*: within noise", out)
+    assert "- from 10 to 24 sections V_rand with false borders taken away changes by +0.0201 [" in out
 
 
 def test_rendering_trains_nothing_and_names_what_is_missing(reproduced):
@@ -771,6 +772,8 @@ def test_the_learning_curve_and_the_receptive_field_are_drawn_against_their_numb
     assert (x, mean) == ([1, 2, 5, 10, 24], pytest.approx([0.96, 0.96, 0.905, 0.96, 0.96]))
     assert deviation == pytest.approx([0, 0, 0.0070711, 0, 0], abs=1e-6)
     assert words["xlabel"] == "labelled training sections"
+    assert "held-out V_rand, false borders taken away" in panels
+    assert [*drawn["study-receptive.png"][0]] == ["held-out V_rand", "held-out Dice at 0.5"], "nothing was taken away"
     assert drawn["study-receptive.png"][0]["held-out Dice at 0.5"][""][0] == [120, 140, 170]
 
 
