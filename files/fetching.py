@@ -58,7 +58,10 @@ def data_dir():
         return Path(folder)
     import pooch
 
-    return Path(pooch.os_cache("dilated-unet"))
+    try:
+        return Path(pooch.os_cache("dilated-unet"))
+    except RuntimeError as error:  # as in a container
+        raise DataError("You have no home folder to keep data in. Name a folder by DILATED_UNET_DATA.") from error
 
 
 def fetch(name, *, log=print):

@@ -109,6 +109,12 @@ def has_openvino():
     return importlib.util.find_spec("openvino") is not None
 
 
+@functools.cache
+def _core():
+    """OpenVINO's, one for the process: each that goes points the stack of signal handlers to freed memory."""
+    return openvino().Core()
+
+
 def openvino():
     """OpenVINO, without the report to Google Analytics that it sends whenever it is imported."""
     sys.modules.setdefault("openvino_telemetry", None)  # so that it takes its own stand-in for a missing module
@@ -124,12 +130,12 @@ def compiled(model, precision):
     versions of a section that is not square have two.
     """
     # Threads bound to cores wait for whatever else runs there: three times as long beside a training.
-    options = {"INFERENCE_PRECISION_HINT": PRECISIONS[precision], "ENABLE_CPU_PINNING": False}
+    core, options = _core(), {"INFERENCE_PRECISION_HINT": PRECISIONS[precision], "ENABLE_CPU_PINNING": False}
 
     @functools.lru_cache(maxsize=2)
     def for_shape(shape):
         model.reshape(shape)
-        return openvino().Core().compile_model(model, "CPU", options)
+        return core.compile_model(model, "CPU", options)
 
     return lambda array: for_shape(array.shape)(np.ascontiguousarray(array, np.float32))[0]
 

@@ -99,7 +99,8 @@ def _require(format, module, install):
         importlib.import_module(module)
     except Exception as error:
         why = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded ({error!s:.100})"
-        raise DataError(f"--format {format} needs {module}, which {why}: pip install {install}") from error
+        advice = "" if isinstance(error, RuntimeError) else f": pip install {install}"  # such as no home folder
+        raise DataError(f"--format {format} needs {module}, which {why}{advice}") from error
 
 
 def _check_words(args):
@@ -159,7 +160,8 @@ def _write_package(args, network, record, sizes, path):
     from ruyaml import YAML
 
     logger.disable("bioimageio")
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as package:
+    beside = {"dir": path.parent, "prefix": f"{path.name[:60]}-"}  # on the disk that has to hold it
+    with tempfile.TemporaryDirectory(**beside) as folder, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as package:
         folder = Path(folder)
         _write_tensors(args, network, record, sizes, folder)
         weights = _write_weights(network, sizes, folder)

@@ -5,6 +5,9 @@ Fiji's and ilastik's runtimes want it. ONNX is written operator by operator, whi
 (Keras goes through tf2onnx or PyTorch); PyTorch runs the same few operators, so its tensors follow a model to a GPU.
 """
 
+import io
+from pathlib import Path
+
 import numpy as np
 
 from network.field import inputs_of, is_a
@@ -160,7 +163,9 @@ def write_torchscript(network, path, side):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript's; ilastik reads nothing else
         traced = torch.jit.trace(_torch_module(Graph(network)), torch.zeros(1, 1, side, side), check_trace=False)
-        traced.save(str(path))
+        written = io.BytesIO()  # PyTorch's own writer of files aborts the process where the disk is full
+        torch.jit.save(traced, written)
+    Path(path).write_bytes(written.getbuffer())
 
 
 def _torch_module(graph):

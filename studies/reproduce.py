@@ -29,7 +29,7 @@ from files.shell import Terminated, say
 from studies import comparison, records, rows
 
 SUITE = Path(__file__).resolve().parent.parent / "dilatedUnet.py"
-JAX_CACHE = Path.home() / ".cache" / "dilated-unet" / "jax"
+JAX_CACHE = Path(os.path.expanduser("~/.cache/dilated-unet/jax"))  # stays relative for a user without a home
 MOST = 100  # seeds, or folds: beyond it is a slip of the keyboard
 MARK = "<!-- written by `python dilatedUnet.py reproduce"
 STUDIES = (("study", None), ("study", "sections"), ("study", "receptive"), ("study", "finetune"), ("study", "ladder"))
@@ -246,7 +246,8 @@ class Watch:
 def in_own_process(argv, watch=lambda: False) -> int:
     """The suite in a process of its own; on Ctrl-C it is given the time to leave by itself."""
     # JAX compiles for minutes what it may find compiled: of the row before, or of the run that is resumed
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(JAX_CACHE)} if os.environ.get("KERAS_BACKEND") == "jax" else {}
+    cached = os.environ.get("KERAS_BACKEND") == "jax" and JAX_CACHE.is_absolute()
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(JAX_CACHE)} if cached else {}
     process = subprocess.Popen([sys.executable, SUITE, *argv], env=cache | os.environ)
     try:
         while not watch():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 
 import keras
 import numpy as np
@@ -148,6 +149,24 @@ def test_nothing_is_reported_to_anybody(tmp_path):
     outside_ci = {k: v for k, v in os.environ.items() if k not in ("CI", "TF_BUILD", "JENKINS_URL")}
     assert python("-c", code, env=outside_ci | {"HOME": str(tmp_path)}).stdout.strip() == "[]"
     assert not (tmp_path / "intel").exists()
+
+
+STACK_OF_SIGNALS = """
+import ctypes
+from network import device
+device._speedup_of_bfloat16("openvino")
+stack = (ctypes.c_void_p * 3)()  # its address, flags, size
+ctypes.CDLL(None).sigaltstack(None, stack)
+areas = [line.split()[0].split("-") for line in open("/proc/self/maps")]
+print(not stack[0] or any(int(a, 16) <= stack[0] < int(b, 16) for a, b in areas))
+"""
+
+
+@openvino
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_ctrl_c_finds_its_stack_after_openvino_has_measured():
+    """Every Core that goes puts back the stack that was there when it came, be it freed: a signal then crashes."""
+    assert python("-c", STACK_OF_SIGNALS).stdout.strip() == "True"
 
 
 @cases(

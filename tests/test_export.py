@@ -10,7 +10,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, cases
+from conftest import ROOT, cases, file_limit
 from test_engines import trained_like, windows_of
 
 from predict import export as exporting
@@ -178,6 +178,17 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
     monkeypatch.setitem(sys.modules, module, None)
     said = refuses(f"needs {module}, which is not installed: pip install {install}", "export", "--output", output)
     assert said.endswith(install)
+
+
+@pytest.mark.parametrize("ending", ["zip", "onnx", "pt"])
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_behind(export, refuses, tmp_path, ending):
+    if ending != "onnx":
+        pytest.importorskip("torch", reason="TorchScript needs PyTorch: pip install torch")
+    export()
+    before = sorted(tmp_path.rglob("*"))
+    with file_limit(2000):
+        refuses(f"x.{ending} could not be written", "export", "--weight_path", "mine", "--output", f"x.{ending}")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_record_that_says_little_is_exported(export, tmp_path):

@@ -7,8 +7,10 @@ import shutil
 import threading
 import time
 import zipfile
+from unittest.mock import Mock
 
 import numpy as np
+import pooch
 import pytest
 import tifffile
 from conftest import refused
@@ -181,6 +183,9 @@ def test_an_unwritable_cache_and_unknown_names_are_a_sentence(web, monkeypatch, 
     for named, words in ((tmp_path / "file", "cannot be written"), ("~no-such-user/x", "nobody here is ~no-such-user")):
         monkeypatch.setenv("DILATED_UNET_DATA", str(named))
         refused(words, fetch, "isbi2012", log=web.said.append)
+    monkeypatch.delenv("DILATED_UNET_DATA")
+    monkeypatch.setattr(pooch, "os_cache", Mock(side_effect=RuntimeError("could not determine the home directory")))
+    refused("no home folder .* DILATED_UNET_DATA", fetch, "isbi2012", log=web.said.append)
     for name in ("synthetic", "isbi2013", ""):
         refused("the data sets are isbi2012, dic-hela, phc-u373", fetch, name)
 

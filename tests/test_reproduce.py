@@ -482,6 +482,9 @@ def test_a_run_is_the_suite_in_a_process_of_its_own_with_jax_s_compilations_kept
         monkeypatch.setenv(name, value)
         assert reproduce.in_own_process(["--lr", "0.1"]) == 3
         assert Path("said").read_text() == f"--lr 0.1 {expected}\n"
+    monkeypatch.delenv(given)
+    monkeypatch.setattr(reproduce, "JAX_CACHE", Path("~/.cache"))  # of a user without a home folder
+    assert (reproduce.in_own_process([]), Path("said").read_text()) == (3, "None\n")
 
 
 def rising(step=0.001, **first):
