@@ -25,7 +25,10 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
+from files import shell
+from files.atomic import DataError, read_json
 from files.flags import channel, devices, file, filter_list, label_value, number, path, up_to
+from files.shell import say
 
 VERBS = {
     "train": "train a network (the default verb)",
@@ -538,7 +541,6 @@ def run_fetch(args):
 
 def run_check(args):
     import data
-    from files.atomic import read_json
 
     images = data.resolve(args.image_path, "image")
     masks = data.resolve(args.mask_path or args.image_path, "mask")
@@ -567,16 +569,9 @@ def run_export(args):
     return export.run(args)
 
 
-def say(words):
-    print(words, file=sys.stderr, flush=True)
-
-
 def main(argv=None):
     """What a command line does; its exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    from files.atomic import DataError
-    from files.shell import out_of_memory
-
     try:
         return args.run(args)
     except (DataError, OSError) as error:
@@ -584,7 +579,7 @@ def main(argv=None):
     except RecursionError:
         say("dilatedUnet.py: a file is nested too deep to be read")
     except Exception as error:
-        if not out_of_memory(error):
+        if not shell.out_of_memory(error):
             raise
         say("dilatedUnet.py: out of memory; a smaller --batch_size, --window or --tile takes less")
     except KeyboardInterrupt as stop:
@@ -594,6 +589,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from files import shell
-
     sys.exit(shell.ends(main))
