@@ -1,7 +1,5 @@
 """Which windows a run sees: functions of seed, epoch and index; the montages of 2017; the grid of validation."""
 
-import threading
-
 import numpy as np
 import pytest
 import tifffile
@@ -49,27 +47,6 @@ def test_few_windows_of_many_are_from_all_over_the_sections(fed):
     seen = [int(window[0, 0]) for batch in batches for window in batch["image"]]
     assert len(seen) == feeds.MOST_WINDOWS
     assert {place % 8 for place in seen} == {place // 8 for place in seen} == set(range(8))
-
-
-def test_batches_are_drawn_ahead_by_a_thread_that_ends_with_them():
-    drawn, threads = [], threading.active_count()
-
-    def batches(count):
-        for number in range(count):
-            if number == 9:
-                raise MemoryError("too large")
-            drawn.append(number)
-            yield number
-
-    assert list(feeds.ahead(batches(5), 3)) == [0, 1, 2, 3, 4]
-    with pytest.raises(MemoryError, match="too large"):
-        list(feeds.ahead(batches(20), 3))
-    drawn.clear()
-    some = feeds.ahead(batches(9), 3)
-    assert (next(some), next(some)) == (0, 1)
-    some.close()
-    assert len(drawn) <= 5, "no more than asked for"
-    assert threading.active_count() == threads
 
 
 def test_the_preview_shows_what_an_unpadded_network_sees(fed):

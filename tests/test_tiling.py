@@ -314,3 +314,24 @@ def test_what_is_handed_over_is_not_kept_no_more_is_made_when_the_caller_stops_a
     assert next(items).shape == (2, 2)
     with pytest.raises(OSError, match="page 1 is truncated"):
         next(items)
+
+
+def test_several_items_are_drawn_ahead_by_a_thread_that_ends_with_them():
+    drawn, threads = [], threading.active_count()
+
+    def batches(count):
+        for number in range(count):
+            if number == 9:
+                raise MemoryError("too large")
+            drawn.append(number)
+            yield number
+
+    assert list(tiling.ahead(batches(5), 3)) == [0, 1, 2, 3, 4]
+    with pytest.raises(MemoryError, match="too large"):
+        list(tiling.ahead(batches(20), 3))
+    drawn.clear()
+    some = tiling.ahead(batches(9), 3)
+    assert (next(some), next(some)) == (0, 1)
+    some.close()
+    assert len(drawn) <= 5, "no more than asked for"
+    assert threading.active_count() == threads

@@ -1,8 +1,6 @@
 """Which windows a run is fed with: a batch is a function of (seed, epoch, index)."""
 
 import math
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +8,7 @@ import numpy as np
 import augment
 import data
 from network import losses
+from predict.tiling import ahead
 from score import segments
 
 VALIDATION = 2**30  # added to the epoch that keys the windows of validation, so that they are not those of training
@@ -120,18 +119,6 @@ class Feed:
         how = {"seed": self.seed, "n": n, "window": self.side, "context": self.context, "sections": sections}
         how |= {"mean": normalisation.mean, "std": normalisation.std}
         return augment.preview_batch(images, masks, self.recipe, **how)
-
-
-def ahead(batches, count):
-    """The same batches, of which a thread draws up to `count` while others are used."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        drawn = deque(pool.submit(next, batches, None) for _ in range(count))
-        while (batch := drawn.popleft().result()) is not None:
-            drawn.append(pool.submit(next, batches, None))
-            yield batch
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def grouped(items, size):

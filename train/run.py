@@ -22,9 +22,10 @@ from files import atomic, shell
 from files.shell import say
 from network import device, distribution, layers, losses, optimizers, unet
 from predict import prediction
+from predict.tiling import ahead
 from train import initial
 from train import record as records
-from train.feed import Feed, Stacks, ahead, pixel_weights
+from train.feed import Feed, Stacks, pixel_weights
 from train.finish import draw_weights, finish
 from train.recorder import Recorder
 from train.trainee import Course, Trainee, find_rates
