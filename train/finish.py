@@ -183,9 +183,7 @@ def degenerate(interior, truth):
     if float(interior.std()) < 1e-3:
         return f"the prediction is constant ({float(interior.mean()):.3f}): the network has learned nothing"
     fraction = float(truth.mean())
-    always = 2 * fraction / (1 + fraction)
-    chosen = interior > 0.5
-    found = 2 * float((chosen & (truth > 0)).sum()) / max(1.0, float(chosen.sum() + truth.sum()))
+    always, found = 2 * fraction / (1 + fraction), scores.dice(scores.confusion(interior, truth))
     if found <= always:
         return f"Dice {found:.3f} is no better than 'always interior', which scores {always:.3f}"
     return None
