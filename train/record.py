@@ -241,7 +241,7 @@ def prepare(place, record, *, resume, force, inputs, defaults):
     `defaults` are the settings of a command line without flags: an older run whose record lacks a flag had those.
     """
     outputs = place.outputs()
-    check_apart(place, outputs, inputs)
+    check_apart(place, inputs)
     before = read_record(place.record) if resume else None
     if resume and before and place.checkpoint.exists():
         check_same_run(place, before, record, defaults)
@@ -262,15 +262,16 @@ def prepare(place, record, *, resume, force, inputs, defaults):
     return None
 
 
-def check_apart(place, outputs, inputs):
+def check_apart(place, inputs):
     """No output is another one, an input, or something that no file replaces."""
+    outputs, named = place.outputs(), (place.weights, prediction.record_file(place.weights))
     resolved = [str(atomic.replaceable(path, force=True)) for path in outputs]
-    for path in outputs[3:5]:
+    for path in named:  # by --weight_path
         if resolved.count(os.path.realpath(path)) > 1:
             raise DataError(f"--weight_path must not be one of the run's own files. Received: {place.weights}")
     files = [path for path in inputs if path and os.path.isfile(atomic.within(path)[0])]
     for path in outputs:
-        atomic.refuse_inputs("--weight_path" if path in outputs[3:5] else "--run_dir", path, *files)
+        atomic.refuse_inputs("--weight_path" if path in named else "--run_dir", path, *files)
 
 
 def check_same_run(place, before, record, defaults):
