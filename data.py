@@ -378,15 +378,34 @@ def montage(sections, rows, columns, order):
 # --- What the files are -------------------------------------------------------------------------------------
 
 
-def describe(image_path, mask_path=None, *, channel=None, shipped_nm=None, window=512, multiple=8, **how):
+def describe(
+    image_path,
+    mask_path=None,
+    *,
+    channel=None,
+    shipped_nm=None,
+    window=512,
+    multiple=8,
+    windows=None,
+    protocol="holdout",
+    **how,
+):
     """Lines that say in plain words what the files are, and what training would do with them, section by section.
 
     Those that begin with "warning:" want attention, those that begin with "problem:" would stop training; an image
-    that cannot be read at all raises DataError. `window`, a multiple of `multiple`, None: the largest of the recipes'
-    `windows` that fits; `shipped_nm` is the voxel of the shipped network's training sections, `how` holds `windows`,
-    `protocol`, and what `load_pair` takes.
+    that cannot be read at all raises DataError.
+
+    Parameters
+    ----------
+    shipped_nm : (z, y, x), optional
+        Voxel of the shipped network's training sections.
+    window : int or None
+        Side of a training window, px, a multiple of `multiple`. None: the largest of the recipes' that fits.
+    windows : dict of int, optional
+        The recipes' windows by their names.
+    protocol, how
+        As in `split_sections`; `invert_mask`, `instances` and `ignore`, as in `load_pair`.
     """
-    windows, protocol = how.pop("windows", {}), how.pop("protocol", "holdout")
     with iter_sections(image_path, what="image", channel=channel) as images:
         lines, labelled, count = _image_lines(images), None, len(images)
         if factors := pixel_factors(images.voxel_nm, shipped_nm):
@@ -395,7 +414,7 @@ def describe(image_path, mask_path=None, *, channel=None, shipped_nm=None, windo
         if mask_path is not None:
             found, labelled, count = _mask_lines(images, mask_path, **how)
             lines += found
-        return lines + _training_lines(images, count, window, multiple, windows, protocol, labelled)
+        return lines + _training_lines(images, count, window, multiple, windows or {}, protocol, labelled)
 
 
 def _file_lines(kind, reader):
