@@ -151,9 +151,9 @@ def _two_nearest(labels, reach):
     One distance transform for each instance, in its bounding box grown by `reach`: outside, the distance exceeds it.
     """
     from scipy import ndimage
+    from skimage.segmentation import relabel_sequential
 
-    numbers, dense = np.unique(labels, return_inverse=True)
-    dense = dense.reshape(labels.shape) + (numbers[0] > 0)  # numbered from 1 without gaps, background 0
+    dense = relabel_sequential(labels)[0]
     first, second = np.full(labels.shape, inf), np.full(labels.shape, inf)
     for number, box in enumerate(ndimage.find_objects(dense), 1):
         window = tuple(slice(max(0, cut.start - reach), cut.stop + reach) for cut in box)

@@ -370,10 +370,9 @@ def _mean_jaccard(predictions: Iterable, references: Iterable, majority: bool) -
 
 
 def _best_jaccard(prediction: np.ndarray, reference: np.ndarray, majority: bool) -> np.ndarray:
-    cells, truth = np.unique(reference, return_inverse=True)
-    found, labels = np.unique(prediction, return_inverse=True)
-    # Background takes label 0 in both, whether or not a section has any; every cell a number of its own.
-    truth, labels = (x.reshape(reference.shape) + (0 not in ids) for x, ids in ((truth, cells), (labels, found)))
+    from skimage.segmentation import relabel_sequential
+
+    truth, labels = (relabel_sequential(x.astype(np.int64))[0] for x in (reference, prediction))
     sizes, widths = np.bincount(truth.ravel()), np.bincount(labels.ravel())
     i, j, shared = pairs_of_labels(truth, labels)
     jaccard = shared / (sizes[i] + widths[j] - shared)
