@@ -7,16 +7,12 @@ OpenVINO where it is installed. Read the ratios.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import numpy as np
-from training_step import measure, on_fixed_batch  # also sets the path to the suite
+from training_step import measure, on_fixed_batch, write_record  # also sets the path to the suite
 
-from files import atomic
 from network import device, onednn, unet
 from predict import engines
-from train.record import hardware, versions
 
 NETWORKS = {"dilated, 2017": (unet.build, 3, 512), "resunet": (unet.build_residual, 4, 256)}
 
@@ -67,9 +63,7 @@ def main():
         found[name] = measure(ways, args.rounds, 1)
         seconds = {way: median for way, (median, *_) in found[name].items()}
         print(f"{name:24s} {seconds['ours']:7.3f} s, {seconds['ours'] / seconds['plain']:.2f} of plain", flush=True)
-    if args.json:
-        record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
-        atomic.write_json(Path(args.json), record | {"precision": precision, "seconds": found})
+    write_record(args.json, precision=precision, seconds=found)
 
 
 if __name__ == "__main__":

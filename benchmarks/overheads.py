@@ -16,14 +16,13 @@ import tempfile
 from pathlib import Path
 
 import tifffile
-from training_step import Program, measure  # also sets the path to the suite
+from training_step import Program, measure, write_record  # also sets the path to the suite
 
 import data
-from files import atomic
 from network import device
 from predict import prediction
 from train import run as training
-from train.record import HISTORY, hardware, versions
+from train.record import HISTORY
 
 PROGRAM = Path(training.__file__).parent.parent / "dilatedUnet.py"
 SAVING = "checkpoint, history, best weights"
@@ -92,10 +91,7 @@ def main():
         print(f"{name:36s} {1000 * median:8.0f} ms ({1000 * low:.0f}..{1000 * high:.0f})")
     share = saving / (epoch + saving)
     print(f"an epoch of 10 updates: {epoch:.1f} s; checkpoint of {size:.0f} MiB: {100 * share:.2f} % of it (limit 2 %)")
-    if args.json:
-        record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
-        record |= {"seconds": found, "update_seconds": update, "checkpoint_share": share, "checkpoint_mib": size}
-        atomic.write_json(Path(args.json), record)
+    write_record(args.json, seconds=found, update_seconds=update, checkpoint_share=share, checkpoint_mib=size)
 
 
 if __name__ == "__main__":

@@ -356,9 +356,9 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return work(*args.worker, args.batch_size, args.window)
-    from files import atomic
+    from training_step import write_record
+
     from network import device
-    from train.record import hardware, versions
 
     print(
         f"device: {device.name()}; {args.batch_size} windows of {args.window} x {args.window} px per step", flush=True
@@ -372,9 +372,7 @@ def main():
             for worker in workers.values():
                 worker.close()
     print_table(rows)
-    if args.json:
-        record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
-        atomic.write_json(Path(args.json), record | {"candidates": rows, "arguments": vars(args)})
+    write_record(args.json, candidates=rows, arguments=vars(args))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import tifffile
-from training_step import measure, stock_network
+from training_step import measure, stock_network, write_record
 
 import data
-from files import atomic
 from network import device, unet
 from predict import engines, prediction, tiling
-from train.record import hardware, versions
 
 PROGRAM = Path(unet.__file__).parent.parent / "dilatedUnet.py"
 NETWORK = {"dilate": True, "dilate_rate": 2}
@@ -204,14 +202,8 @@ def main():
     else:
         found = {"seconds": large(args) if args.large else small(args)}
         print_seconds(found["seconds"], (args.side if args.large else 512) ** 2)
-    if args.json:
-        write_record(args, found)
-
-
-def write_record(args, found):
-    record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
     arguments = {name: value for name, value in vars(args).items() if name != "stock"}
-    atomic.write_json(Path(args.json), record | found | {"arguments": arguments})
+    write_record(args.json, **found, arguments=arguments)
 
 
 if __name__ == "__main__":

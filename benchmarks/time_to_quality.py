@@ -30,18 +30,16 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import training_step  # noqa: F401 - sets the path to the suite
+import training_step  # sets the path to the suite
 from skimage.transform import resize
 
 import data
 import dilatedUnet
 import figures
-from files import atomic
 from network import device
 from predict import prediction
 from score import evaluation
 from train import run as training
-from train.record import hardware, versions
 from train.trainee import averaged_weights
 
 OURS = "--recipe quick"
@@ -234,10 +232,7 @@ def measured(args):
             else:
                 chosen[f"{name}, seed {seed}"], points = rival_points(name, args, seed)
             found.setdefault(name, {})[str(seed)] = points
-            if args.json:
-                record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
-                record |= {"recipes": RECIPES, "rivals": chosen, "points": found}
-                atomic.write_json(Path(args.json), record)
+            training_step.write_record(args.json, recipes=RECIPES, rivals=chosen, points=found)
     return found
 
 

@@ -152,6 +152,13 @@ def main():
     report(args, auto, found)
 
 
+def write_record(path, **found):
+    """Write what was measured, with the command, versions and hardware, if a path is given."""
+    if path:
+        about = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
+        atomic.write_json(Path(path), about | found)
+
+
 def report(args, auto, found):
     stock = found["stock float32, train_on_batch"][0]
     print(device.describe(auto))
@@ -161,9 +168,7 @@ def report(args, auto, found):
     program = found[f"ours {auto}, program"][0] / found[f"ours {auto}, train_on_batch"][0]
     print(f"whole program / train_on_batch of the same network: {program:.3f} (limit 1.05)")
     print(f"whole program in {auto} / stock float32: {found[f'ours {auto}, program'][0] / stock:.3f} (limit 0.85)")
-    if args.json:
-        record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
-        atomic.write_json(Path(args.json), record | {"seconds": found, "arguments": vars(args)})
+    write_record(args.json, seconds=found, arguments=vars(args))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from functools import partial
 
-from training_step import measure
+from training_step import measure, write_record
 
 import data
-from files import atomic
 from network import device, unet
 from predict import engines, prediction
-from train.record import hardware, versions
 
 SETTINGS = {"arch": "unet2015", "filters": 64, "levels": 4, "padding": "valid"}
 
@@ -46,9 +44,7 @@ def main():
     found = measure(candidates, args.rounds, 1)
     for name, (median, low, high) in found.items():
         print(f"{name:24s} {median:6.2f} s a section ({low:.2f}..{high:.2f})")
-    if args.json:
-        record = {"command": " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
-        atomic.write_json(Path(args.json), record | {"parameters": network.count_params(), "seconds": found})
+    write_record(args.json, parameters=network.count_params(), seconds=found)
 
 
 if __name__ == "__main__":
