@@ -32,32 +32,26 @@ DEFAULT_SCORES = tuple(name for name in SCORES if name != "warping_error")
 
 def add_arguments(parser):
     """Declare the flags of `evaluate` on an argparse parser, in groups."""
-    which = f"comma-separated, of {', '.join(SCORES)}; or all (default: all but the slow warping_error)"
-    flags = {
-        "what to score": (
-            ("--prediction", "PATH", "stack or folder: interior probability 0..1, scaled (8 or 16 bit), or a mask"),
-            ("--mask_path", "PATH", "labels: stack, folder or data set; of two values the larger one = interior"),
-            ("--invert_mask", None, "the larger label value is membrane (default: interior)"),
-            ("--instances", None, "both hold cells' numbers, 0 = background (predict --segment): mean IoU and SEG"),
-            ("--ignore_label", "VALUE", "label value that means 'not labelled', which no score counts"),
-            ("--sections", "LIST", "sections of the labels, counted from 0, such as 24-29 (default: all)"),
-            ("--scores", "LIST", which),
-        ),
-        "what to write": (
-            ("--json", "FILE", "write every number to FILE (default: none is written)"),
-            ("--report", "DIR", "write report.html and PNG figures to DIR (default: none is written)"),
-            ("--image_path", "PATH", "raw sections to show in the report (default: none)"),
-            ("--channel", "N", "channel of --image_path, from 0, where it has several"),
-            ("--force", None, "replace an existing FILE or report (default: refuse)"),
-        ),
-    }
-    for title, rows in flags.items():
-        group = parser.add_argument_group(title)
-        for name, metavar, words in rows:
-            kind = {"metavar": metavar} if metavar else {"action": "store_true"}
-            kind |= {"type": label_value} if metavar == "VALUE" else {}
-            kind |= {"type": channel} if metavar == "N" else {}
-            group.add_argument(name, help=words, required=name in ("--prediction", "--mask_path"), **kind)
+    flag = parser.add_argument_group("what to score").add_argument
+    words = "stack or folder: interior probability 0..1, scaled (8 or 16 bit), or a mask"
+    flag("--prediction", help=words, required=True, metavar="PATH")
+    words = "labels: stack, folder or data set; of two values the larger one = interior"
+    flag("--mask_path", help=words, required=True, metavar="PATH")
+    flag("--invert_mask", help="the larger label value is membrane (default: interior)", action="store_true")
+    words = "both hold cells' numbers, 0 = background (predict --segment): mean IoU and SEG"
+    flag("--instances", help=words, action="store_true")
+    words = "label value that means 'not labelled', which no score counts"
+    flag("--ignore_label", help=words, type=label_value, metavar="VALUE")
+    words = "sections of the labels, counted from 0, such as 24-29 (default: all)"
+    flag("--sections", help=words, metavar="LIST")
+    words = f"comma-separated, of {', '.join(SCORES)}; or all (default: all but the slow warping_error)"
+    flag("--scores", help=words, metavar="LIST")
+    flag = parser.add_argument_group("what to write").add_argument
+    flag("--json", help="write every number to FILE (default: none is written)", metavar="FILE")
+    flag("--report", help="write report.html and PNG figures to DIR (default: none is written)", metavar="DIR")
+    flag("--image_path", help="raw sections to show in the report (default: none)", metavar="PATH")
+    flag("--channel", help="channel of --image_path, from 0, where it has several", type=channel, metavar="N")
+    flag("--force", help="replace an existing FILE or report (default: refuse)", action="store_true")
 
 
 def run(args):
