@@ -128,6 +128,12 @@ def read_json(path, what):
     return record
 
 
+def sha256(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 # --- One run at a time --------------------------------------------------------------------------------------
 
 

@@ -167,7 +167,7 @@ def run(args, reader, field, *, load, weights, how, settings, log):
     with atomic.locked(args.output):
         grid = tiling.choose(reader.shape[1:], field, max_tile=args.tile, halo=args.overlap)
         log(f"sections of {size_words(reader.shape)} px: {grid.words}")
-        made_of = {"weights_sha256": hashlib.sha256(Path(weights).read_bytes()).hexdigest()}
+        made_of = {"weights_sha256": atomic.sha256(weights)}
         made_of |= {"image_sha256": _sample_sha256(reader), "image_shape": reader.shape}
         made_of |= {"tile": grid.tile, "halo": grid.halo, "tta": args.tta} | how | settings
         shape, block = omezarr.array_shape(reader), _block(args, grid, reader)

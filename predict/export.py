@@ -1,6 +1,5 @@
 """The `export` verb: a trained network for other programs, as a bioimage.io package, ONNX or TorchScript."""
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -167,7 +166,7 @@ def _write_package(args, network, record, sizes, path):
         weights = _write_weights(network, sizes, folder)
         content = _description(args, network, record, sizes) | {"weights": weights}
         for entry in (*weights.values(), *(content[ends][0]["test_tensor"] for ends in ("inputs", "outputs"))):
-            entry["sha256"] = hashlib.sha256((folder / entry["source"]).read_bytes()).hexdigest()
+            entry["sha256"] = atomic.sha256(folder / entry["source"])
         (folder / "README.md").write_text(_documentation(args, record, sizes), encoding="utf-8")
         YAML().dump(json.loads(json.dumps(content)), folder / "rdf.yaml")  # without references from one part to another
         for part in sorted(folder.iterdir()):

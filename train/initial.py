@@ -5,9 +5,9 @@ import time
 import keras
 
 from data import DataError, format_sections, sha256_pixels
+from files import atomic
 from files.shell import say
 from predict import prediction
-from train.record import sha256
 
 TIMED = 4  # updates that are timed for --minutes, after two that compile
 SHARE = 0.9  # of the minutes for the updates; the rest is for checkpoints and the scores at the end
@@ -43,7 +43,7 @@ def start_from(network, path, stacks=None):
     if seen:
         which = format_sections(seen)
         say(f"warning: {path} was trained on sections {which}, which are held out here: their scores mean nothing")
-    digest = sha256(prediction.weight_file(path))
+    digest = atomic.sha256(prediction.weight_file(path))
     earlier = {"trained_on": trained_on, "held_out_seen": seen}
     return {"weights": str(path), "sha256": digest} | {key: value for key, value in earlier.items() if value}
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import hashlib
 import io
 import json
 import math
@@ -324,14 +323,9 @@ def check_same_start(before, was, now):
     file, begun = now and prediction.weight_file(now), before.get("init_from")
     same = bool(was) == bool(now)
     if same and was != now and file.is_file() and isinstance(begun, dict):
-        same = begun.get("sha256") in (None, sha256(file))
+        same = begun.get("sha256") in (None, atomic.sha256(file))
     if not same:
         raise DataError(f"--resume needs the same settings: --init_from was {was}. Received: {now}")
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def nothing_left(place, before, args):
