@@ -19,6 +19,7 @@ from files.sections import reflect
 from files.shell import say
 from network.field import field_of
 from predict import intensity, prediction, tiling, twins
+from predict.prediction import part_of
 
 EXTRA = "-r requirements-export.txt"
 FORMATS = {  # ending, what to install, modules that write it
@@ -265,11 +266,10 @@ def _description(args, network, record, sizes):
 
 def _axes(record, sizes):
     """Axes of the section and of the interior, batch x 1 x rows x columns."""
-    voxel_nm = _of(_of(record, "data", dict), "voxel_nm", list)
+    voxel_nm = part_of(record, "data").get("voxel_nm") or (None, None, None)
     before, after = ([{"type": "batch"}, {"type": "channel", "channel_names": [name]}] for name in ("raw", "interior"))
-    for name, nm in zip("yx", (voxel_nm if len(voxel_nm) == 3 else [None] * 3)[1:], strict=True):
-        known = type(nm) in (int, float) and nm > 0
-        axis = {"type": "space", "id": name} | ({"scale": nm / 1000, "unit": "micrometer"} if known else {})
+    for name, nm in zip("yx", voxel_nm[1:], strict=True):
+        axis = {"type": "space", "id": name} | ({"scale": nm / 1000, "unit": "micrometer"} if nm else {})
         before.append(axis | {"size": {"min": sizes["min"], "step": sizes["step"]}})
         size = {"tensor_id": "section", "axis_id": name, "offset": -2 * sizes["shrink"]}
         after.append(axis | {"size": size} | ({"halo": sizes["halo"]} if sizes["halo"] else {}))
@@ -278,12 +278,7 @@ def _axes(record, sizes):
 
 def _training_data(record):
     """The data set of that name; what else somebody's stack is called is nobody's business."""
-    return TRAINING_DATA.get(_of(_of(record, "data", dict), "images", str).removesuffix("-test"))
-
-
-def _of(record, name, kind):
-    """What a record says, if it is of the kind that `train` writes; old records lack some."""
-    return record[name] if isinstance(record.get(name), kind) else kind()
+    return TRAINING_DATA.get(part_of(part_of(record, "data"), "images", str).removesuffix("-test"))
 
 
 def _stem(args):
@@ -299,8 +294,8 @@ def _card(args):
 
 
 def _documentation(args, record, sizes):
-    norm, split = record["normalisation"], _of(record, "split", dict)
-    trained, held_out = (len(_of(split, part, list)) for part in ("train", "held_out"))
+    norm, split = record["normalisation"], part_of(record, "split")
+    trained, held_out = (len(part_of(split, part, list)) for part in ("train", "held_out"))
     return f"""{_card(args) or f"# {_stem(args)}"}
 
 ## In this package

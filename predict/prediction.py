@@ -152,6 +152,11 @@ def _check(file, what, values, rules, keys):
             raise DataError(f"--weight_path: {file} must hold a valid {key} of the {what}. {found}")
 
 
+def part_of(record, name, kind=dict):
+    """What a record says, if it is of the kind that `train` writes, else an empty one; old records lack some."""
+    return record[name] if isinstance(record.get(name), kind) else kind()
+
+
 def load_network(path, precision="float32", engine="keras"):
     """Network and record of `--weight_path`, or a DataError; built from the record, and only numbers are loaded.
 

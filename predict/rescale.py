@@ -20,7 +20,7 @@ def seen_sizes(sections, records, asked, log):
     `records` are those of the weights; `asked` says whether --rescale was given, else the sizes are the section's own.
     """
     size, sizes = sections.shape[1:], []
-    for trained in [(record.get("data") or {}).get("voxel_nm") for record in records]:
+    for trained in [record.get("data", {}).get("voxel_nm") for record in records]:
         if asked and (trained is None or sections.voxel_nm is None):
             of = "the stack" if sections.voxel_nm is None else "the training sections"
             raise DataError(f"--rescale needs to know the pixel size of {of}, and no file says it.")

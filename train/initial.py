@@ -50,8 +50,8 @@ def start_from(network, path, stacks=None):
 
 def sections_seen(record):
     """Sections that a network, and those that it started from, were trained on or chosen by: {pixels' hash: list}."""
-    split, of, start = (_dict(record.get(key)) for key in ("split", "data", "init_from"))
-    found = [*_dict(start.get("trained_on")).items(), *((of.get("image_sha256"), split.get(k)) for k in SEEN)]
+    split, of, start = (prediction.part_of(record, key) for key in ("split", "data", "init_from"))
+    found = [*prediction.part_of(start, "trained_on").items(), *((of.get("image_sha256"), split.get(k)) for k in SEEN)]
     seen = {}
     for pixels, sections in found:
         if isinstance(pixels, str) and isinstance(sections, list):
@@ -63,10 +63,6 @@ def seen_before(record, stacks):
     """Held-out sections that the network of a record was trained on, as far as the record says it."""
     seen = sections_seen(record)
     return sorted({*seen.get(sha256_pixels(stacks.images.sections), ())} & {*stacks.split.held_out}) if seen else []
-
-
-def _dict(value):
-    return value if isinstance(value, dict) else {}
 
 
 def _dilations(layers):
