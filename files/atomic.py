@@ -224,7 +224,7 @@ def make_writable(*folders):
 
 
 def make_nameable(*paths):
-    """Find out, now as well, whether names are too long: while a file is written its name is longer."""
+    """Refuse, before the work, a name that is too long for `beside`, which lengthens it while the file is written."""
     for path in paths:
         try:
             beside(path).touch()

@@ -8,6 +8,7 @@ CACHE_BYTES = 2**26  # of decoded chunks: a section of a chunk that is several s
 
 
 def open_hdf5(path, what, inside="", channel=None, **_):
+    """Open the data set `inside` of a file, or the only stack there is, as a StackReader; as `stacks.open_stack`."""
     import h5py
 
     file = h5py.File(path, "r", rdcc_nbytes=CACHE_BYTES)

@@ -8,6 +8,7 @@ from files.sections import NANOMETRES, array_reader, guess_axes, voxel
 
 
 def open_mrc(path, what, channel=None, **_):
+    """Open a file as a StackReader; as `stacks.open_stack`."""
     import mrcfile
 
     with warnings.catch_warnings():

@@ -25,6 +25,7 @@ KINDS = {"frame", "imagej", "multipage", "ome", "shaped", "uniform"}  # of TIFF 
 
 
 def open_tiff(path, what, ids=False, channel=None, **_):
+    """Open a file as a StackReader; as `stacks.open_stack`, which makes a DataError of what tifffile raises."""
     import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs about broken files is raised here

@@ -147,7 +147,7 @@ class BatchNormDropout(_Masking):
 
 
 def _normalise_by_batch(x, gamma, beta):
-    """x normalised by its batch, and that batch's mean and biased variance."""
+    """x (B, h, w, C) normalised by its batch, and that batch's mean and biased variance, (C,) each, in float32."""
     alone = distribution.replicas() == 1 and device.accelerator() is None
     if keras.backend.backend() == "tensorflow" and alone:
         return onednn.batch_norm(x, gamma, beta)

@@ -18,7 +18,7 @@ LANES = 16  # float32 numbers of a register
 
 
 def serves():
-    """Whether it does."""
+    """Whether TensorFlow computes with oneDNN here: on a processor, and in a build that has it."""
     return device.backend() == "tensorflow" and device.accelerator() is None and _is_there()
 
 
@@ -92,7 +92,7 @@ def enlarging(kernel, ops=np):
 
 
 def drop(x, key, dropped):
-    """`dropped(x, key)` as one pass, 2 to 3 times as fast; backwards the mask is made anew, rather than kept."""
+    """`dropped(x, key)`, of the shape of x, as one pass, 2 to 3 times as fast; backwards the mask is made anew."""
     import tensorflow as tf
 
     compiled = _compiled(dropped, tuple(x.shape), x.dtype)
@@ -118,7 +118,7 @@ def _compiled(dropped, shape, dtype):
 
 
 def batch_norm(x, gamma, beta):
-    """x normalised by its batch, and that batch's mean and biased variance."""
+    """x (B, h, w, C) normalised by its batch, and that batch's mean and biased variance, (C,) each, in float32."""
     near = neighbours(x)
     if near and near > 1:
         return _of_neighbours(x, gamma, beta, near)

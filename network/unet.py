@@ -158,13 +158,13 @@ ARCHITECTURES = {"unet2017": build, "unet2015": build_2015, "resunet": build_res
 
 
 def from_settings(settings, **more):
-    """The network that a record of weights describes: {"arch": "unet2015", ...} for `build_2015`, else `build`."""
+    """The network that a record of weights describes: its "arch" is a name in `ARCHITECTURES`, the rest is for that."""
     settings = dict(settings)
     return ARCHITECTURES[settings.pop("arch", "unet2017")](**settings, **more)
 
 
 def field_from_settings(settings):
-    """Receptive field of the same network."""
+    """Receptive field of the network that a record of weights describes, without making its weights."""
     return field_of(from_settings(settings, kinds=outline))
 
 
@@ -172,7 +172,7 @@ def with_logits(network):
     """The same network, weights shared, with a second output: (interior (B, h, w), logits (B, h, w, classes)).
 
     Both float32, from one forward pass: a softmax cross-entropy is stable from logits only. For any network of
-    `build` or `build_2015`; train this model, save and predict with `network`.
+    this file; train this model, save and predict with `network`.
     """
     import keras
 

@@ -348,7 +348,7 @@ class Job:
         return [*self.row.argv, "--protocol", self.protocol, *fold, *fewer, "--seed", str(self.seed)]
 
     def command(self, folder):
-        """... and where it is kept."""
+        """The words of a command line: the experiment, kept in `folder`, and resumed if it was begun."""
         return [*self.argv(), "--run_dir", str(folder), "--weight_path", str(folder / "best"), "--resume"]
 
 

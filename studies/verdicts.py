@@ -24,7 +24,7 @@ STILL = 0.05  # a loss that changes by less than this part stagnates; one that r
 
 
 def mean(values: Sequence[float]) -> float:
-    """nan of none."""
+    """Mean; nan of no values."""
     return statistics.fmean(values) if values else math.nan
 
 

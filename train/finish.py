@@ -82,6 +82,7 @@ def keep(place, record, role, merger, how):
 
 
 def finite(interior, i):
+    """The interior probability of section i, (H, W); a DataError where it is not finite."""
     if np.isfinite(interior).all():
         return interior
     raise DataError(f"the network's prediction of section {i} is not finite: the run has diverged, try lower rates.")

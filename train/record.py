@@ -196,6 +196,7 @@ def differences(before, now):
 
 
 def versions():
+    """Versions of Python and of the libraries that numbers depend on, where they are installed; the backend."""
     found = {"python": platform.python_version(), "backend": keras.backend.backend()}
     for name in ("keras", "tensorflow", "jax", "torch", "openvino", "numpy", "tifffile"):
         try:
@@ -220,6 +221,7 @@ def commit():
 
 
 def hardware():
+    """What computes: the device's name, the processor's cores, the system."""
     return {"device": device.name(), "cores": os.cpu_count(), "system": platform.platform()}
 
 
