@@ -58,8 +58,7 @@ def convolution(layer, x, kernel, plain):
             return plain(x, kernel)
         return tf.nn.conv2d(x, kernel, layer.strides, layer.padding.upper(), dilations=layer.dilation_rate)
     parts = getattr(x, "parts", [x])
-    usual = (layer.kernel_size, layer.strides, layer.padding) == ((3, 3), (1, 1), "same")
-    if not usual or not any(hasattr(part, "small") for part in parts):
+    if not can_enlarge(layer) or not any(hasattr(part, "small") for part in parts):
         return plain(x, kernel)
     kernels = shares(kernel, [part.shape[-1] for part in parts])
     return functools.reduce(add, (_of_part(*each, plain) for each in zip(parts, kernels, strict=True)))
@@ -71,6 +70,12 @@ def _of_part(x, kernel, plain):
     if not hasattr(x, "small"):
         return plain(x, kernel)
     return ops.conv_transpose(x.small, enlarging(kernel, ops), 2, "same", data_format="channels_last")
+
+
+def can_enlarge(layer):
+    """Whether `enlarging` can stand for a convolution of what is enlarged: 3 x 3, padded, of every pixel."""
+    about = (layer.kernel_size, layer.strides, getattr(layer, "dilation_rate", (1, 1)), layer.padding)
+    return about == ((3, 3), (1, 1), (1, 1), "same")
 
 
 def shares(kernel, channels):

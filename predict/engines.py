@@ -15,7 +15,7 @@ from data import DataError
 from files.shell import say
 from network import device
 from network.field import inputs_of, is_a
-from network.onednn import enlarging, shares
+from network.onednn import can_enlarge, enlarging, shares
 from network.outline import EPSILON
 
 
@@ -102,11 +102,9 @@ def _convolution(ops, layer, x):
 def _parts(layer, x):
     """What x joins, of each its part of the kernel, and whether it is still to be enlarged; x itself if nothing is."""
     kernel = _numbers(layer.kernel)  # (rows, columns, in, out)
-    usual = (layer.kernel_size, layer.strides, layer.padding) == ((3, 3), (1, 1), "same")
-    usual = usual and layer.dilation_rate == (1, 1)
     x = x if hasattr(x, "get_node") else x.output(0)
     joined = x.get_node().input_values() if x.get_node().get_type_name() == "Concat" else [x]
-    if not usual or not any(map(_is_enlarged, joined)):
+    if not can_enlarge(layer) or not any(map(_is_enlarged, joined)):
         return [(x, kernel, False)]
     kernels = shares(kernel, [part.get_partial_shape()[1].get_length() for part in joined])
     return [
