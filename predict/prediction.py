@@ -289,28 +289,31 @@ def run(args):
 
 
 def mergers_of(args, records, in_blocks, shape):
-    """What the networks know of false borders, if that is asked for, or can be used for --segment; sets --tta."""
+    """What the networks know of false borders, if that is asked for, or can be used for --segment; else nothing.
+
+    Sets `args.merge` where it was not given, and `args.tta` to that with which the borders were learned.
+    """
     missing = [file for file in map(borders_file, args.weight_path) if not file.is_file()]
     missing += [record_file(path) for path, one in zip(args.weight_path, records, strict=True) if "merge" not in one]
     learned = sorted({one["merge"]["tta"] for one in records if "merge" in one})
     large, most = math.prod(shape[1:]) > LARGE_PX, f"{LARGE_PX} px"
     ttas, lost, apart = ", ".join(learned), missing and missing[0], "the networks learned them with different --tta"
-    obstacles = (  # whether it is so; a refusal, and what was received; why --segment leaves false borders in
+    obstacles = (  # whether it is so; the rule, and what was received; why --segment leaves false borders in
         (lost, "needs weights that were trained with --merge 1", lost, f"{lost} is missing, or says nothing of them"),
         (in_blocks, "goes with a TIFF --output", args.output, "the output has blocks"),
         (args.rescale, "goes without --rescale", "both", "with --rescale they cannot be judged"),
         (len(learned) > 1, "takes networks that learned it with one --tta", ttas, f"{apart} ({ttas})"),
         (large, f"takes sections of at most {most}", size_words(shape), f"a section has more than {most}"),
     )
-    wrong = next((words for so, *words in obstacles if so), None)
+    rule, received, why = next((words for so, *words in obstacles if so), (None, None, None))
     if args.merge is None:
-        args.merge = int(args.segment and not wrong)
-        if args.segment and learned and wrong:
-            say(f"--merge 0: false borders stay, for {wrong[2]}")
+        args.merge = int(args.segment and not rule)
+        if args.segment and learned and rule:
+            say(f"--merge 0: false borders stay, for {why}")
     if not args.merge:
         return []
-    if wrong:
-        raise DataError(f"--merge {wrong[0]}. Received: {wrong[1]}")
+    if rule:
+        raise DataError(f"--merge {rule}. Received: {received}")
     if args.tta not in learned:
         say(f"--merge: with --tta {learned[0]}, with which its borders were learned")
         args.tta = learned[0]
