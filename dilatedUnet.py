@@ -547,13 +547,19 @@ def run_check(args):
     if masks == images and not args.mask_path:  # there are none beside the images
         masks = None
     recipe = RECIPES.get(args.recipe, {})
-    how = {"invert_mask": args.invert_mask, "instances": args.instances, "ignore": args.ignore_label}
-    how["window"] = args.window or recipe.get("window")
-    how["multiple"] = 16 if recipe.get("arch") == "resunet" else 8
-    how |= {"channel": args.channel, "shipped_nm": read_json(f"{SHIPPED}.json", "weights")["data"]["voxel_nm"]}
-    how["protocol"] = recipe.get("protocol", "holdout")
-    how["windows"] = {name: values["window"] for name, values in RECIPES.items()}
-    lines = data.describe(images, masks, **how)
+    lines = data.describe(
+        images,
+        masks,
+        channel=args.channel,
+        shipped_nm=read_json(f"{SHIPPED}.json", "weights")["data"]["voxel_nm"],
+        window=args.window or recipe.get("window"),
+        multiple=16 if recipe.get("arch") == "resunet" else 8,
+        windows={name: values["window"] for name, values in RECIPES.items()},
+        protocol=recipe.get("protocol", "holdout"),
+        invert_mask=args.invert_mask,
+        instances=args.instances,
+        ignore=args.ignore_label,
+    )
     print("\n".join([*lines, *describe_recipes()]))
     return 2 if any(line.startswith("problem:") for line in lines) else 0
 
