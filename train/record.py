@@ -166,8 +166,13 @@ def read_record(path):
 
 def sitting(argv, precision):
     """Who computes now: the command, versions, commit, hardware and precision."""
-    command = shlex.join(["python", "dilatedUnet.py", *argv])
-    return dict(zip((*PROVENANCE, "precision"), (command, versions(), commit(), hardware(), precision), strict=True))
+    return {
+        "command": shlex.join(["python", "dilatedUnet.py", *argv]),
+        "versions": versions(),
+        "commit": commit(),
+        "hardware": hardware(),
+        "precision": precision,
+    }
 
 
 def continued(record, before, epoch):

@@ -376,7 +376,7 @@ def preview(args, stacks):
     refuse_picture(args, Path(args.augment_preview))
     shown, truth = feed_of(args, stacks).preview(stacks.normalisation)
     figures.preview(shown, truth, args.augment_preview)
-    say(f"{args.augment_preview}: 12 windows as the network will see them (--augment {args.augment})")
+    say(f"{args.augment_preview}: {len(shown)} windows as the network will see them (--augment {args.augment})")
     return 0
 
 
