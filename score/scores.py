@@ -257,7 +257,7 @@ def warping_error(
 # --- pixels and cells
 
 
-def confusion(probability: np.ndarray, reference: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+def confusion(probability: np.ndarray, reference: np.ndarray, threshold: float = FIXED_THRESHOLD) -> np.ndarray:
     """Return (TP, FP, FN, TN): true and false positives, false and true negatives; positive = interior."""
     labelled, truth = np.asarray(reference) >= 0, np.asarray(reference) > 0
     proposal = above(probability, threshold) & labelled

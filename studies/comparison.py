@@ -20,7 +20,7 @@ TITLES = {
     "held_out_dice": "Dice at 0.5",
     **{f"held_out_merged_{name}": f"{SCORES[name].title}, false borders taken away" for name in ("v_rand", "v_info")},
 }
-DIGITS = {"held_out_warping_error": 6}
+DIGITS = {f"held_out_{name}": score.digits for name, score in SCORES.items() if score.digits > 5}  # of others 4
 HELD_OUT = ("loss", "val_loss", *(f"held_out_{name}" for name in ("bce", "dice", "v_rand", "v_info", "pixel_error")))
 V_RANDS = ("held_out_v_rand", "held_out_merged_v_rand")
 BY_FOLD = (*V_RANDS, "held_out_v_info", "held_out_merged_v_info")
