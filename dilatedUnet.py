@@ -65,8 +65,8 @@ COSTS = {
     "published": "the study of 2017, which validated on its training sections. Estimated: 4 to 9 hours on 2 CPU cores, "
     "6 minutes on an H200",
     "quick": "for your own sections. 4 to 9 minutes on 2 CPU cores",
-    "finetune": "for a few sections: goes on from a trained network. 3 minutes on 2 CPU cores",
-    "strong": "for your own sections and others like them, six times as many updates as quick, more augmentation. "
+    "finetune": "for a few sections: goes on from a trained network. Estimated: 2 to 4 minutes on 2 CPU cores",
+    "strong": "for your own sections and others like them, almost six times the updates of quick, more augmentation. "
     "20 to 70 minutes on 2 CPU cores",
 }
 # What depends on the network: defaults of flags that are not given.

@@ -1,7 +1,7 @@
 """A network's layers without a framework: names, settings and weights, which are all that OpenVINO's graph needs.
 
 `unet` makes a network of these classes or of those of `layers`, which have the same names: Keras and its backend take
-690 MiB and seconds to load, and to predict with OpenVINO they are not needed.
+670 MiB and seconds to load, and to predict with OpenVINO they are not needed.
 """
 
 from collections import Counter

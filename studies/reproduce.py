@@ -36,10 +36,11 @@ STUDIES = (("study", None), ("study", "sections"), ("study", "receptive"), ("stu
 EVERYTHING = (("table", None), ("best", None), *STUDIES, ("unet2015", None))
 INTRODUCTION = """# Results
 
-Every table, from the records in this folder. QUICK tables are of reduced recipes for two CPU cores. All but those of
-fine-tuning and of the steps to the recipe, and the rows `best` and `best-all`, were recorded before the initialisation
-of the networks' last layer changed (see CHANGELOG.md).
-`benchmarks/` holds what was measured of speed, `start/` the run of `start.py`, `trials/` recipes that were tried.
+Every table, from the records in this folder. QUICK tables are of reduced recipes for two CPU cores. These were recorded
+before the initialisation of the networks' last layer changed (see CHANGELOG.md): the quick table of 2017, the row
+`best-standard`, the studies of depth, augmentation, learning rate, optimizer and receptive field, and the U-Net of
+2015. `benchmarks/` holds what was measured of speed, `start/` a run of the first `start.py`, `trials/` recipes that
+were tried.
 """
 
 

@@ -288,11 +288,11 @@ def unet2015_rows(quick: bool) -> Table:
         Row("cells-flat", flags(cells | {"w0": 0}), minutes),
     )
     note = (
-        "The paper's values are on test data whose labels are not public (the challenge's test stack; the Cell "
-        "Tracking Challenge's test sequences), ours on held-out sections of the training stack and held-out frames of "
-        "sequence 01: beside each other, not against each other. isbi-published is the paper's recipe: unpadded, one "
-        "large tile a batch, SGD, no batch norm; the others are padded and have batch norm and Adam. cells-flat is "
-        "cells without the border weights (w0 = 0)."
+        "The paper's values are on other data (the challenge's test stack; the Cell Tracking Challenge's test "
+        "sequences, whose labels are not public), ours on held-out sections of the training stack and on held-out "
+        "frames of sequence 01: beside each other, not against each other. isbi-published is the paper's recipe: "
+        "unpadded, one large tile a batch, SGD, no batch norm; the others are padded and have batch norm and Adam. "
+        "cells-flat is cells without the border weights (w0 = 0)."
     )
     recipes = {"as published": "isbi-published", "batch norm, Adam": "isbi"}
     borders = {"w0 = 10": "cells", "w0 = 0": "cells-flat"}
