@@ -300,7 +300,7 @@ def split_sections(
         Sections left out on either side of what is held out.
     inner : int
         Sections of the rest for early stopping, nearest to the held-out ones: neighbours of each other, or in the
-        list of `train_sections`.
+        list of `train_sections`. None: an eighth of all, 1 to 3, but 0 of fewer than four.
     labelled : sequence of int, optional
         The sections that have labels, where not all have: the others keep their numbers, and are in no part.
 
@@ -311,6 +311,8 @@ def split_sections(
     allowed = sections_within(usable if train_sections is None else train_sections, count, "--train_sections", usable)
     if protocol in ("published", "all"):
         return Split(protocol, allowed, allowed if protocol == "published" else (), ())
+    if inner is None:
+        inner = min(3, max(1, len(usable) // 8)) if len(usable) >= 4 else 0
     if protocol == "holdout":
         last = usable[-max(1, round(len(usable) / 5)) :]
         held_out = sections_within(last if val_sections is None else val_sections, count, "--val_sections", usable)
@@ -387,7 +389,7 @@ def describe(
     window=512,
     multiple=8,
     windows=None,
-    protocol="holdout",
+    split=None,
     **how,
 ):
     """Lines that say in plain words what the files are, and what training would do with them, section by section.
@@ -403,9 +405,12 @@ def describe(
         Side of a training window, px, a multiple of `multiple`. None: the largest of the recipes' that fits.
     windows : dict of int, optional
         The recipes' windows by their names.
-    protocol, how
-        As in `split_sections`; `invert_mask`, `instances` and `ignore`, as in `load_pair`.
+    split : dict, optional
+        `protocol`, `gap` and `inner`, as in `split_sections`. Default: the last fifth is held out.
+    how
+        `invert_mask`, `instances` and `ignore`, as in `load_pair`.
     """
+    split = split or {"protocol": "holdout"}
     with iter_sections(image_path, what="image", channel=channel) as images:
         lines, labelled, count = _image_lines(images), None, len(images)
         if factors := pixel_factors(images.voxel_nm, shipped_nm):
@@ -414,7 +419,7 @@ def describe(
         if mask_path is not None:
             found, labelled, count = _mask_lines(images, mask_path, **how)
             lines += found
-        return lines + _training_lines(images, count, window, multiple, windows or {}, protocol, labelled)
+        return lines + _training_lines(images, count, window, multiple, windows or {}, split, labelled)
 
 
 def _file_lines(kind, reader):
@@ -460,7 +465,7 @@ def _mask_lines(images, mask_path, *, invert_mask=False, instances=False, ignore
     return lines, labelled, len(kept)
 
 
-def _training_lines(images, count, window, multiple, windows, protocol, labelled):
+def _training_lines(images, count, window, multiple, windows, split, labelled):
     height, width = images.shape[1:]
     fitting = {name: side for name, side in windows.items() if side <= min(height, width)}
     window = window or max(fitting.values(), default=min(windows.values(), default=512))
@@ -468,7 +473,7 @@ def _training_lines(images, count, window, multiple, windows, protocol, labelled
     nbytes = math.prod(images.shape) * (images.dtype.itemsize + 1)  # all are read, before some are left out
     lines = ["training:"]
     for attempt in (
-        lambda: split_sections(count, protocol, labelled=labelled).describe(),
+        lambda: split_sections(count, **split, labelled=labelled).describe(),
         lambda: (
             check_window(images, window, multiple)
             or f"{crops}, normalised by the mean and deviation of those that train"

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from files import shell
 from files.atomic import DataError, read_json
-from files.flags import channel, devices, file, filter_list, label_value, number, path, up_to
+from files.flags import channel, devices, file, filter_list, in_words, label_value, number, path, up_to
 from files.shell import say
 
 VERBS = {
@@ -58,16 +58,20 @@ RECIPES = {
     "quick": OWN
     | {"arch": "resunet", "window": 256, "epochs": 7, "optimizer": "muon", "max_lr": 4e-3, "ema": 0.98}
     | {"bn_momentum": 0.9, "average_warmup": 1, "tta": "8", "merge": 1},
+    "cells": {
+        **{"arch": "unet2015", "instances": True, "batch_norm": True, "padding": "same", "filters": (16,), "tta": "7"},
+        **{"protocol": "holdout", "gap": 2, "window": 256, "batch_size": 2, "epochs": 5, "steps_per_epoch": 100},
+        **{"optimizer": "adam", "clr_mode": "cosine", "lr": 1e-5, "max_lr": 2e-3, "ema": 0.98},
+    },
 }
 RECIPES["finetune"] = RECIPES["quick"] | {"epochs": 2, "max_lr": 2e-3, "init_from": str(SHIPPED)}
 RECIPES["strong"] = RECIPES["quick"] | {"augment": "broad", "epochs": 40, "ema": 0.99}
 COSTS = {
-    "published": "the study of 2017, which validated on its training sections. Estimated: 4 to 9 hours on 2 CPU cores, "
-    "6 minutes on an H200",
+    "published": "the study of 2017, validated on its training sections. Estimated: 4 to 9 hours on 2 CPU cores",
     "quick": "for your own sections. 4 to 9 minutes on 2 CPU cores",
+    "cells": "for cells that touch, as in a light microscope; the labels number them. 3 to 9 minutes on 2 CPU cores",
     "finetune": "for a few sections: goes on from a trained network. Estimated: 2 to 4 minutes on 2 CPU cores",
-    "strong": "for your own sections and others like them, almost six times the updates of quick, more augmentation. "
-    "20 to 70 minutes on 2 CPU cores",
+    "strong": "almost six times the updates of quick, and more augmentation. 20 to 70 minutes on 2 CPU cores",
 }
 # What depends on the network: defaults of flags that are not given.
 ARCHITECTURES = {
@@ -87,7 +91,6 @@ LATE = {
     **{"depth": 4, "padding": "valid", "w0": 10.0, "sigma": 5.0, "max_lr": 5e-4, "step_size": 2000},
     **{"clr_gamma": 0.9994, "patience": 300},
 }
-
 
 OPTIMIZERS = ("rmsprop", "adam", "adamax", "sgd", "muon")
 MANY = 10**6  # epochs, updates, sections: more of them would not be finished in a year
@@ -383,8 +386,7 @@ def describe_recipes():
     yield "recipes:"
     for name, values in RECIPES.items():
         yield f"  --recipe {name}: {COSTS[name]}."
-        words = " ".join(f"--{key} {value}" for key, value in values.items())
-        yield from textwrap.wrap(words, 110, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+        yield textwrap.indent(textwrap.fill(" ".join(in_words(values)), 106, break_on_hyphens=False), "    ")
 
 
 def parse(argv):
@@ -411,7 +413,7 @@ def with_recipe(args, parser, words):
     parser.of_verb["train"].set_defaults(**dict.fromkeys(recipe, NOT_GIVEN))
     args = parser.parse_args(words)
     taken = {key for key in recipe if getattr(args, key) is NOT_GIVEN}
-    if args.arch == "unet2015":
+    if args.arch == "unet2015" != recipe.get("arch"):
         taken.discard("window")  # whose sides are of its own
     if any(getattr(args, key) not in (None, NOT_GIVEN) for key in ("dilate", "dilate_rate", "addition")):
         taken.discard("arch")  # for the network that has these flags
@@ -544,20 +546,20 @@ def run_check(args):
 
     images = data.resolve(args.image_path, "image")
     masks = data.resolve(args.mask_path or args.image_path, "mask")
-    if masks == images and not args.mask_path:  # there are none beside the images
-        masks = None
-    recipe = RECIPES.get(args.recipe, {})
+    masks = masks if args.mask_path or masks != images else None  # there are none beside the images
+    recipe = RECIPES.get(args.recipe, {"inner_sections": 0})
+    inner = recipe.get("inner_sections")
     lines = data.describe(
         images,
         masks,
         channel=args.channel,
         shipped_nm=read_json(f"{SHIPPED}.json", "weights")["data"]["voxel_nm"],
         window=args.window or recipe.get("window"),
-        multiple=16 if recipe.get("arch") == "resunet" else 8,
+        multiple=8 if recipe.get("arch", "unet2017") == "unet2017" else 16,
         windows={name: values["window"] for name, values in RECIPES.items()},
-        protocol=recipe.get("protocol", "holdout"),
+        split={"protocol": recipe.get("protocol", "holdout"), "gap": recipe.get("gap", 0), "inner": inner},
         invert_mask=args.invert_mask,
-        instances=args.instances,
+        instances=args.instances or recipe.get("instances", False),
         ignore=args.ignore_label,
     )
     print("\n".join([*lines, *describe_recipes()]))

@@ -43,6 +43,20 @@ def filter_list(text):
     return values
 
 
+def in_words(settings):
+    """Settings as the words of a command line; True for a flag without a value.
+
+    >>> in_words({"lr": "1e-5", "filters": (16, 32), "instances": True})
+    ('--lr', '1e-5', '--filters', '16,32', '--instances')
+    """
+    words = []
+    for name, value in settings.items():
+        words.append(f"--{name}")
+        if value is not True:
+            words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return tuple(words)
+
+
 def path(text):
     """A path, its ~ resolved here and nowhere else."""
     found = os.path.expanduser(text)

@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from files.atomic import DataError, locked, make_writable, refuse_existing, refuse_inputs, write_text
-from files.flags import number, up_to
+from files.flags import in_words, number, up_to
 from files.shell import Terminated, say
 from studies import comparison, records, rows
 
@@ -142,7 +142,7 @@ def plans_of_all(args, parse) -> Iterator[rows.Plan]:
 def finish(args, plans, done):
     """Write and print the tables; the exit code."""
     words = [args.name, *([args.factor] if args.factor else ()), *(["--quick"] if args.quick else ())]  # no folders
-    words += rows.flags({key: value for key in ("seeds", "folds", "protocol") if (value := getattr(args, key))})
+    words += in_words({key: value for key in ("seeds", "folds", "protocol") if (value := getattr(args, key))})
     words = shlex.join([*words, *(["--only", *args.only] if args.only else ()), "--render"])
     text, problems, everything = [f"{MARK} {words}` -->"], [], args.name == "all"
     text += [INTRODUCTION] if everything else []

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from files.atomic import DataError
+from files.flags import in_words
 from studies import comparison
 
 # Of a run's settings: where it is kept and what it runs on, which do not make it another experiment.
@@ -81,15 +82,6 @@ class Table:
     shown: tuple[str, ...] = ()
 
 
-def flags(settings: Mapping[str, object]) -> tuple[str, ...]:
-    """Settings as the words of a command line; None for a flag without a value.
-
-    >>> flags({"lr": "1e-5", "dilate": 0})
-    ('--lr', '1e-5', '--dilate', '0')
-    """
-    return tuple(str(w) for key, value in settings.items() for w in (f"--{key}", value) if w is not None)
-
-
 # The four rows of the README of 2017, their commands word for word but for the name of the weights, and two between
 # them: dilate, dilate_rate, addition; what was published.
 ROWS_2017 = {
@@ -134,7 +126,7 @@ def comparisons_of(pairs, metrics):
 def row_2017(name, network, values, quick):
     dilate, dilate_rate, addition = network
     recipe = {"lr": "0.00001", "max_lr": "0.01", "epochs": 500, "dilate_rate": dilate_rate, "dilate": dilate}
-    argv = flags(recipe | {"addition": addition} | (QUICK_2017 if quick else {}))
+    argv = in_words(recipe | {"addition": addition} | (QUICK_2017 if quick else {}))
     published = dict(zip(comparison.SHOWN, values, strict=False))
     stated = STATED_QUICK if quick else STATED
     return Row(name, argv, 6, published, stated, protocols=("published", "holdout"))
@@ -159,7 +151,7 @@ def best_rows(quick: bool) -> Table:
     rest = {"minutes": 11 if quick else 6, "protocols": ("kfold",)}
     wanted = {"v_rand": 0.975} if quick else {"v_rand": 0.985, "v_info": 0.99}
     targets = {"best": {f"held_out_merged_{score}": value for score, value in wanted.items()}}
-    rows = tuple(Row(name, flags(changes), target=targets.get(name, {}), **rest) for name, changes in networks.items())
+    rows = tuple(Row(name, in_words(how), target=targets.get(name, {}), **rest) for name, how in networks.items())
     pairs = {"dilated against standard": ("best-dilated", "best-standard")}
     pairs |= {"the recipe against the standard network": ("best", "best-standard")}
     pair = ("best-broad", "best") if quick else ("best", "best-all")
@@ -208,7 +200,7 @@ def study_rows(quick: bool, factor: str | None = None) -> Table:
     changes = study_changes(quick)
     names = dict.fromkeys(row for f in factors for row in f.levels.values())
     minutes = {"finetune": 4, "ladder": 7, "sections": 6}.get(factor, 2) if quick else 4
-    rows = tuple(Row(name, flags(changes[name]), minutes) for name in names)
+    rows = tuple(Row(name, in_words(changes[name]), minutes) for name in names)
     pairs = {f"the {x}'s dilation": (f"dilation-{x}", "dilation-off") for x in ("encoder", "centre")}
     if factor == "finetune":
         pairs = {f"fine-tuning, {n} labelled": (f"finetune-{n}", f"scratch-{n}") for n in (1, 2, 5)}
@@ -269,23 +261,23 @@ def spread_over(count: int, available: int) -> str:
 
 MEMBRANES_2015 = {"held_out_warping_error": 0.000353, "held_out_rand_error": 0.0382, "held_out_pixel_error": 0.0611}
 CELLS_2015 = {"held_out_mean_iou": 0.7756}
-ADAM = {"batch_norm": None, "optimizer": "adam", "clr_mode": "cosine", "lr": "1e-5", "max_lr": "2e-3", "ema": 0.98}
-CELLS = ADAM | {"image_path": "dic-hela", "instances": None, "gap": 2, "padding": "same", "batch_size": 2}
+ADAM = {"batch_norm": True, "optimizer": "adam", "clr_mode": "cosine", "lr": "1e-5", "max_lr": "2e-3", "ema": 0.98}
 
 
 def unet2015_rows(quick: bool) -> Table:
     """Membranes and touching cells with the network of 2015: as published, with batch norm and Adam, without w0."""
     size, minutes = ({"filters": 16, "epochs": 5}, 4) if quick else ({"epochs": 100}, 12)
     base = {"arch": "unet2015", "tta": 7} | size | {"steps_per_epoch": 100}
-    cells = base | CELLS | {"window": 256 if quick else 512}
+    cells = {"recipe": "cells", "image_path": "dic-hela"}
+    cells |= {} if quick else {"filters": 64, "epochs": 100, "window": 512}
     published = base | ({"window": 444} if quick else {})
     # batch norm wants several windows, and small ones, which unpadded convolutions would eat up
     membranes = base | ADAM | {"padding": "same", "batch_size": 4, "window": 256}
     rows = (
-        Row("isbi-published", flags(published), minutes),
-        Row("isbi", flags(membranes), minutes, MEMBRANES_2015),
-        Row("cells", flags(cells), minutes, CELLS_2015, target=CELLS_2015),
-        Row("cells-flat", flags(cells | {"w0": 0}), minutes),
+        Row("isbi-published", in_words(published), minutes),
+        Row("isbi", in_words(membranes), minutes, MEMBRANES_2015),
+        Row("cells", in_words(cells), minutes, CELLS_2015, target=CELLS_2015),
+        Row("cells-flat", in_words(cells | {"w0": 0}), minutes),
     )
     note = (
         "The paper's values are on other data (the challenge's test stack; the Cell Tracking Challenge's test "

@@ -278,6 +278,8 @@ def test_holdout_of_thirty_is_the_last_six_and_published_trains_and_validates_on
         assert split_sections(10, "holdout", val_sections=held_out, inner=2, gap=gap).inner == inner
     assert split.train == tuple(range(19))
     assert split.describe() == "holdout: train on 0-18 (19), choose weights on 19-21, leave out 22-23, hold out 24-29"
+    for count, inner in ((3, 0), (4, 1), (16, 2), (30, 3), (99, 3)):
+        assert len(split_sections(count, "holdout", inner=None).inner) == inner
     split = split_sections(30, "published")
     assert split.train == split.inner == tuple(range(30))
     assert split.held_out == split.gap == ()

@@ -3,6 +3,7 @@
 import re
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import tifffile
 from conftest import cases, python
@@ -10,6 +11,7 @@ from conftest import cases, python
 import dilatedUnet
 from dilatedUnet import parse
 from files import fetching
+from files.flags import in_words
 from files.shell import Terminated
 
 STANDARD, DILATED = (
@@ -152,7 +154,7 @@ def differing(a, b):
 
 @pytest.mark.parametrize("name", dilatedUnet.RECIPES)
 def test_a_recipe_is_what_its_flags_are_and_is_shown_where_one_looks(call, small, name):
-    words = " ".join(f"--{key} {value}" for key, value in dilatedUnet.RECIPES[name].items())
+    words = " ".join(in_words(dilatedUnet.RECIPES[name]))
     assert parse(["--recipe", name]).recipe == name
     assert not differing(words, f"--recipe {name}")
     for shown in (call("train", "--help").out, call("check", "--image_path", small / "images.tif").out):
@@ -179,6 +181,20 @@ def test_a_flag_by_hand_wins_over_the_recipe(flags, changed):
     assert differing("--recipe quick", f"{flags} --recipe quick") == changed
     for name, value in zip(flags.split()[::2], flags.split()[1::2], strict=True):
         assert str(vars(parse(["--recipe", "quick", *flags.split()]))[name[2:]]) in (value, value + ".0")
+
+
+def test_the_network_that_a_recipe_has_anyway_changes_nothing():
+    assert not differing("--recipe cells", "--recipe cells --arch unet2015 --instances")
+    assert differing("--recipe cells", "--recipe cells --filters 64") == {"filters"}
+
+
+def test_check_reads_cells_and_tells_the_split_of_the_recipe_for_cells(call, tmp_path):
+    for name, dtype in (("images", np.uint8), ("cells", np.uint16)):
+        tifffile.imwrite(tmp_path / f"{name}.tif", np.arange(10 * 64 * 64).reshape(10, 64, 64).astype(dtype) // 64)
+    words = ("check", "--image_path", "images.tif", "--mask_path", "cells.tif", "--window", "64", "--recipe", "cells")
+    done = call(*words)
+    assert "labels: instances" in done.out
+    assert "train on 0-4 (5), choose weights on 5, leave out 6-7, hold out 8-9" in done.out
 
 
 @cases(

@@ -205,12 +205,9 @@ def field_of(args):
 
 def split_of(args, count, labelled=None):
     """The split of so many sections, of which some may be without labels."""
-    inner, usable = args.inner_sections if args.protocol in ("holdout", "kfold") else 0, len(labelled or range(count))
-    if inner is None:
-        inner = min(3, max(1, usable // 8)) if usable >= 4 else 0
     named = {"val_sections": args.val_sections, "train_sections": args.train_sections}
     named = {name: data.parse_sections(text) for name, text in named.items() if text}
-    how = {"fold": args.fold or 0, "folds": args.folds or 5, "gap": args.gap, "inner": inner}
+    how = {"fold": args.fold or 0, "folds": args.folds or 5, "gap": args.gap, "inner": args.inner_sections}
     return data.split_sections(count, args.protocol, labelled=labelled, **how, **named)
 
 
