@@ -12,6 +12,7 @@ from functools import partial
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 
@@ -116,7 +117,7 @@ def factor(panels, path, *, xlabel="epoch", title=""):
             axes.fill_between(x, mean - deviation, mean + deviation, color=styles[level][0], alpha=0.18, linewidth=0)
             _line(axes, x, mean, level or "_", styles[level])  # a line named _ is not in the legend
         axes.set(xlabel=xlabel)
-        axes.set_title(name, loc="left", fontsize=11)
+        axes.set_title(fill(name, 26), loc="left", fontsize=11)
         _tidy(axes)
         _log_if_wide(axes, [np.array(mean, float) for _, mean, _ in lines.values()])
         _whole_numbers(axes)
