@@ -39,8 +39,8 @@ INTRODUCTION = """# Results
 Every table, from the records in this folder. QUICK tables are of reduced recipes for two CPU cores. These were recorded
 before the initialisation of the networks' last layer changed (see CHANGELOG.md): the quick table of 2017, the row
 `best-standard`, the studies of depth, augmentation, learning rate, optimizer and receptive field, and the U-Net of
-2015. `benchmarks/` holds what was measured of speed, `start/` a run of the first `start.py`, `trials/` recipes that
-were tried.
+2015. `benchmarks/` holds what was measured of speed, `start/` the run of `start.py`, `trials/` recipes that were
+tried.
 """
 
 
