@@ -15,7 +15,7 @@ Dice. Ten are done in a row, then the device is waited for. Candidates take turn
     quality  `--recipe quick` until the held-out V_rand is 0.978, scored in between with the clock stopped
     table    rows of `reproduce table`: their first epochs, as the command runs them, counted up to all
     layers   the dilated network with batch norm, dropout or both as Keras ships them
-    kernels  what an update of the standard network spends its time on, with JAX
+    kernels  what an update of each network spends its time on, with JAX
 """
 
 import argparse
@@ -59,6 +59,16 @@ TARGET = 0.978
 EPOCHS = 12  # of a row that is measured
 AS_FAST = {"unet": "unet", "unet-a": "unet"}  # as which row; the others as the dilated one
 FOUR = ("unet", "dilated", "unet-a", "dilated-a")
+KINDS = {  # a word in a kernel's name with JAX, and what it does; the first that fits
+    "bw-filter": "gradients of the weights",
+    "bw-input": "gradients of the inputs",
+    "cudnn-conv": "convolutions",
+    "reduce_window": "pooling",
+    "scatter": "pooling",
+    "input_": "sums over pixels",
+    "pad_fusion": "channels of zeros",
+    "transpose": "other orders of pixels",
+}
 TINY = "--filters 4,8 --window 64 --image_path synthetic"
 
 
@@ -140,9 +150,8 @@ def product(precision, args):
     return run, {"flop": 2 * args.side**3}
 
 
-def of_peer(name, precision, args, workers):
+def of_peer(worker, args):
     """A candidate of peers.py in its process."""
-    workers.append(worker := peers.Worker(args.python, name, precision, args))
 
     def run():
         said = worker.step(args.updates) if "missing" not in worker.known else worker.known
@@ -172,7 +181,8 @@ def compare(part, candidates, record, rounds):
 
     for name in candidates:
         record.trying(part, name, partial(prepare, name))
-    for name in [*seconds] * rounds:
+    names, seconds = [*seconds], {}  # what compiled beside the first ones delayed them
+    for name in names * rounds:
         record.trying(part, name, partial(measure, name))
 
 
@@ -185,7 +195,8 @@ def step(record, precision, args):
             candidates[name] = partial(on_resident_batch, built, NETWORKS[name], precision, args)
     if "peers" in args.only:
         names = ("PyTorch",) if args.tiny else args.peers
-        candidates |= {name: partial(of_peer, name, precision, args, workers) for name in names}
+        workers = [peers.Worker(args.python, name, precision, args) for name in names]  # they compile meanwhile
+        candidates |= {name: partial(of_peer, worker, args) for name, worker in zip(names, workers, strict=True)}
     try:
         compare("step", candidates, record, args.rounds)
     finally:
@@ -207,25 +218,32 @@ def layers(record, precision, args):
 
 
 def kernels(record, precision, args):
-    """Milliseconds of an update in each kernel, by JAX's profiler."""
+    """Milliseconds of an update in each kind of kernel, by JAX's profiler."""
+    for name in args.networks:
+        run, _ = on_resident_batch(built, NETWORKS[name], precision, args)
+        run()
+        updates, spent = args.updates * (args.calls + 1), collections.Counter()
+        for kernel, duration in traced(run):
+            spent[kind_of(kernel)] += duration
+        record.add("kernels", name, **{kind: round(ns / updates / 1e6, 3) for kind, ns in spent.most_common()})
+
+
+def kind_of(kernel):
+    return next((kind for word, kind in KINDS.items() if word in kernel), "the rest")
+
+
+def traced(run):
+    """Every kernel that a GPU computes in `run`: its name behind that of its operation, and nanoseconds."""
     import jax
 
-    run, _ = on_resident_batch(built, NETWORKS["standard"], precision, args)
-    run()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
-        (traced,) = Path(folder).rglob("*.xplane.pb")
-        planes = jax.profiler.ProfileData.from_file(str(traced)).planes
-    updates, spent = args.updates * (args.calls + 1), collections.Counter()
+        (found,) = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(found)).planes
     lines = (line for plane in planes if plane.name.startswith("/device") for line in plane.lines)
-    for line in lines:
-        if line.name.startswith("Stream"):
-            for event in line.events:
-                spent[event.name] += event.duration_ns / updates / 1e6
-    for name, ms in spent.most_common(60):
-        record.add("kernels", name, ms=round(ms, 4))
-    record.add("kernels", "all", ms=round(spent.total(), 3))
+    for event in (event for line in lines if line.name.startswith("Stream") for event in line.events):
+        yield f"{dict(event.stats).get('hlo_op')} {event.name}", event.duration_ns
 
 
 # -- runs ---------------------------------------------------------------------------------------------------------
@@ -323,8 +341,8 @@ def report(found):
     for name, known in found.get("table", {}).items():
         epoch = f" (an epoch {known['epoch_s']:.3f} s, the rest {known['rest_s']:.0f} s)" if "epoch_s" in known else ""
         yield f"table   {name:30s}{known['minutes']:10.2f} minutes{epoch}"
-    for name, known in sorted(found.get("kernels", {}).items(), key=lambda item: -item[1]["ms"])[:12]:
-        yield f"kernels {name[:60]:60s}{known['ms']:10.3f} ms an update"
+    for name, known in found.get("kernels", {}).items():
+        yield f"kernels {name:30s}" + ", ".join(f"{kind} {ms:.2f} ms" for kind, ms in known.items())
     yield from (f"left out: {name}: {known['why']}" for name, known in found["failed"].items())
 
 

@@ -17,6 +17,7 @@ out.
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -250,7 +251,11 @@ class Worker:
         words += ["--batch_size", args.batch_size, "--window", args.window]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(list(map(str, words)), text=True, **pipes)
-        self.known = self.hear()
+
+    @functools.cached_property
+    def known(self):
+        """What is known of it, once it is ready."""
+        return self.hear()
 
     def hear(self):
         line = self.process.stdout.readline()
