@@ -42,8 +42,8 @@ import training_step  # sets the path to the suite
 
 import dilatedUnet
 from files import atomic
+from files.ahead import ahead
 from network import device, losses, unet
-from predict.tiling import ahead
 from studies import reproduce, rows
 from train.record import hardware, versions
 

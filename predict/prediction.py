@@ -12,6 +12,7 @@ import numpy as np
 import data
 from data import DataError, Normalisation
 from files import atomic, rois
+from files.ahead import ahead
 from files.sections import is_voxel, memory_words, require_memory, size_words
 from files.shell import say
 from files.writing import rows_of
@@ -373,9 +374,9 @@ def run_sections(args, sections, records, norms, sizes, how, mergers=()):
         say_memory(args, sections, grid.tile[0] if by_rows else sections.shape[1])
         predictions = (predict(Unread(sections, index)) for index in range(len(sections)))
     else:  # the next section is read while one is predicted, and predicted while one is written
-        read = tiling.ahead(sections)
+        read = ahead(sections)
         cuts = (borders.cut(predict(section), section) for section in read) if mergers else ()
-        predictions = tiling.ahead(borders.maps(cuts, mergers) if mergers else map(predict, read))
+        predictions = ahead(borders.maps(cuts, mergers) if mergers else map(predict, read))
     weights = ",".join(quote(weight_file(path).name) for path in args.weight_path)
     made_of = {"pixels_sha256": data.sha256_pixels(sections), "weights": weights, "normalise": args.normalise}
     made_of |= {"merged": 1} if mergers else {}

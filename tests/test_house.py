@@ -20,7 +20,7 @@ ORDER = [
     *("network.startup", "network.device", "network.distribution", "network.hashing", "network.outline"),
     *("files.fetching", "files.labels", "files.omezarr", "files.rois", "files.writing", "files.stacks"),
     *("files.hdf5", "files.mrc", "files.tiff"),
-    *("files.sections", "files.synthetic", "files.atomic", "files.shell", "files.flags"),
+    *("files.sections", "files.synthetic", "files.ahead", "files.atomic", "files.shell", "files.flags"),
 ]
 ROOMS = ("train", "predict", "score", "studies", "network", "files")
 DOOR = ("augment", "clr_callback", "data", "dilatedUnet", "figures", "start")

@@ -7,8 +7,8 @@ import numpy as np
 
 import augment
 import data
+from files.ahead import ahead
 from network import losses
-from predict.tiling import ahead
 from score import segments
 
 VALIDATION = 2**30  # added to the epoch that keys the windows of validation, so that they are not those of training

@@ -19,10 +19,10 @@ import data
 import figures
 from data import DataError
 from files import atomic, shell
+from files.ahead import ahead
 from files.shell import say
 from network import device, distribution, layers, losses, optimizers, unet
 from predict import prediction
-from predict.tiling import ahead
 from train import initial
 from train import record as records
 from train.feed import Feed, Stacks, pixel_weights
