@@ -27,6 +27,7 @@ from files.sections import (
 from files.tiff import open_tiff
 
 SUFFIXES = (".tif", ".tiff", ".png")
+UNREAD = (".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".dm3", ".dm4", ".czi", ".nd2", ".lif")  # pictures all the same
 
 
 def open_stack(found, what="image", *, ids=False, channel=None):
@@ -101,12 +102,18 @@ def _open_folder(folder, what, how):
 
 def _sections_in(folder, what):
     try:
-        files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != "."]
+        found = [path for path in folder.iterdir() if path.name[0] != "."]
     except OSError as error:
         raise refusal(what, folder, f"cannot be read: {error.strerror or error}") from error
+    files, unread = ([path for path in found if path.suffix.lower() in kinds] for kinds in (SUFFIXES, UNREAD))
     if gone := [path.name for path in files if not path.exists()]:
         raise refusal(what, folder, f"holds links to files that do not exist: {some(gone)}")
     files = [path for path in files if path.is_file()]
+    if len(unread) > len(files):
+        kinds = some(sorted({path.suffix for path in unread}))
+        raise refusal(
+            what, folder, f"holds {len(unread)} files of a kind that is not read: {kinds}; save them as TIFF or PNG"
+        )
     if not files:
         raise refusal(what, folder, f"holds no {', '.join(SUFFIXES)} files")
     rest = len(shared_end([path.stem for path in files]))  # without it images and their masks have one order

@@ -175,16 +175,19 @@ NO_STACKS = {
     "b.tif holds 1 section of 9 x 8 px, uint8; each": {"a.tif": gray((8, 8)), "b.tif": gray((9, 8))},
     "uint16; each file of its folder must hold one": {"a.tif": gray((8, 8)), "b.tif": gray((8, 8), "uint16")},
     "two files of the same name: 7": {"7.png": gray((8, 8)), "7.tif": gray((8, 8))},
+    "holds 2 files of a kind that is not read: .bmp, .jpg; save them as TIFF or PNG": dict.fromkeys(
+        ("1.jpg", "2.bmp", "overview.png"), gray((8, 8))
+    ),
 }
 
 
 @pytest.mark.parametrize("words", NO_STACKS)
 def test_folder_that_is_no_stack_is_refused(tmp_path, words):
     for name, pixels in NO_STACKS[words].items():
-        if name.endswith("png"):
-            Image.fromarray(pixels).save(tmp_path / name)
-        else:
+        if name.endswith("tif"):
             tifffile.imwrite(tmp_path / name, pixels, metadata=None, photometric="minisblack")
+        else:
+            Image.fromarray(pixels).save(tmp_path / name)
     refused(tmp_path, words)
 
 
