@@ -4,7 +4,7 @@ import functools
 
 import keras
 from keras import Input, Model, ops
-from keras.layers import Add, Conv2DTranspose, Cropping2D, MaxPooling2D
+from keras.layers import Add, Cropping2D, MaxPooling2D
 
 from network import device, distribution, onednn, optimizers
 from network.hashing import random_bytes
@@ -44,6 +44,22 @@ class Conv2D(keras.layers.Conv2D):
         x = ops.conv(x, kernel, padding="same", data_format=self.data_format)
         x = ops.reshape(x, (-1, rate, rate, rows // rate, columns // rate, kernel.shape[-1]))
         return ops.reshape(ops.transpose(x, (0, 3, 1, 4, 2, 5)), (-1, rows, columns, kernel.shape[-1]))
+
+
+class Conv2DTranspose(keras.layers.Conv2DTranspose):
+    """Keras's. On a GPU with JAX an up-convolution is a product of matrices: its inputs do not meet.
+
+    Of the gradient of its weights XLA makes a convolution with a kernel of the size of a section (JAX 0.10).
+    """
+
+    def call(self, x):
+        if not (device.computes_with_cudnn() and self.kernel_size == self.strides):
+            return super().call(x)
+        (_, rows, columns, channels), (down, across) = x.shape, self.strides
+        kernel = ops.reshape(ops.transpose(self.kernel, (3, 0, 1, 2)), (channels, down * across * self.filters))
+        y = ops.reshape(ops.matmul(x, kernel), (-1, rows, columns, down, across, self.filters))
+        y = ops.reshape(ops.transpose(y, (0, 1, 3, 2, 4, 5)), (-1, rows * down, columns * across, self.filters))
+        return self.activation(y + ops.convert_to_tensor(self.bias))
 
 
 def _aligned(x, kernel):

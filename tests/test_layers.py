@@ -78,6 +78,23 @@ def test_channels_are_aligned_in_bfloat16_and_the_sums_are_the_same(width, size,
     np.testing.assert_allclose(ops.cast(mine, "float32"), ops.cast(stock, "float32"), atol=0.03)
 
 
+@pytest.mark.jax
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_an_up_convolution_as_a_product_of_matrices_is_the_up_convolution(precision, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(2, 6, 5, 4)).astype("float32")
+    layer = layers.Conv2DTranspose(3, (2, 2), (2, 2), activation="relu", dtype=precision)
+    overlapping = layers.Conv2DTranspose(3, (3, 3), (2, 2), padding="same")
+    layer.build(x.shape), overlapping.build(x.shape)
+    layer.bias.assign([0.5, -0.5, 1])
+    stock = [ops.cast(one(x), "float32") for one in (layer, overlapping)]
+    monkeypatch.setattr(device, "computes_with_cudnn", lambda: True)
+    np.testing.assert_array_equal(overlapping(x), stock[1])
+    monkeypatch.setattr(keras.layers.Conv2DTranspose, "call", None)  # it is not asked
+    mine = layer(x)
+    assert mine.dtype == layer.compute_dtype
+    np.testing.assert_allclose(ops.cast(mine, "float32"), stock[0], atol=1e-5 if precision == "float32" else 0.03)
+
+
 @pytest.mark.parametrize("found", [None, pytest.param("a GPU", marks=pytest.mark.jax)])
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
 def test_the_variance_is_right_where_the_mean_is_many_standard_deviations(precision, found, monkeypatch):
