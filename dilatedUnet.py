@@ -69,7 +69,7 @@ RECIPES["strong"] = RECIPES["quick"] | {"augment": "broad", "epochs": 40, "ema":
 COSTS = {
     "published": "the study of 2017, validated on its training sections. Estimated: 4 to 9 hours on 2 CPU cores",
     "quick": "for your own sections. 4 to 9 minutes on 2 CPU cores",
-    "cells": "for cells that touch, as in a light microscope; the labels number them. 3 to 9 minutes on 2 CPU cores",
+    "cells": "for cells that touch, as in a light microscope; the labels number them. 2 to 10 minutes on 2 CPU cores",
     "finetune": "for a few sections: goes on from a trained network. Estimated: 2 to 4 minutes on 2 CPU cores",
     "strong": "almost six times the updates of quick, and more augmentation. 20 to 70 minutes on 2 CPU cores",
 }
