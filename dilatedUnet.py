@@ -32,7 +32,7 @@ from files.shell import say
 
 VERBS = {
     "train": "train a network (the default verb)",
-    "predict": "predict a stack to TIFF",
+    "predict": "predict a stack, to TIFF or OME-Zarr",
     "evaluate": "score a prediction as the ISBI-2012 challenge did",
     "reproduce": "train the published tables row by row, compare and render",
     "fetch": "download a data set into the cache",
@@ -128,19 +128,19 @@ def flag(name, words, **options):
 
 
 def tta(what=""):
-    words = f"{what}mean over rotations and mirrored versions; without a number, all 8"
+    words = f"{what}mean over 4 rotations, 8 turned and mirrored versions (without a number, too), or 7 of them"
     return flag("--tta", words, nargs="?", const="8", default="none", choices=("none", "4", "7", "8"))
 
 
 BINARY = {"type": int, "choices": (0, 1), "metavar": "0|1", "default": 1}
 IMAGE = (
     "TIFF, MRC, HDF5 (file.h5:/array) or Zarr (folder.zarr:/array), folder of sections, folder with the challenge's "
-    "files, or a name: isbi2012, synthetic"
+    "files, or a data set: isbi2012, dic-hela, phc-u373, synthetic"
 )
 CHANNEL = flag("--channel", "channel of --image_path, from 0, where it has several", type=channel)
 DATA = (
     flag("--image_path", IMAGE, default="isbi2012", metavar="PATH"),
-    flag("--mask_path", "its labels, likewise (default: as --image_path)", metavar="PATH"),
+    flag("--mask_path", "its labels, likewise (default: those of the data set)", metavar="PATH"),
     CHANNEL,
     flag("--invert_mask", "labels mark the membrane, not the interior", action="store_true"),
     flag("--instances", "labels number the cells, 0 = background: cells, not membranes", action="store_true"),
@@ -160,7 +160,9 @@ PROTOCOL = (
     flag("--fold", "which block of kfold, from 0 (default: 0)", type=number(int, 0, 999)),
     flag("--folds", "blocks of kfold (default: 5)", type=number(int, 2, 1000)),
     flag("--gap", "sections left out beside the held-out block", type=count, default=0),
-    flag("--inner_sections", "sections that choose the weights; 0: the last (default: an eighth, up to 3)", type=count),
+    flag(
+        "--inner_sections", "sections that choose weights; 0: keep the last (default: an eighth, up to 3)", type=count
+    ),
     flag("--val_windows", "windows that validate each epoch of --protocol published (default: 30)", type=up_to(1000)),
     tta("of the scoring at the end: "),
 )
@@ -170,14 +172,12 @@ NETWORK = (
     flag("--dilate_rate", "dilation of each level's second convolution in unet2017 (default: 1)", type=up_to(64)),
     flag("--addition", "sum the centre's six convolutions in unet2017 (default: 1)", **BINARY | {"default": None}),
     flag(
-        "--filters", "of each level (44,88,176; resunet: 16,32,64,128,128), of unet2015's first (64)", type=filter_list
+        "--filters", "filters per level (44,88,176; resunet: 16,32,64,128,128; unet2015: first, 64)", type=filter_list
     ),
     flag("--depth", "poolings of unet2015 (default: 4)", type=up_to(8)),
     flag("--batch_norm", "batch norm in unet2015, which the paper lacks", action="store_true"),
-    flag(
-        "--bn_momentum", "of batch norm's averages; few updates want 0.9", type=number(float, 0, 0.9999), default=0.99
-    ),
-    flag("--padding", "convolutions of unet2015 (default: valid)", choices=("valid", "same")),
+    flag("--bn_momentum", "batch norm's momentum; few updates want 0.9", type=number(float, 0, 0.9999), default=0.99),
+    flag("--padding", "convolutions of unet2015, unpadded or padded (default: valid)", choices=("valid", "same")),
     flag("--dropout", "fraction dropped (default: 0.3; unet2015: 0.5; resunet: 0)", type=number(float, 0, 0.95)),
     flag("--classes", "channels of the softmax; class 1 is the interior", type=number(int, 2, 256), default=2),
 )
@@ -217,7 +217,7 @@ TRAINING = (
         choices=("triangular", "triangular2", "exp_range", "cosine", "none"),
     ),
     flag("--step_size", "half a cycle, updates (default: 2000)", type=up_to(10**9)),
-    flag("--clr_gamma", "of exp_range (default: 0.9994)", type=number(float, 0, 1, above=True)),
+    flag("--clr_gamma", "decay of exp_range (default: 0.9994)", type=number(float, 0, 1, above=True)),
     flag(
         "--lr_find",
         "learning-rate range test of that many updates (100), with its plot and a suggestion",
@@ -226,8 +226,8 @@ TRAINING = (
         const=100,
         metavar="UPDATES",
     ),
-    flag("--optimizer", "of the framework (default: rmsprop; unet2015: sgd)", choices=OPTIMIZERS),
-    flag("--momentum", "of rmsprop and sgd (default: 0; unet2015: 0.99)", type=number(float, 0, 0.9999)),
+    flag("--optimizer", "how weights are updated (default: rmsprop; unet2015: sgd)", choices=OPTIMIZERS),
+    flag("--momentum", "momentum of rmsprop and sgd (default: 0; unet2015: 0.99)", type=number(float, 0, 0.9999)),
     flag("--ema", "momentum of a moving average of the weights", type=number(float, 0, 0.99999), default=0.0),
     flag(
         "--average_warmup",
@@ -242,7 +242,7 @@ TRAINING = (
         "border weights (default of unet2015)",
         choices=("bce_dice", "bce", "dice", "weighted"),
     ),
-    flag("--w0", "weight of a border of --loss weighted (default: 10)", type=number(float, 0, 1000)),
+    flag("--w0", "weight of the gaps between cells in --loss weighted (default: 10)", type=number(float, 0, 1000)),
     flag("--sigma", "its reach, standard deviation in px (default: 5)", type=number(float, 0, 1000, above=True)),
     flag(
         "--patience", "stop after so many epochs without a better validation loss; 0: never (default: 300)", type=count
@@ -253,14 +253,14 @@ TRAINING = (
         "by your own sections",
         metavar="FILE",
     ),
-    flag("--seed", "of everything that is drawn", type=number(int, 0, 2**31 - 1), default=0),
+    flag("--seed", "seed of all random numbers", type=number(int, 0, 2**31 - 1), default=0),
 )
 MACHINE = (
     flag("--precision", "auto: bfloat16 where it is faster", default="auto", choices=("auto", "float32", "bfloat16")),
-    flag("--gpu", 'CUDA devices to use; "-1" for the CPU (default: "0")', type=devices, metavar="N"),
+    flag("--gpu", 'GPUs to use, such as 0,1; "-1": the CPU (default: "0")', type=devices, metavar="N"),
 )
 OUTPUT = (
-    flag("--weight_path", "best weights: weights/x gives weights/x.weights.h5 and x.json", type=file, metavar="FILE"),
+    flag("--weight_path", "kept weights: weights/x gives weights/x.weights.h5 and x.json", type=file, metavar="FILE"),
     flag("--run_dir", "run record, history, checkpoint (default: runs/<name>)", metavar="FOLDER"),
     flag("--resume", "go on from the checkpoint, bit for bit", action="store_true"),
     flag("--force", "replace an earlier run, its weights, or a picture", action="store_true"),
@@ -292,7 +292,7 @@ PREDICT = {
     "files": (
         flag(
             "--weight_path",
-            "weights, their record beside them; of several networks: the mean of their probabilities (default: the "
+            "weights, with their record beside them; several networks are averaged (default: the "
             f"shipped network, weights/{SHIPPED.name})",
             type=file,
             nargs="+",
@@ -322,16 +322,16 @@ PREDICT = {
         flag("--normalise", NORMALISE, default="training", choices=("training", "own")),
         flag(
             "--rescale",
-            "look at the stack with the pixel size of the training sections; the output has the stack's size",
+            "resample to the pixel size of the training sections; the output has the stack's size",
             action="store_true",
         ),
         *MACHINE,
         flag("--workers", "processes for an --output of .zarr; 0: this one (default: 1)", type=number(int, 0, 1024)),
-        flag("--scheduler", "dask's scheduler instead, such as tcp://host:8786", metavar="ADDRESS"),
+        flag("--scheduler", "dask scheduler that computes instead, such as tcp://host:8786", metavar="ADDRESS"),
     ),
 }
 WINDOW = flag("--window", "side of a training window, px (default: the recipe's, or one that fits)", type=up_to(SIDE))
-MEANT = flag("--recipe", "as in training (default: each is looked at)", choices=tuple(RECIPES))
+MEANT = flag("--recipe", "the recipe that is meant (default: all are judged)", choices=tuple(RECIPES))
 CHECK = {"data": DATA, "training that is meant": (MEANT, WINDOW)}
 
 
