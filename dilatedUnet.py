@@ -301,7 +301,7 @@ PREDICT = {
         flag("--image_path", "as in training; of a data set's name its test stack", default="isbi2012", metavar="PATH"),
         CHANNEL,
         flag("--output", "float32 0..1; .zarr: by blocks", type=stack, default="prediction.tif", metavar="FILE.tif"),
-        flag("--threshold", "write an 8-bit 0/255 mask of probability > threshold", type=fraction),
+        flag("--threshold", "8-bit 0/255 mask of probability > threshold; with --segment, cut there", type=fraction),
         flag("--segment", "write labels, one per cell, by seeded watershed", action="store_true"),
         flag("--merge", "take false borders away (default: 1 with --segment if learned)", **BINARY | {"default": None}),
         flag(
