@@ -8,7 +8,7 @@
     python dilatedUnet.py check --image_path X --mask_path Y
     python dilatedUnet.py export --output network.zip
 
-`python dilatedUnet.py VERB --help` lists the flags of a verb. Nothing heavy is imported before the flags are parsed.
+`python dilatedUnet.py VERB --help` lists the flags of a verb.
 """
 
 import sys

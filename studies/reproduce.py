@@ -47,20 +47,24 @@ tried.
 def add_arguments(parser):
     """Declare the flags of `reproduce` on an argparse parser, in groups."""
     group = parser.add_argument_group("what to reproduce")
-    group.add_argument("name", choices=(*rows.TABLES, "all"), help="table; all: every one, with --render")
-    group.add_argument("factor", nargs="?", choices=tuple(rows.FACTORS), help="of study (default: the poster's four)")
+    group.add_argument("name", choices=(*rows.TABLES, "all"), help="which table; all: every table, with --render")
+    group.add_argument(
+        "factor", nargs="?", choices=tuple(rows.FACTORS), help="factor of study (default: the first four)"
+    )
     group.add_argument("--quick", action="store_true", help="reduced recipes for 2 CPU cores; every table says so")
     group.add_argument("--seeds", type=up_to(MOST), metavar="N", help="seeds 0..N-1 (default: 3; 1 with --quick)")
     folds, held_out = number(int, 2, MOST), "held-out runs as N-fold cross-validation (best: 5)"
     group.add_argument("--folds", type=folds, metavar="N", help=held_out)
-    group.add_argument("--protocol", choices=("published", "holdout", "kfold"), help="only the runs of this one")
+    group.add_argument("--protocol", choices=("published", "holdout", "kfold"), help="only the runs of this protocol")
     group.add_argument("--only", nargs="+", metavar="ROW", help="only these rows")
     group = parser.add_argument_group("what to do")
     hours = number(float, 0, 24 * 366, above=True)
     group.add_argument("--budget", type=hours, metavar="HOURS", help="stop after so many hours, at an epoch's end")
     group.add_argument("--list", action="store_true", help="print the command lines and their cost, and train nothing")
     group.add_argument("--render", action="store_true", help="render whatever records exist, and train nothing")
-    group.add_argument("--collect", action="store_true", help="then copy records, no weights, into --records")
+    group.add_argument(
+        "--collect", action="store_true", help="at the end copy the records, not the weights, into --records"
+    )
     group.add_argument("--missing", action="store_true", help="train only what --records lack, and add it to them")
     group.add_argument("--output", metavar="FILE.md", help="write the Markdown there as well")
     group.add_argument("--figures", metavar="FOLDER", help="draw a PNG per factor of study")
