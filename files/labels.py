@@ -93,11 +93,13 @@ def _too_many_values(reader, index, pixels, values, ignore):
 
 
 def require_ids(section, what):
-    """Refuse a section of what are no numbers of cells."""
+    """The numbers of cells of a section, of a type for whole numbers; refuse what are none."""
     low, high = section.min(), section.max()
-    if section.dtype.kind not in "biu" or low < 0 or high >= 2**31:
-        rule = "must hold whole numbers below 2**31, 0 = background, with --instances"
+    whole = section.dtype.kind in "biu" or (high < 2**24 and (section == np.rint(section)).all())
+    if not whole or low < 0 or high >= 2**31:
+        rule = "must hold whole numbers below 2**31 (2**24 in a file of floats), 0 = background, with --instances"
         raise DataError(f"{what} {rule}. Received: {section.dtype} {low}..{high}")
+    return section if section.dtype.kind in "biu" else section.astype(np.int32)  # as Fiji saves what was uint32
 
 
 ONE_FOR_ALL = "all cells have one and the same number: is this a mask of cells and background, without --instances?"
@@ -129,7 +131,7 @@ def instance_messages(reader, ignore=None):
     for index, section in enumerate(reader):
         bare += [index] * (not section.any())
         section = cells_of(section, ignore)
-        require_ids(section, f"--mask_path: {reader.source}")
+        section = require_ids(section, f"--mask_path: {reader.source}")
         counts.append(np.count_nonzero(np.unique(section)))
         filled += np.count_nonzero(section)
     share = f"{filled / math.prod(reader.shape):.1%} of the pixels"

@@ -104,14 +104,17 @@ class StackReader:
 
 
 def guess_axes(shape):
-    """Return the axes that a shape without names most probably has: of four, the shorter end is the channel.
+    """Return the axes that a shape without names most probably has: of four, the shorter end, or a narrow last one.
 
     >>> guess_axes((30, 512, 512)), guess_axes((30, 512, 512, 2)), guess_axes((1, 3, 30, 512, 512))
     ('zyx', 'zyxc', 'tczyx')
+    >>> guess_axes((1, 96, 130, 1)), guess_axes((2, 96, 130, 3))
+    ('zyxc', 'zyxc')
     """
     if len(shape) > 4:
         return "t" * (len(shape) - 4) + guess_axes(shape[-4:])
-    return ("zyxc" if len(shape) == 4 and shape[-1] < shape[0] else "czyx")[4 - len(shape) :]
+    last = len(shape) == 4 and (shape[-1] < shape[0] or shape[-1] < 5 < shape[-2])  # no section is so narrow
+    return ("zyxc" if last else "czyx")[4 - len(shape) :]
 
 
 def array_reader(array, axes, what, path, channel, **about):

@@ -94,6 +94,7 @@ def _open_folder(folder, what, how):
         with _open_file(files[index], what, **how) as reader:
             if (reader.shape, reader.dtype) != ((1, *size), dtype):
                 rule = f"; each file of its folder must hold one of {size[0]} x {size[1]} px, {dtype}"
+                rule += " (files that OME metadata joins are read by the name of one of them)" * (len(reader) > 1)
                 raise refusal(what, files[index], f"holds {shape_words(reader)}, {reader.dtype}{rule}")
             return reader.part(0, rows, columns)
 
@@ -132,7 +133,9 @@ def _open_png(path, what, ids=False, channel=None, **_):
     with Image.open(path, formats=["PNG"]) as picture:
         mode, frames = picture.mode, getattr(picture, "n_frames", 1)
         require_memory(8 * math.prod(picture.size), f"{path}: the picture")
+        step = {"L;2": 85, "L;4": 17}.get(picture.tile[0][3], 1)  # by which Pillow multiplies 2 or 4 bits
         pixels = np.asarray(picture if ids else _without_palette(picture))
+        pixels = pixels // step if ids or what == "mask" else pixels
     if frames > 1:
         raise refusal(what, path, f"is a film of {frames} pictures; each section must be a file")
     if pixels.ndim != 2:

@@ -76,8 +76,10 @@ def _planes(tif, path, what, channel):
     if "S" in series.axes and not _is_numbered(tif.pages[0]):
         count = dict(axes)["S"]
         rule = colour_rule(what, f"{count} channels")
-        hint = f"; {count} sections need photometric='minisblack' when tifffile writes them"
-        raise refusal(what, path, rule + hint * (series.axes[0] == "S"))
+        if series.axes[0] == "S":  # as napari and tifffile save 3 or 4 sections
+            rule = f"holds {count} colours, or {count} sections that were saved as one picture"
+            rule += "; save gray sections in Fiji as a stack, or each as a file of its own"
+        raise refusal(what, path, rule)
     others = [axis for axis, n in axes[:-2] if n > 1]
     channels = dict(axes[:-2]).get("C", 1)
     picks = channels > 1 and (channel is not None or len(others) > 1 or channels < 5)  # more are sections, badly named
@@ -92,7 +94,7 @@ def _planes(tif, path, what, channel):
 
 def _is_numbered(page):
     """Tell numbers of cells from colours: tifffile, and so napari, writes 3 or 4 sections as planes of one picture."""
-    return page.planarconfig == 2 and page.dtype in (np.int32, np.uint32)
+    return page.planarconfig == 2 and page.dtype.kind in "iu" and page.dtype.itemsize > 2
 
 
 def _check_pages(tif, series, count, path, what):
@@ -175,7 +177,7 @@ def _page_part(page, height, width, rows, columns):
     key = page.keyframe
     high, wide = key.chunks[-2:]
     if (rows.stop - rows.start, columns.stop - columns.start) == (height, width) or len(key.chunked) != 2:
-        return page.asarray().reshape(height, width)[rows, columns]
+        return _pixels_of(page).reshape(height, width)[rows, columns]
     down, across = (range(s.start // n, -(-s.stop // n)) for s, n in ((rows, high), (columns, wide)))
     wanted = [row * key.chunked[1] + column for row in down for column in across]
     where = [page.dataoffsets[i] for i in wanted], [page.databytecounts[i] for i in wanted]
@@ -186,6 +188,18 @@ def _page_part(page, height, width, rows, columns):
         here[: size[1], : size[2]] = key.nodata if found is None else found.reshape(size[1:3])
     first = rows.start - down[0] * high, columns.start - across[0] * wide
     return pixels[first[0] :, first[1] :][: rows.stop - rows.start, : columns.stop - columns.start]
+
+
+def _pixels_of(page):
+    """All pixels of a page; of another file than the one that is open, if the OME metadata joins several."""
+    file = page.parent.filehandle
+    if not file.closed:
+        return page.asarray()
+    file.open()  # without it tifffile does so itself, and warns
+    try:
+        return page.asarray()
+    finally:
+        file.close()
 
 
 def _as_shown(page, read, path, what, ids):
@@ -230,13 +244,18 @@ def _voxel_nm(tif):
         per_pixel = (tif.pages[0].tags[tag].value for tag in ("YResolution", "XResolution"))
         rows, columns = (under / over for over, under in per_pixel)
         about = tif.imagej_metadata or {}
-        unit = NANOMETRES.get(str(about.get("unit", "")).replace("\\u00B5", "\u00b5").lower())
+        unit, deep = (_nm_of(about.get(name, about.get("unit", ""))) for name in ("unit", "zunit"))
         if unit and (unit < NANOMETRES["cm"] or columns * unit < PRINTED_NM):
-            return voxel(about.get("spacing", 0) * unit, rows * unit, columns * unit)
+            return voxel(about.get("spacing", 0) * (deep or 0), rows * unit, columns * unit)
         unit = {2: NANOMETRES["inch"], 3: NANOMETRES["cm"]}.get(int(tif.pages[0].resolutionunit), math.nan)
         return voxel(None, rows * unit, columns * unit) if columns * unit < PRINTED_NM else None
     except (ArithmeticError, AttributeError, KeyError, StopIteration, TypeError, ValueError, SyntaxError):
         return None  # a voxel size that cannot be made out is unknown: no reason to refuse the pixels
+
+
+def _nm_of(unit):
+    """A unit of ImageJ's in nm, or None; ImageJ writes letters beyond ASCII as their numbers."""
+    return NANOMETRES.get(re.sub(r"\\u([0-9A-Fa-f]{4})", lambda found: chr(int(found[1], 16)), str(unit)).lower())
 
 
 def _voxel_of_ome(text):

@@ -60,7 +60,7 @@ def write_mask(path, sections, *, count, shape, voxel_nm=None, force=False, made
 def _write(path, sections, convert, dtype, shape, about, force):
     import tifffile
 
-    layout = _layout(**about, nbytes=math.prod(shape) * dtype.itemsize, dtype=dtype)
+    layout = _layout(**about, shape=shape, dtype=dtype)
     with replacing(path, force=force) as partial:
         tifffile.imwrite(partial, shape=shape, dtype=dtype, photometric="minisblack", **layout)
         with tifffile.TiffFile(partial) as made:
@@ -91,20 +91,24 @@ def _append(file, rows, shape, dtype):
     return len(rows)
 
 
-def _layout(voxel_nm, made_of, nbytes, dtype):
-    """Return tifffile's settings: ImageJ's own format, or OME where that has no room or no such type."""
+def _layout(voxel_nm, made_of, shape, dtype):
+    """Return tifffile's settings: ImageJ's own format, or OME where that has no room."""
+    import tifffile
+
+    nbytes = math.prod(shape) * dtype.itemsize
     said = {f"made_of_{key}": value for key, value in (made_of or {}).items()}
     sizes = {axis: nm / 1e3 for axis, nm in zip("ZYX", voxel_nm or (), strict=False) if nm}
-    if nbytes > CLASSIC_TIFF_BYTES or dtype == np.uint32:
+    if nbytes > CLASSIC_TIFF_BYTES:
         about = {f"PhysicalSize{axis}": um for axis, um in sizes.items()}
         about |= {f"PhysicalSize{axis}Unit": "\u00b5m" for axis in sizes}
         about["Description"] = "\n".join(f"{key}={value}" for key, value in said.items())
-        layout = {"ome": True, "bigtiff": nbytes > CLASSIC_TIFF_BYTES, "metadata": {"axes": "ZYX", **about}}
+        layout = {"ome": True, "bigtiff": True, "metadata": {"axes": "ZYX", **about}}
         if "X" in sizes:  # for ImageJ, which does not read OME's
             layout |= {"resolution": (1e4 / sizes["X"], 1e4 / sizes["Y"]), "resolutionunit": "CENTIMETER"}
         return layout
     about = {"axes": "ZYX"} | said | ({"spacing": sizes["Z"]} if "Z" in sizes else {})
-    if "X" not in sizes:
-        return {"imagej": True, "metadata": about}
-    resolution = (1 / sizes["X"], 1 / sizes["Y"])
-    return {"imagej": True, "metadata": {"unit": "um", **about}, "resolution": resolution}
+    about |= {"unit": "um"} if "X" in sizes else {}
+    resolution = {"resolution": (1 / sizes["X"], 1 / sizes["Y"])} if "X" in sizes else {}
+    if dtype == np.uint32:  # which ImageJ reads, and tifffile does not write for it
+        return {"metadata": None, "description": tifffile.imagej_description(shape, **about)} | resolution
+    return {"imagej": True, "metadata": about} | resolution

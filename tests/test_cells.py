@@ -210,10 +210,23 @@ def test_frames_without_a_mask_are_left_out(frames, tmp_path):
 
 
 def test_instance_labels_are_whole_numbers_and_not_taken_for_membranes_by_mistake(frames, tmp_path):
-    for value, dtype, words in ((0.5, np.float32, "float"), (-1, np.int16, "-1")):
+    for value, dtype, words in ((0.5, np.float32, "float"), (2**24, np.float32, "float"), (-1, np.int16, "-1")):
         tifffile.imwrite(tmp_path / "x.tif", np.full((2, 8, 8), value, dtype))
         refused(f"must hold whole numbers.*{words}", data.read_instances, tmp_path / "x.tif")
     refused("which --instances takes", data.load_pair, frames / "01", frames / "01_ST/SEG")
+
+
+def test_numbers_of_cells_in_a_file_of_floats_are_read_and_scored_as_fiji_saves_them(capsys, tmp_path):
+    cells = discs()[1]
+    for name, dtype in (("whole.tif", np.uint32), ("floats.tif", np.float32)):
+        tifffile.imwrite(tmp_path / name, cells.astype(dtype), photometric="minisblack")
+    stacks = [data.read_instances(tmp_path / name) for name in ("whole.tif", "floats.tif")]
+    assert stacks[0][1] == stacks[1][1]
+    assert stacks[1][0].sections.dtype == np.int32
+    np.testing.assert_array_equal(stacks[1][0].sections, cells)
+    files = ("--prediction", tmp_path / "floats.tif", "--mask_path", tmp_path / "whole.tif")
+    done = call_here(capsys, "evaluate", "--instances", *files)
+    assert (done.code, "mean IoU 1.0000, SEG 1.0000" in done.out) == (0, True)
 
 
 def test_the_best_settings_are_those_of_the_highest_mean_iou_by_section_and_as_a_whole():
@@ -239,7 +252,7 @@ def test_the_best_settings_are_those_of_the_highest_mean_iou_by_section_and_as_a
 
 @pytest.mark.parametrize(("flags", "words"), [("--report r", "goes without --report"), ("", "whole numbers")])
 def test_evaluate_refuses_what_cannot_be_scored(frames, capsys, tmp_path, flags, words):
-    tifffile.imwrite(tmp_path / "p.tif", np.zeros((8, 64, 80), np.float32))
+    tifffile.imwrite(tmp_path / "p.tif", np.full((8, 64, 80), 0.5, np.float32))
     files = ("--prediction", tmp_path / "p.tif", "--mask_path", frames / "01_ST/SEG")
     done = call_here(capsys, "evaluate", "--instances", *files, *flags.split())
     assert (done.code, words in done.err) == (2, True), done.err

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import os
+import struct
 import tracemalloc
+import zlib
 from itertools import product
 
 import numpy as np
@@ -122,6 +124,41 @@ def test_description_names_axes_and_encoding_and_the_hash_is_of_the_pixels_in_c_
     array = np.array([[1, 2], [3, 4]], "<u2")
     found = {sha256_pixels(a) for a in (array, array.astype(">u2"), np.asfortranarray(array))}
     assert (len(found), found) == (1, {expected})
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint64"])
+def test_numbers_of_three_sections_saved_as_planes_of_one_picture_are_sections(tmp_path, dtype):
+    """As napari saves labels, those that it made of floats with 64 bits."""
+    labels = gray((3, 12, 10)).astype(dtype)
+    tifffile.imwrite(tmp_path / "a.tif", labels, photometric="rgb", planarconfig="separate")
+    np.testing.assert_array_equal(read_stack(tmp_path / "a.tif", what="mask").sections, labels)
+
+
+def test_files_that_ome_metadata_joins_are_read_by_the_name_of_one_and_as_a_folder_refused(tmp_path, recwarn):
+    sections, size = gray((3, 12, 10)), 'SizeX="10" SizeY="12" SizeZ="3" SizeC="1" SizeT="1"'
+    parts = (f'<TiffData FirstZ="{i}"><UUID FileName="s{i}.ome.tif">urn:uuid:{i}</UUID></TiffData>' for i in range(3))
+    pixels = f'<Pixels ID="P:0" DimensionOrder="XYZCT" Type="uint8" {size}>{"".join(parts)}</Pixels>'
+    for i, section in enumerate(sections):
+        head = f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:{i}">'
+        about = f'<?xml version="1.0"?>{head}<Image ID="Image:0">{pixels}</Image></OME>'
+        tifffile.imwrite(tmp_path / f"s{i}.ome.tif", section, description=about, metadata=None)
+    np.testing.assert_array_equal(read_stack(tmp_path / "s1.ome.tif").sections, sections)
+    refused(tmp_path, "files that OME metadata joins are read by the name of one of them")
+    assert not [one for one in recwarn if "closed file" in str(one.message)]
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 3), (4, 15)])
+def test_labels_in_a_png_of_few_bits_are_what_is_stored(tmp_path, bits, most):
+    rows = np.random.default_rng(0).integers(0, most + 1, (6, 8))
+    packed = [sum(int(v) << bits * (len(rows[0]) - 1 - i) for i, v in enumerate(row)) for row in rows]
+    lines = b"".join(b"\0" + line.to_bytes(bits, "big") for line in packed)
+    header = struct.pack(">IIBBBBB", 8, 6, bits, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    parts = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with iter_sections(tmp_path / "a.png", what="mask", ids=True) as reader:
+        np.testing.assert_array_equal(reader[0], rows)
+    np.testing.assert_array_equal(read_stack(tmp_path / "a.png").sections[0], rows * (255 // most))
 
 
 def test_folder_is_read_in_natural_order(tmp_path):
@@ -290,7 +327,12 @@ BAD_TIFF = {  # pixels, how tifffile writes them, what happens to the file, word
     "OME: 2 of 6": (gray(), GRAY | {"ome": True}, words(b'SizeC="6"', b'SizeC="2"'), ""),
     "RGB": (gray((4, 20, 20, 3)), {"photometric": "rgb"}, whole, r"colour image \(3 channels\)"),
     "RGB, compressed": (gray((4, 20, 20, 3)), {"photometric": "rgb", "compression": "lzw"}, whole, "colour image"),
-    "RGB, planes": (gray((3, 20, 20)), {"photometric": "rgb", "planarconfig": "separate"}, whole, "3 sections need"),
+    "RGB, planes": (
+        gray((3, 20, 20)),
+        {"photometric": "rgb", "planarconfig": "separate"},
+        whole,
+        "3 sections that were saved as one",
+    ),
     "a palette of colours": (gray(), {"photometric": "palette", "colormap": COLOURS}, whole, "palette of colours"),
     "four axes without names": (gray((3, 5, 16, 16)), GRAY, whole, "QQYX"),
     "four axes": (gray((4, 3, 8, 8)), GRAY | {"imagej": True, "metadata": {"axes": "TZYX"}}, whole, "axes TZYX"),
@@ -457,6 +499,9 @@ OME_SIZES = {"PhysicalSizeX": 0.004, "PhysicalSizeY": 8, "PhysicalSizeYUnit": "n
     (imagej((0.25, 0.25), spacing=50, unit="nm"), (50, 4, 4)),
     (imagej((250, 250), unit="micron"), (None, 4, 4)),
     (imagej((250, 250), unit="\\u00B5m"), (None, 4, 4)),
+    (imagej((250, 250), unit="\\u03BCm"), (None, 4, 4)),
+    (imagej((0.025, 0.025), unit="\\u00C5", spacing=500), (50, 4, 4)),
+    (imagej((0.25, 0.25), unit="nm", zunit="micron", spacing=0.05), (50, 4, 4)),
     (imagej(), None),
     (imagej((2, 2), unit="pixel"), None),
     ({"resolution": (2.5e6, 2.5e6), "resolutionunit": "CENTIMETER"}, (None, 4, 4)),
@@ -516,6 +561,8 @@ def test_masks_voxel_sizes_and_what_they_are_made_of_come_back(tmp_path, count, 
     assert (stack.dtype, stack.voxel_nm, stack.made_of) == (np.dtype(dtype), voxel_nm, made_of)
     assert read_stack(stack).made_of == made_of
     with tifffile.TiffFile(tmp_path / "m.tif") as tif:  # what ImageJ reads of it
+        assert tif.imagej_metadata.get("spacing") == (voxel_nm[0] and voxel_nm[0] / 1e3 if voxel_nm else None)
+        assert (tif.imagej_metadata["images"], len(tif.series)) == (count, 1)
         per_um = {1: 1, 2: 1, 3: 1e-4}[int(tif.pages[0].tags["ResolutionUnit"].value)]
         across, down = (tif.pages[0].tags[f"{axis}Resolution"].value for axis in "XY")
     if voxel_nm:
