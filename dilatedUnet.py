@@ -587,9 +587,9 @@ def main(argv=None):
     except RecursionError:
         say("dilatedUnet.py: a file is nested too deep to be read")
     except Exception as error:
-        if not shell.out_of_memory(error):
+        if not (words := shell.known(error)):
             raise
-        say("dilatedUnet.py: out of memory; a smaller --batch_size, --window or --tile takes less")
+        say(f"dilatedUnet.py: {words}")
     except KeyboardInterrupt as stop:
         say(f"dilatedUnet.py: {str(stop) or 'interrupted'}")
         return getattr(stop, "code", 130)

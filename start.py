@@ -7,6 +7,7 @@ python3 start.py test     make .venv, run the linter and all tests
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,13 @@ def environment(requirements):
         try:
             venv.create(folder, with_pip=True)  # also over one that was left half made
         except subprocess.CalledProcessError:
+            if shutil.disk_usage(ROOT).free < 2**25:
+                sys.exit(f"{folder} could not be made: the disk is full.")
             sys.exit("Python's venv does not work here. On Debian and Ubuntu: sudo apt install python3-venv")
+        except (OSError, ValueError) as error:
+            sys.exit(f"{folder} could not be made: {error}")
+        except KeyboardInterrupt:
+            sys.exit(130)
     # pip would compile all of it, on one core: Python compiles what it imports, once
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     quick = ("--quiet", "--disable-pip-version-check", "--no-compile")

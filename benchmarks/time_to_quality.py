@@ -237,13 +237,20 @@ def measured(args):
 
 
 def mean_points(runs):
-    """Points of the mean over a recipe's runs, at even times that all runs have seen, and their standard deviations."""
+    """Points of the mean over a recipe's runs, and their standard deviations.
+
+    They are at even times that all runs have seen; the last point is the mean of the runs' ends.
+    """
     if len(runs) == 1:
         return runs[0], [0.0] * len(runs[0])
     first, last = max(run[0][0] for run in runs), min(run[-1][0] for run in runs)
     times = np.linspace(first, last, min(map(len, runs)))
     updates, values = (
         np.array([np.interp(times, *np.array(run, float).T[[0, column]]) for run in runs]) for column in (1, 2)
+    )
+    times[-1], updates[:, -1], values[:, -1] = (
+        np.mean([run[-1][0] for run in runs]),
+        *np.array([run[-1][1:] for run in runs]).T,
     )
     means = (times.tolist(), updates.mean(axis=0).round().astype(int).tolist(), values.mean(axis=0).tolist())
     return list(zip(*means, strict=True)), values.std(axis=0, ddof=1).tolist()

@@ -134,7 +134,12 @@ def quiet_stderr():
             os.close(kept)
 
 
-def out_of_memory(error):
-    """Whether an exception says that, in the words of Python or of a framework."""
+def known(error):
+    """What an exception of Python or of a framework says, if that is a full disk or too little memory."""
+    said = str(error)
+    if full := next((line for line in said.splitlines() if "No space left on device" in line), None):
+        return full  # which TensorFlow calls exhausted, too
     kinds = ("MemoryError", "ResourceExhaustedError", "OutOfMemoryError")
-    return any(kind.__name__ in kinds for kind in type(error).__mro__) or "RESOURCE_EXHAUSTED" in str(error)
+    if any(kind.__name__ in kinds for kind in type(error).__mro__) or "RESOURCE_EXHAUSTED" in said:
+        return "out of memory; a smaller --batch_size, --window or --tile takes less"
+    return None

@@ -63,6 +63,9 @@ def look_up(plan, job) -> Found:
         if differing:
             return Found("other", f"{folder} holds a run with other settings ({differing}): move it away")
         result = check_result(result_of(record, history))
+        ends = (record.get("final") or {}).get("epoch"), (history.get("epoch") or (None,))[-1]
+        if record["finished"] and None not in ends and ends[0] != ends[1]:
+            raise ValueError("it ends with epoch {}, history.csv with {:g}".format(*ends))
         if record["finished"]:
             return Found("finished", "finished", result)
         return Found("half", f"half-finished in {folder}, {progress_words(result)}", result)

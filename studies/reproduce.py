@@ -86,6 +86,7 @@ def run(args, parse) -> int:
         print("\n".join(listing(plans[0], args.missing)) or "# no run is missing")
         return 0
     places = {args.records: args.collect, args.figures: args.figures, Path(args.output or "").parent: args.output}
+    places |= {} if args.render else {Path(args.runs, plans[0].table.name): True}
     make_writable(*(folder for folder, asked in places.items() if asked))
     done = args.render or train(plans[0], args)
     if args.collect:
@@ -99,6 +100,8 @@ def check_flags(args):
         raise DataError("--render trains nothing: choose it, or --list, or --missing.")
     if args.name == "all" and (args.collect or not args.render):
         raise DataError(f"all is for --render alone; else name one table: {', '.join(rows.TABLES)}.")
+    if args.name == "all" and (args.only or args.factor or args.quick):
+        raise DataError("all renders every table: a factor, --only and --quick go with one table.")
     for name in ("records", "runs"):
         if os.path.isfile(folder := getattr(args, name)):
             raise DataError(f"--{name} must be a folder. Received: {folder}")

@@ -227,6 +227,7 @@ def test_predict_takes_the_shipped_network_and_says_so_unless_another_is_named(c
     (Terminated(), 143, "SIGTERM"),
     (MemoryError("Unable to allocate 6 GiB"), 2, "out of memory"),
     (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), 2, "out of memory"),
+    (RuntimeError("RESOURCE_EXHAUSTED: a/events.v2; No space left on device"), 2, "a/events.v2; No space left on"),
     (RecursionError("maximum recursion depth exceeded"), 2, "nested too deep"),
 )
 def test_what_goes_wrong_becomes_an_exit_code_and_one_sentence(call, monkeypatch, error, code, words):

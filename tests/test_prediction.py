@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import threading
 import weakref
 from pathlib import Path
 
@@ -337,6 +338,21 @@ def test_one_section_is_read_predicted_and_written_at_a_time(call, weights, monk
     monkeypatch.setattr(prediction, "write", lambda args, finished, *_, **__: written.extend(p.shape for p in finished))
     assert (call("predict", "--weight_path", weights).code, written) == (0, [(32, 40)] * 40)
     assert 1 <= most[0] <= 3
+
+
+def test_the_threads_of_a_prediction_that_is_interrupted_end_with_it(call, weights, small, monkeypatch):
+    """Left to the end of Python they would find its modules gone, and say so in a traceback."""
+
+    def write(args, finished, *_, **__):
+        next(iter(finished))
+        kept.append(finished)
+        raise KeyboardInterrupt
+
+    kept = []  # so that nothing but the program ends them
+    monkeypatch.setattr(prediction, "write", write)
+    assert call("predict", "--weight_path", weights, "--image_path", small / "images.tif").code == 130
+    assert len(kept) == 1
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 @cases("words, taken, rows", ("", "0.04", 40), ("--threshold 0.5", "0.04", 40), ("--tta 4", "0.18", 400))

@@ -100,6 +100,9 @@ def test_the_commit_is_a_commit_or_nothing(monkeypatch, tmp_path):
     assert len(records.commit()) == 40
     (tmp_path / "program.py").write_text("2")
     assert records.commit()[40:] == "+"
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "copy" / "train" / "record.py"))
+    (tmp_path / "copy").mkdir()
+    assert records.commit() is None  # the suite without its own .git, inside of another repository
 
 
 def test_intensities_are_type_range_and_percentiles():

@@ -256,10 +256,13 @@ def test_rows_that_name_their_held_out_sections_are_not_folded_and_levels_that_a
     (["table", "--list", "--render"], "--render trains nothing"),
     (["table", "--missing", "--render"], "--render trains nothing"),
     *((["all", *words], "all is for --render") for words in ([], ["--render", "--collect"])),
+    *((["all", "--render", *words], "go with one table") for words in (["--only", "x"], ["--quick"])),
+    (["all", "lr", "--render"], "go with one table"),
     (["table", "--output", "README.md"], "README.md exists and is not a table written by reproduce"),
     (["table", "--records", "README.md"], "--records must be a folder. Received: README.md"),
     (["table", "--records", ".", "--force", "--output", "x/../table.json"], "--output must not be an input"),
     (["table", "--output", "README.md/x.md", "--force"], "README.md could not be written"),
+    (["table", "--runs", "README.md/runs"], "README.md/runs/table could not be written"),
     (["table", "--output", "."], "exists and is not a table written by reproduce"),
     (["study", "lr", "--figures", "images"], "images/study-lr.png exists already"),
     (["best", "--figures", "images"], "--figures draws study and unet2015. Received: best"),
@@ -371,6 +374,16 @@ def test_a_broken_record_counts_as_missing_and_stops_nothing(reproduced, text):
     assert (code, calls) == (1, ["unet-published-f0-s0"])
     assert "unet-holdout-f0-s0 cannot run: " in err
     assert "is not a run record" in out
+
+
+def test_a_history_that_lacks_the_last_epochs_of_its_run_is_not_taken_for_all_of_it(reproduced):
+    reproduced(*ONE)
+    folder = Path("runs/reproduce/table/unet-holdout-f0-s0")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"final": {"loss": 9.0, "epoch": 4}}))
+    assert "cannot run" not in reproduced(*ONE)[2]
+    (folder / "run.json").write_text(json.dumps(record | {"final": {"loss": 9.0, "epoch": 5}}))
+    assert "it ends with epoch 5, history.csv with 4" in reproduced(*ONE)[2]
 
 
 @cases("text", "", "epoch,loss\n", "epoch,loss\n1\n")

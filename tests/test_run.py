@@ -579,7 +579,7 @@ def test_tensorboard_shows_the_rate_of_the_last_update_and_force_removes_the_log
     assert (log.exists(), mine.exists()) == (False, True)
 
 
-def test_tensorboard_logs_are_written_or_the_missing_package_is_named(train, tmp_path):
+def test_tensorboard_logs_are_written_or_the_missing_package_is_named(train, tmp_path, monkeypatch):
     done = train(f"{HOLDOUT} --tensorboard --epochs 1 --run_dir run", code=None)
     logs = list((tmp_path / "run").glob("tensorboard/**/events*"))
     if done.code == 0:
@@ -588,6 +588,11 @@ def test_tensorboard_logs_are_written_or_the_missing_package_is_named(train, tmp
         assert done.code == 2
         assert "--tensorboard needs the package tensorboard" in done.err.splitlines()[-1]
         assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/tensorboard").touch()
+    done = train(f"{HOLDOUT} --tensorboard --epochs 1 --run_dir other", code=2)
+    assert "tensorboard could not be written: File exists" in done.err.splitlines()[-1]
 
 
 GRAY = np.random.default_rng(0).integers(0, 256, (10, 64, 80), dtype=np.uint8)

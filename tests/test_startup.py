@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import venv
+from unittest.mock import Mock
 
+import pytest
 from conftest import ROOT, cases, with_ctrl_c
 
 import dilatedUnet
@@ -56,6 +58,25 @@ def test_a_device_is_chosen_before_keras_is_imported_and_one_that_is_not_there_i
     monkeypatch.setattr("network.device.accelerator", lambda: None)
     assert chosen() == ("-1", "")
     assert chosen("--gpu", "3") == ("3", "--gpu 3: no such GPU is found here, so the CPU computes\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "free", "code"),
+    [
+        (OSError(30, "Read-only file system"), 2**40, ".venv could not be made: [Errno 30] Read-only file system"),
+        (ValueError("Refusing to create a venv"), 2**40, "Refusing to create a venv"),
+        (subprocess.CalledProcessError(1, "ensurepip"), 2**40, "sudo apt install python3-venv"),
+        (subprocess.CalledProcessError(1, "ensurepip"), 1000, "the disk is full"),
+        (KeyboardInterrupt(), 2**40, 130),
+    ],
+)
+def test_why_no_environment_can_be_made_is_said_in_a_sentence(tmp_path, monkeypatch, error, free, code):
+    monkeypatch.setattr(start, "ROOT", tmp_path)
+    monkeypatch.setattr(start.venv, "create", Mock(side_effect=error))
+    monkeypatch.setattr(start.shutil, "disk_usage", lambda folder: Mock(free=free))
+    with pytest.raises(SystemExit) as stopped:
+        start.environment("requirements.txt")
+    assert stopped.value.code == code or code in stopped.value.code
 
 
 def test_an_environment_that_was_left_half_made_is_made_again(tmp_path, monkeypatch):

@@ -219,6 +219,9 @@ def commit():
         return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=10)
 
     try:
+        within = git("rev-parse", "--show-prefix")
+        if within.returncode or within.stdout.strip():
+            return None  # a copy of the suite in another repository
         head = git("rev-parse", "--verify", "--quiet", "HEAD")
         return head.stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno", "--", "*.py").stdout) or None
     except (OSError, subprocess.SubprocessError):

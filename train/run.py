@@ -357,7 +357,9 @@ def extra_callbacks(args, place):
         return []
     if importlib.util.find_spec("tensorboard") is None:
         raise DataError("--tensorboard needs the package tensorboard, which is not installed.")
-    return [TensorBoard(place.folder / "tensorboard")]
+    folder = place.folder / "tensorboard"
+    atomic.make_writable(folder, folder / "train", folder / "validation")
+    return [TensorBoard(folder)]
 
 
 class TensorBoard(keras.callbacks.TensorBoard):
