@@ -34,12 +34,12 @@ NAMES = ("v_rand", "v_info")
 def opened(run):
     """Stacks of a finished run, images and masks of its held-out sections, its predictor (8 rotations), its borders."""
     record = json.loads((run / "run.json").read_text())
-    own, named = run / "best", record["settings"]["weight_path"]
-    weights = own if own.with_suffix(".weights.h5").exists() else Path(named)
+    own = run / "best"
+    weights = str(own if prediction.weight_file(own).exists() else record["settings"]["weight_path"])
     stacks = training.load(dilatedUnet.parse(record["argv"]))
     images, masks = (stack.sections[list(stacks.split.held_out)] for stack in (stacks.images, stacks.masks))
-    merger, engine = borders.load(Path(f"{weights}.borders.npz")), engines.choose("auto")
-    network, _ = prediction.load_network(str(weights), "float32", engine)
+    merger, engine = borders.load(prediction.borders_file(weights)), engines.choose("auto")
+    network, _ = prediction.load_network(weights, "float32", engine)
     predict = prediction.section_predictor(network, stacks.normalisation, engine=engine, tta="8")
     return stacks, images, masks, predict, merger
 

@@ -248,10 +248,8 @@ def mean_points(runs):
     updates, values = (
         np.array([np.interp(times, *np.array(run, float).T[[0, column]]) for run in runs]) for column in (1, 2)
     )
-    times[-1], updates[:, -1], values[:, -1] = (
-        np.mean([run[-1][0] for run in runs]),
-        *np.array([run[-1][1:] for run in runs]).T,
-    )
+    ends = np.array([run[-1] for run in runs]).T  # seconds, updates, V_rand
+    times[-1], updates[:, -1], values[:, -1] = ends[0].mean(), ends[1], ends[2]
     means = (times.tolist(), updates.mean(axis=0).round().astype(int).tolist(), values.mean(axis=0).tolist())
     return list(zip(*means, strict=True)), values.std(axis=0, ddof=1).tolist()
 

@@ -112,9 +112,8 @@ def _sections_in(folder, what):
     files = [path for path in files if path.is_file()]
     if len(unread) > len(files):
         kinds = some(sorted({path.suffix for path in unread}))
-        raise refusal(
-            what, folder, f"holds {len(unread)} files of a kind that is not read: {kinds}; save them as TIFF or PNG"
-        )
+        rule = f"holds {len(unread)} files of a kind that is not read: {kinds}; save them as TIFF or PNG"
+        raise refusal(what, folder, rule)
     if not files:
         raise refusal(what, folder, f"holds no {', '.join(SUFFIXES)} files")
     rest = len(shared_end([path.stem for path in files]))  # without it images and their masks have one order
@@ -133,9 +132,10 @@ def _open_png(path, what, ids=False, channel=None, **_):
     with Image.open(path, formats=["PNG"]) as picture:
         mode, frames = picture.mode, getattr(picture, "n_frames", 1)
         require_memory(8 * math.prod(picture.size), f"{path}: the picture")
-        step = {"L;2": 85, "L;4": 17}.get(picture.tile[0][3], 1)  # by which Pillow multiplies 2 or 4 bits
+        step = {"L;2": 85, "L;4": 17}.get(picture.tile[0][3])  # by which Pillow multiplies 2 or 4 bits
         pixels = np.asarray(picture if ids else _without_palette(picture))
-        pixels = pixels // step if ids or what == "mask" else pixels
+    if step and (ids or what == "mask"):
+        pixels = pixels // step
     if frames > 1:
         raise refusal(what, path, f"is a film of {frames} pictures; each section must be a file")
     if pixels.ndim != 2:

@@ -107,8 +107,9 @@ def _layout(voxel_nm, made_of, shape, dtype):
             layout |= {"resolution": (1e4 / sizes["X"], 1e4 / sizes["Y"]), "resolutionunit": "CENTIMETER"}
         return layout
     about = {"axes": "ZYX"} | said | ({"spacing": sizes["Z"]} if "Z" in sizes else {})
-    about |= {"unit": "um"} if "X" in sizes else {}
-    resolution = {"resolution": (1 / sizes["X"], 1 / sizes["Y"])} if "X" in sizes else {}
+    layout = {}
+    if "X" in sizes:
+        about["unit"], layout["resolution"] = "um", (1 / sizes["X"], 1 / sizes["Y"])
     if dtype == np.uint32:  # which ImageJ reads, and tifffile does not write for it
-        return {"metadata": None, "description": tifffile.imagej_description(shape, **about)} | resolution
-    return {"imagej": True, "metadata": about} | resolution
+        return layout | {"metadata": None, "description": tifffile.imagej_description(shape, **about)}
+    return layout | {"imagej": True, "metadata": about}

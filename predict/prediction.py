@@ -370,6 +370,8 @@ def run_sections(args, sections, records, norms, sizes, how, mergers=()):
     predict = mean_of([rescale.seen_at(*one) for one in zip(sizes, predictors, strict=True)])
     if mergers:
         records = [record | {"threshold": record["merge"]["threshold"]} for record in records]
+    if large:
+        say_memory(args, sections, grid.tile[0] if by_rows else sections.shape[1])
     weights = ",".join(quote(weight_file(path).name) for path in args.weight_path)
     made_of = {"pixels_sha256": data.sha256_pixels(sections), "weights": weights, "normalise": args.normalise}
     made_of |= {"merged": 1} if mergers else {}
@@ -377,7 +379,6 @@ def run_sections(args, sections, records, norms, sizes, how, mergers=()):
     about = {"count": len(sections), "shape": sections.shape[1:], "voxel_nm": sections.voxel_nm, "made_of": made_of}
     with contextlib.ExitStack() as threads:  # they end here, also after Ctrl-C, and not when Python's modules are gone
         if large:
-            say_memory(args, sections, grid.tile[0] if by_rows else sections.shape[1])
             predictions = (predict(Unread(sections, index)) for index in range(len(sections)))
         else:  # the next section is read while one is predicted, and predicted while one is written
             read = threads.enter_context(contextlib.closing(ahead(sections)))

@@ -73,7 +73,7 @@ def run(args):
         notes += check_origin(native, labels, raw, sections)
         sections, references, native, raw = with_labels(sections, references, native, raw)
         if args.instances:
-            native.convert = partial(require_ids, what="--prediction")
+            native = Sections(native.reader, native.chosen, partial(require_ids, what="--prediction"))
             notes += [f"warning: --prediction: {ONE_FOR_ALL}"] * one_for_all(native)
             prediction, found = native, score_instances(native, references, sections=sections)
             text = f"mean IoU {found['mean_iou']:.4f}, SEG {found['seg']:.4f} of {found['cells']} cells"

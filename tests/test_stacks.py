@@ -161,6 +161,14 @@ def test_labels_in_a_png_of_few_bits_are_what_is_stored(tmp_path, bits, most):
     np.testing.assert_array_equal(read_stack(tmp_path / "a.png").sections[0], rows * (255 // most))
 
 
+def test_a_mask_in_a_png_of_one_bit_is_bool(tmp_path):
+    mask = gray((1, 12, 10), "bool")[0]
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    found = read_stack(tmp_path / "a.png", what="mask")
+    assert found.sections.dtype == bool
+    np.testing.assert_array_equal(found.sections[0], mask)
+
+
 def test_folder_is_read_in_natural_order(tmp_path):
     sections = gray((12, 8, 9))
     for i, section in enumerate(sections):
