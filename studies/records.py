@@ -101,6 +101,7 @@ def result_of(record, history) -> dict:
     scored = record.get("held_out") or record.get("training_sections") or {}
     settings = {key: value for key, value in record["settings"].items() if key not in rows.IGNORED}
     half = {} if record["finished"] else {"finished": False, "epoch": len(history.get("epoch", ()))}
+    half |= {"init_from": record["init_from"]["sha256"]} if record.get("init_from") else {}  # the weights, by content
     return half | {
         **{key: record.get(key) for key in KEPT},
         "settings": settings | {"epochs": record["epochs"]},
@@ -130,7 +131,7 @@ def check_result(result) -> dict:
     """The result, or ValueError or KeyError: what every reader of one relies on."""
     half = not result.get("finished", True)
     for key, kind in KINDS.items():
-        if not isinstance(result[key], kind):
+        if not isinstance(result[key], kind) or not isinstance(result.get("init_from"), str | None):
             raise ValueError(f"{key} must be {'an object' if kind is dict else 'a number or text'}")
     if half and not all(isinstance(epoch, int) for epoch in (result["epoch"], result["settings"]["epochs"])):
         raise ValueError("a run that is not finished must have its epoch")

@@ -92,14 +92,16 @@ def test_the_commit_is_a_commit_or_nothing(monkeypatch, tmp_path):
     assert records.commit() is None
     git("init")
     assert records.commit() is None
-    for name in ("program.py", "table.json"):
+    for name in ("program.py", "shipped.weights.h5", "table.json"):
         (tmp_path / name).write_text("1")
     git("add", ".")
     git("commit", "-m", "x")
     (tmp_path / "table.json").write_text("2")  # a record that a run adds to is not the program
     assert len(records.commit()) == 40
-    (tmp_path / "program.py").write_text("2")
-    assert records.commit()[40:] == "+"
+    for name in ("program.py", "shipped.weights.h5"):  # --init_from may start from the latter
+        (tmp_path / name).write_text("2")
+        assert records.commit()[40:] == "+"
+        (tmp_path / name).write_text("1")
     monkeypatch.setattr(records, "__file__", str(tmp_path / "copy" / "train" / "record.py"))
     (tmp_path / "copy").mkdir()
     assert records.commit() is None  # the suite without its own .git, inside of another repository

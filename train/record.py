@@ -212,7 +212,7 @@ def versions():
 
 
 def commit():
-    """The suite's own Git commit, with "+" where its program was changed since; None outside a clone."""
+    """The suite's own Git commit, with "+" where its program or networks have changed since; None outside a clone."""
 
     def git(*words):
         here = Path(__file__).parent.parent
@@ -223,7 +223,8 @@ def commit():
         if within.returncode or within.stdout.strip():
             return None  # a copy of the suite in another repository
         head = git("rev-parse", "--verify", "--quiet", "HEAD")
-        return head.stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno", "--", "*.py").stdout) or None
+        changed = git("status", "--porcelain", "-uno", "--", "*.py", "*.weights.h5").stdout
+        return head.stdout.strip() + "+" * bool(changed) or None
     except (OSError, subprocess.SubprocessError):
         return None
 
