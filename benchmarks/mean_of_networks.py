@@ -36,6 +36,8 @@ def opened(run):
     record = json.loads((run / "run.json").read_text())
     own = run / "best"
     weights = str(own if prediction.weight_file(own).exists() else record["settings"]["weight_path"])
+    if not prediction.borders_file(weights).exists() or not record["split"]["held_out"]:
+        raise SystemExit(f"{run}: must hold out sections and have learned false borders, as --recipe quick does")
     stacks = training.load(dilatedUnet.parse(record["argv"]))
     images, masks = (stack.sections[list(stacks.split.held_out)] for stack in (stacks.images, stacks.masks))
     merger, engine = borders.load(prediction.borders_file(weights)), engines.choose("auto")
@@ -83,8 +85,11 @@ def main():
     args = parser.parse_args()
     record = json.loads(args.json.read_text()) if args.json.exists() else {}
     record |= {"versions": records.versions(), "hardware": records.hardware(), "commit": records.commit()}
+    if len({run.name for run in args.runs}) < len(args.runs):
+        raise SystemExit("mean_of_networks.py: two runs have folders of one name, and the record names them by it")
     found = scores_of(args.runs)
-    record[f"sections {found['sections']}"] = found
+    key = f"sections {found['sections']}"
+    record[key] = record.get(key, {}) | found
     atomic.write_json(args.json, record)
 
 

@@ -80,6 +80,8 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--json", required=True, metavar="FILE")
     args = parser.parse_args()
+    if len({run.name for run in args.runs}) < len(args.runs):
+        raise SystemExit("montages_2017.py: two runs have folders of one name, and the record names them by it")
     before = json.loads(Path(args.json).read_text()) if Path(args.json).exists() else {}
     found = before | {"versions": records.versions(), "hardware": records.hardware(), "commit": records.commit()}
     for folder in args.runs:

@@ -21,6 +21,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -355,12 +356,15 @@ def main():
     parser.add_argument("--batch_size", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps of each candidate per round")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these candidates")
+    known = {"choices": names(None), "help": ", ".join(names(None))}
+    parser.add_argument("--only", nargs="+", metavar="NAME", **known)
     parser.add_argument("--json", help="write the record there")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)  # how this script starts its candidates
     args = parser.parse_args()
     if args.worker:
         return work(*args.worker, args.batch_size, args.window)
+    if not shutil.which(args.python):
+        parser.error(f"--python: there is no {args.python}; benchmarks/README.md says how to make it")
     from training_step import write_record
 
     from network import device

@@ -188,7 +188,11 @@ def plan(folder, task):
     for kind, sections in {"imagesTr/{:03d}_0000.png": task["images"], "labelsTr/{:03d}.png": task["masks"]}.items():
         (folder / kind).parent.mkdir(parents=True)
         for number, section in enumerate(sections):
-            io.imsave(folder / kind.format(number), section.astype(np.uint8), check_contrast=False)
+            io.imsave(
+                folder / kind.format(number),
+                section.astype(np.uint8 if section.dtype == bool else section.dtype),
+                check_contrast=False,
+            )
     described = {"channel_names": {"0": "EM"}, "labels": {"background": 0, "interior": 1}, "file_ending": ".png"}
     described |= {"numTraining": len(task["images"])}
     (folder / "dataset.json").write_text(json.dumps(described))

@@ -60,6 +60,8 @@ CHANGES = {
 def scores_of(run, found):
     """Fill `found` with the scores of a run's held-out sections under each change, saying and yielding as it goes."""
     _, images, masks, predict, merger = opened(run)
+    if images.dtype != np.uint8:
+        raise SystemExit(f"{run}: the changes are made for sections of 8 bits. Received: {images.dtype}")
     for name in [name for name in CHANGES if name not in found]:
         changed = np.clip(np.rint(CHANGES[name](images.astype(np.float64))), 0, 255).astype(np.uint8)
         interior = np.stack([predict(section) for section in changed])
@@ -79,7 +81,10 @@ def main():
     for run in args.runs:
         about = json.loads((run / "run.json").read_text())
         known = {"command": about["command"], "sections": about["split"]["held_out"], "scores": {}}
-        for _ in scores_of(run, record["runs"].setdefault(run.name, known)["scores"]):
+        there = record["runs"].setdefault(run.name, known)
+        if any(there[key] != known[key] for key in ("command", "sections")):
+            raise SystemExit(f"{run}: {args.json} holds another run of that name; rename one, or take another file")
+        for _ in scores_of(run, there["scores"]):
             atomic.write_json(args.json, record)
 
 

@@ -20,6 +20,7 @@ from scratch with the same seeds; with several, means and their standard deviati
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -171,7 +172,7 @@ def small(section):
 
 def rescaled(stack, binary=False):
     sections = np.stack([small(section) for section in stack.sections])
-    sections = (sections > 0.5).astype(np.uint8) if binary else np.round(sections).astype(np.uint8)
+    sections = (sections > 0.5).astype(np.uint8) if binary else np.round(sections).astype(stack.sections.dtype)
     return replace(stack, sections=sections)
 
 
@@ -195,6 +196,8 @@ def main():
     parser.add_argument("--record", nargs="+", help="train nothing: compare what these records hold")
     parser.add_argument("--figure", help="draw V_rand against time there, a PNG")
     args = parser.parse_args()
+    if not shutil.which(args.python):
+        parser.error(f"--python: there is no {args.python}; benchmarks/README.md says how to make it")
     found = recorded(args.record) if args.record else measured(args)
     means = {name: mean_points(list(runs.values())) for name, runs in found.items()}
     print("\n".join([*comparison({name: points for name, (points, _) in means.items()}), *reached(found)]))
@@ -203,8 +206,7 @@ def main():
             name: ([t / 60 for t, _, _ in points], [v for _, _, v in points], spread)
             for name, (points, spread) in means.items()
         }
-        title = f"Held-out sections of {args.image_path}: {args.val_sections or 'the last fifth'}"
-        figures.factor({"V_rand": lines}, args.figure, xlabel="minutes of training", title=title)
+        figures.factor({"V_rand": lines}, args.figure, xlabel="minutes of training", title="Held-out sections")
 
 
 def recorded(paths):
