@@ -401,6 +401,9 @@ def build_parser():
     parser.add_argument("verb", choices=("animate",))
     parser.add_argument("--image_path", required=True, metavar="PATH", help="TIFF stack, or folder of sections")
     parser.add_argument("--mask_path", required=True, metavar="PATH", help="masks or probabilities, likewise")
+    parser.add_argument(
+        "--instances", action="store_true", help="the masks number the cells: in four grays that repeat"
+    )
     gif = partial(file, endings=(".gif",))
     parser.add_argument("--output", required=True, type=gif, metavar="FILE.gif", help="the picture")
     parser.add_argument("--every", type=up_to(MOST_SECTIONS), default=1, metavar="N", help="show each N-th section (1)")
@@ -411,7 +414,7 @@ def main(argv=None):
     """Draw one picture; the exit code is 2 where the input is bad."""
     args = build_parser().parse_args(argv)
     try:
-        path = _animate(Path(args.image_path), Path(args.mask_path), args.output, args.every)
+        path = _animate(Path(args.image_path), Path(args.mask_path), args.output, args.every, args.instances)
     except (OSError, ValueError) as error:
         print(f"figures.py: {error}", file=sys.stderr)
         return 2
@@ -419,7 +422,7 @@ def main(argv=None):
     return 0
 
 
-def _animate(images, labels, output, every):
+def _animate(images, labels, output, every, instances):
     for flag, path in (("--image_path", images), ("--mask_path", labels)):
         if not path.exists():
             raise ValueError(f"{flag}: {path} does not exist; `dilatedUnet.py fetch isbi2012` prints a folder.")
@@ -429,8 +432,11 @@ def _animate(images, labels, output, every):
     )
     if masks.shape != sections.shape:
         raise ValueError(f"--mask_path must be of the shape of --image_path, {sections.shape}. Received: {masks.shape}")
+    if instances:
+        masks = np.where(masks > 0, 75 + 60 * (masks % 4), 0)
     if masks.min() < 0 or masks.max() > 255:
-        raise ValueError(f"--mask_path must hold 0..1 or 0..255. Received: {masks.min():g}..{masks.max():g}")
+        rule = "must hold 0..1 or 0..255, or numbers of cells with --instances"
+        raise ValueError(f"--mask_path {rule}. Received: {masks.min():g}..{masks.max():g}")
     return animation(sections[::every], masks[::every], output)
 
 
