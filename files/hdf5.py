@@ -1,6 +1,8 @@
 """HDF5 in: one data set of a file, as ilastik, Fiji and CREMI write them."""
 
 import json
+import os
+from pathlib import Path
 
 from files.sections import array_reader, guess_axes, only_stack, refusal, some, voxel
 
@@ -14,6 +16,7 @@ def open_hdf5(path, what, inside="", channel=None, **_):
     file = h5py.File(path, "r", rdcc_nbytes=CACHE_BYTES)
     try:
         found = _data_set(h5py, file, path, what, inside)
+        _require_sources(found, path, what)
         axes, source = _axes(found), f"{path}:{found.name}"
         words = f"HDF5, axes {''.join(axes)}, chunks {found.chunks}, {found.compression or 'uncompressed'}"
         about = {"voxel_nm": _voxel_nm(found), "description": words, "close": file.close}
@@ -37,6 +40,13 @@ def _data_set(h5py, file, path, what, inside):
     if place is None:
         raise refusal(what, path, f"holds no {inside}; it holds {some(list(arrays)) or 'no array'}")
     return arrays[only_stack(arrays, what, f"{path}:/{inside}" if inside else path)]
+
+
+def _require_sources(found, path, what):
+    """Refuse a virtual data set that lacks a file of its parts: HDF5 would read zeros there."""
+    for name in {source.file_name for source in found.virtual_sources()} - {"."} if found.is_virtual else ():
+        if "%" not in name and not any(os.path.exists(place) for place in (name, Path(path).parent / name)):
+            raise refusal(what, path, f"takes sections from {name}, which is not there")
 
 
 def _axes(found):

@@ -127,20 +127,24 @@ def instance_messages(reader, ignore=None):
     """Return messages about numbered cells; refuse what are no numbers of cells."""
     if ignore == 0:
         raise DataError("--ignore_label must not be 0 with --instances, where 0 is the background. Received: 0")
-    counts, filled, bare = [], 0, []
+    counts, filled, bare, pairs, alike = [], 0, [], 0, 0
     for index, section in enumerate(reader):
         bare += [index] * (not section.any())
         section = cells_of(section, ignore)
         section = require_ids(section, f"--mask_path: {reader.source}")
         counts.append(np.count_nonzero(np.unique(section)))
         filled += np.count_nonzero(section)
+        pairs += np.count_nonzero(section[:, 1:])  # of a pixel of a cell and its left neighbour
+        alike += np.count_nonzero((section[:, 1:] > 0) & (section[:, 1:] == section[:, :-1]))
     share = f"{filled / math.prod(reader.shape):.1%} of the pixels"
     empty = ["warning: the mask is all background: no pixel is interior"] if not filled else []
     if bare and filled:
         words = f"warning: sections that are all background: {format_sections(bare)}; if they are not labelled"
         empty = [f"{words}, give them a value of their own and name it with --ignore_label"]
     one = [f"warning: {ONE_FOR_ALL}"] * one_for_all(cells_of(section, ignore) for section in reader)
-    return [f"labels: instances, {min(counts)} to {max(counts)} a section; {share}", *empty, *one]
+    gray = ["warning: these look like the gray values of an image, not like numbers of cells"]
+    doubts = [*empty, *one, *(gray if alike < pairs / 2 else [])]
+    return [f"labels: instances, {min(counts)} to {max(counts)} a section; {share}", *doubts]
 
 
 # --- Pairs ---------------------------------------------------------------------------------------------------
@@ -161,6 +165,7 @@ def match(images, masks, instances):
         raise DataError(f"--mask_path: the masks must be like the images, {wanted}. Received: {found}")
     order, said = _pairs(images, [images.names[i] for i in kept], masks)
     words = f"pairs: {len(kept)} of {len(images.names)} frames are labelled, the others are left out"
+    said = f"pairs: by number, {images.names[kept[0]]} with {masks.names[0]}" if left_out and len(kept) == 1 else said
     return kept, order, [*[words] * left_out, said]
 
 

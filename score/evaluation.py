@@ -171,7 +171,7 @@ def in_image_order(args, labels, notes):
                 pairs = order_of(reader, labels)
             if pairs:
                 return data.chosen(labels, pairs[0]), [*notes, pairs[1]]
-    if len(labels.sections) > 1 and is_folder(labels):
+    if len(labels.sections) > 1 and is_folder(labels) and not os.path.isdir(os.path.expanduser(args.prediction)):
         notes = [*notes, "pairs: sections and labels go together by their order; with --image_path FOLDER by name"]
     return labels, notes
 
@@ -200,8 +200,8 @@ class Sections:
 def read_sections(path, role, sections, labels, notes, files, **how):
     """Open a stack that must fit the labels, a Stack (S, H, W); return the `Sections` wanted.
 
-    A stack of as many sections as the labels is subset like them, two folders by name; one of exactly as many as were
-    asked for is taken to BE those, and `notes` says so. `files`, an ExitStack, closes it. `how` as in
+    A stack of as many sections as the labels is subset like them; one of exactly as many as were asked for is taken to
+    BE those, and `notes` says so. Two folders go by name. `files`, an ExitStack, closes it. `how` as in
     `data.iter_sections`.
     """
     shape = labels.sections.shape
@@ -218,6 +218,8 @@ def read_sections(path, role, sections, labels, notes, files, **how):
     if len(reader) != len(sections):
         rule = "must have as many sections as --mask_path, or as --sections names"
         raise data.DataError(f"{flag} {rule}. Received: {len(reader)}, {shape[0]} and {len(sections)}")
+    if pairs := order_of(reader, data.chosen(labels, list(sections))):
+        return Sections(reader, np.argsort(pairs[0]).tolist())
     named = data.format_sections(sections)
     notes.append(f"{flag}: its {len(reader)} sections are taken to be sections {named} of the labels")
     return Sections(reader, range(len(reader)))

@@ -22,6 +22,7 @@ from score.scores import SCORES
 
 ZOOM = 2  # pictures are drawn with 2 x 2 pixels for each of the data's, so that hatches and outlines stay fine
 MOST_SECTIONS = 30
+WEBP_PX = 16383  # the longest side of a WebP
 PAGE = Path(__file__).with_name("report.html")
 PICTURES = ("section-*.png", "curves-*.png")  # beside report.html
 BLUE, ORANGE, MAGENTA = figures.BLUE, figures.ORANGE, "#CC3C96"
@@ -224,6 +225,8 @@ def _img(picture, alt):
         size = f' width="{picture.shape[1]}" height="{picture.shape[0]}"'
         if picture.ndim == 2 and np.isin(picture, (0, 255)).all():
             Image.fromarray(picture).convert("1").save(buffer, "PNG", optimize=True)
+        elif max(picture.shape[:2]) > WEBP_PX:
+            Image.fromarray(picture).save(buffer, "PNG")
         else:
             kind = "webp"
             Image.fromarray(picture).save(buffer, "WEBP", quality=82)

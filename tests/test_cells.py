@@ -207,6 +207,9 @@ def test_frames_without_a_mask_are_left_out(frames, tmp_path):
     np.testing.assert_array_equal(images.sections, discs()[0][[1, 4]])
     np.testing.assert_array_equal(masks.sections, discs()[1][[1, 4]])
     assert "pairs: 2 of 8 frames are labelled, the others are left out" in messages
+    images, _, messages = data.load_pair(frames / "01", frames / "01_ST/SEG/man_seg004.tif", instances=True)
+    assert images.names == ["t004"]
+    assert "pairs: by number, t004 with man_seg004" in messages
 
 
 def test_instance_labels_are_whole_numbers_and_not_taken_for_membranes_by_mistake(frames, tmp_path):

@@ -387,6 +387,8 @@ def test_check_turns_label_trouble_into_lines(tmp_path):
     check(sparse, "2 = not labelled; 78.1% of the", "train on 1-3 (3), hold out 4", "without labels", ignore=2)
     check(mask_stack(cells * 0), "warning: the mask is all background", "whole sections")
     check(mask_stack(cells), "labels: instances, 63 to 64 a section", "by their order", instances=True)
+    gray = mask_stack((np.random.default_rng(0).random(cells.shape) * 400).astype(np.uint16))
+    check(gray, "labels: instances", "warning: these look like the gray values of an image", instances=True)
     fitting = "recipes whose window fits: a (64 px), b (32 px); add a smaller"
     saying(describe(images, window=None, windows={"a": 64, "b": 32, "c": 128}), "whole sections", fitting)
     assert "  recipes whose window fits: none; add a smaller --window" in describe(images, windows={"c": 128})

@@ -220,6 +220,18 @@ def test_folders_are_paired_by_name_as_in_training(files, labelled, capsys):
     refused("the names in labels .* must be those in others", evaluate, ["--prediction", "others", *labels])
 
 
+def test_a_folder_of_the_sections_that_are_asked_for_is_paired_by_name_too(files, labelled, capsys):
+    """Files are numbered from 1, sections from 0: who mixes them up is told."""
+    files()
+    truth = labelled[1][:4]
+    write_folder("labels", truth, [f"img_{i}_mask" for i in (1, 2, 3, 4)])
+    write_folder("p", (truth[[2, 3]] / 255).astype("f4"), ["img_3", "img_4"])
+    words = ["--prediction", "p", "--mask_path", "labels", "--scores", "dice", "--sections"]
+    assert numbers([*words, "2-3"])["dice"] == 1
+    assert "by their order" not in capsys.readouterr().out
+    refused(r"the names in labels \(img_2_mask, img_3_mask\) must be those in p.*for img_4", evaluate, [*words, "1-2"])
+
+
 def test_percent_in_8_bits_are_warned_of_and_a_rounding_above_1_is_not_refused(labelled):
     percent, _ = evaluation.to_probabilities(sections(np.round(labelled[0] * 100).astype(np.uint8)))
     assert any("above 0.5" in words for words in evaluation.warnings_about(percent, labelled[1]))

@@ -112,6 +112,22 @@ def test_every_format_gives_the_pixels_of_the_tiff_whole_and_in_parts(tmp_path, 
     refused("must not be an input", atomic.refuse_inputs, "--output", next(tmp_path.iterdir()), again.source)
 
 
+def test_an_hdf5_of_parts_in_other_files_is_read_while_they_are_there(tmp_path):
+    """HDF5 itself reads zeros in the place of a file that is gone."""
+    import h5py
+
+    layout, parts = h5py.VirtualLayout(GRAY.shape, "u1"), ("a.h5", "b.h5")
+    for number, name in enumerate(parts):
+        with h5py.File(tmp_path / name, "w") as file:
+            file["raw"] = GRAY
+        layout[number::2] = h5py.VirtualSource(name, "raw", GRAY.shape)[number::2]
+    with h5py.File(tmp_path / "all.h5", "w") as file:
+        file.create_virtual_dataset("raw", layout)
+    np.testing.assert_array_equal(read_stack(tmp_path / "all.h5").sections, GRAY)
+    (tmp_path / "b.h5").unlink()
+    refused(r"all\.h5 takes sections from b\.h5, which is not there", read_stack, tmp_path / "all.h5")
+
+
 def test_a_section_is_a_stack_of_one_in_every_format(tmp_path):
     for path in (hdf5(tmp_path, GRAY[0]), mrc(tmp_path, GRAY[0].astype(np.float32)), plain_zarr(tmp_path, GRAY[0])):
         np.testing.assert_array_equal(read_stack(path).sections, GRAY[:1])

@@ -84,6 +84,17 @@ def test_a_report_of_any_scores_without_raw_and_with_an_empty_section_is_a_page_
     assert (page.count("<figure>"), len(list((tmp_path / "r").glob("curves*")))) == (2 * 3 + charts, charts)
 
 
+def test_pictures_larger_than_a_webp_are_png(tmp_path):
+    prediction = np.random.default_rng(0).random((1, 8, 8200), np.float32)
+    result = evaluation.score_arrays(prediction, (prediction > 0.3).astype(np.uint8), ("dice",))
+    page = report.write(tmp_path / "r", result, prediction, (prediction > 0.3).astype(np.uint8)).read_text()
+    assert re.findall('src="data:image/([a-z]+).*?width="([0-9]+)"', page) == [
+        ("png", "8200"),
+        ("webp", "8200"),
+        ("png", "16400"),
+    ]
+
+
 @pytest.mark.slow
 def test_the_report_of_six_real_sections_stays_small(isbi, tmp_path):
     labels = tifffile.imread(isbi / "train-labels.tif")[24:]
