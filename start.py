@@ -70,7 +70,8 @@ def environment(requirements):
     if run([*install, *lock]):
         print("the tested versions do not all install here: taking the ranges of the requirements", flush=True)
         if run(install):
-            sys.exit("What is needed could not be installed: see above.")
+            other = " TensorFlow has releases for Python 3.11 to 3.13." * (sys.version_info >= (3, 14))
+            sys.exit(f"What is needed could not be installed: see above.{other}")
     return python
 
 

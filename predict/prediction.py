@@ -24,6 +24,7 @@ SUFFIX = ".weights.h5"
 HASHED_PX = 2**34  # most pixels of a stack that is read from end to end before it is predicted in blocks
 LARGE_PX = 2**26  # of a section: from there on it is read in parts, and no second one is predicted ahead
 SMALLEST_CELL_PX = 9  # of a seed for `--segment`; smaller ones are specks
+SEEN = ("train", "inner")  # parts of a split that a network has seen
 SEGMENTATION = ("threshold", "background", "smallest_cell_px")  # of a record: how `--segment` cuts cells
 
 
@@ -156,6 +157,26 @@ def _check(file, what, values, rules, keys):
 def part_of(record, name, kind=dict):
     """What a record says, if it is of the kind that `train` writes, else an empty one; old records lack some."""
     return record[name] if isinstance(record.get(name), kind) else kind()
+
+
+def sections_seen(record):
+    """Sections that a network, and those that it started from, were trained on or chosen by: {pixels' hash: list}."""
+    split, of, start = (part_of(record, key) for key in ("split", "data", "init_from"))
+    found = [*part_of(start, "trained_on").items(), *((of.get("image_sha256"), split.get(key)) for key in SEEN)]
+    seen = {}
+    for pixels, sections in found:
+        if isinstance(pixels, str) and isinstance(sections, list):
+            seen.setdefault(pixels, set()).update(i for i in sections if isinstance(i, int))
+    return {pixels: sorted(sections) for pixels, sections in seen.items() if sections}
+
+
+def trained_on(records, pixels):
+    """What a prediction tells `evaluate` of the sections, of a stack of that hash, that trained its networks."""
+    seen = {i for record in records for i in sections_seen(record).get(pixels, ())}
+    if seen:
+        which = data.format_sections(seen)
+        say(f"sections {which} of these trained the network: a score of them says nothing about new sections")
+    return {"trained_on": which} if seen else {}
 
 
 def load_network(path, precision="float32", engine="keras"):
@@ -374,7 +395,7 @@ def run_sections(args, sections, records, norms, sizes, how, mergers=()):
         say_memory(args, sections, grid.tile[0] if by_rows else sections.shape[1])
     weights = ",".join(quote(weight_file(path).name) for path in args.weight_path)
     made_of = {"pixels_sha256": data.sha256_pixels(sections), "weights": weights, "normalise": args.normalise}
-    made_of |= {"merged": 1} if mergers else {}
+    made_of |= ({"merged": 1} if mergers else {}) | trained_on(records, made_of["pixels_sha256"])
     made_of |= {"rescaled": ",".join("{}x{}".format(*size) for size in sizes)} if args.rescale else {}
     about = {"count": len(sections), "shape": sections.shape[1:], "voxel_nm": sections.voxel_nm, "made_of": made_of}
     with contextlib.ExitStack() as threads:  # they end here, also after Ctrl-C, and not when Python's modules are gone

@@ -226,7 +226,8 @@ def read_sections(path, role, sections, labels, notes, files, **how):
 
 
 def check_origin(prediction, labels, given, sections):
-    """Return warnings where a prediction was made from other images than are labelled, or is the images; or refuse it.
+    """Return warnings where a prediction was made from other images than are labelled, or is the images, or is of
+    sections that trained its network; or refuse it.
 
     `predict` writes the SHA-256 of the images' pixels into its output. Two stacks of one size are easily taken for each
     other: `predict --image_path isbi2012` means the test stack, `evaluate --mask_path isbi2012` the training labels.
@@ -243,10 +244,21 @@ def check_origin(prediction, labels, given, sections):
             f"--prediction was made from {_name(other)}, and --mask_path labels {_name(own)}: name the labels of the "
             "images that were predicted (those of isbi2012's test images are isbi2012-test)."
         )
+    seen = sections_named(prediction.reader.made_of.get("trained_on"))
+    seen = [i for i, place in zip(sections, prediction.chosen, strict=True) if place in seen]
+    which = f"warning: sections {data.format_sections(seen)} trained the network that predicted them"
+    found = [f"{which}: their scores say nothing about new sections; name others with --sections"] if seen else []
     images = own if given is None else given.reader
     if images is None or made_from == _sha256(images):
-        return []
-    return [f"warning: the prediction was made from other images than {_name(images)}, or from a part of them"]
+        return found
+    return [f"warning: the prediction was made from other images than {_name(images)}, or from a part of them", *found]
+
+
+def sections_named(named):
+    """The sections that a prediction names; none where it names none, or is damaged."""
+    with contextlib.suppress(data.DataError):
+        return {*data.parse_sections(named)}
+    return set()
 
 
 def images_of(labels):

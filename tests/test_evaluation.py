@@ -336,6 +336,15 @@ def challenge(tmp_path, monkeypatch):
     return train, test, data.read_stack("train-labels.tif", what="mask")
 
 
+@pytest.mark.parametrize(("words", "warned"), [("0-3", "0-1,3"), ("4", ""), ("0-9999999", ""), (None, "")])
+def test_who_scores_sections_that_trained_the_network_is_warned_by_the_prediction(challenge, words, warned):
+    made_of = {"pixels_sha256": data.sha256_pixels(challenge[0])} | ({"trained_on": words} if words else {})
+    stack = data.Stack(np.full((6, 16, 16), 0.5, np.float32), source="p.tif", made_of=made_of)
+    with data.iter_sections(stack) as reader:
+        said = evaluation.check_origin(evaluation.Sections(reader, (0, 1, 3, 5)), challenge[2], None, (0, 1, 3, 5))
+    assert [one.split(" trained the network")[0] for one in said] == [f"warning: sections {warned}"] * bool(warned)
+
+
 def test_a_prediction_of_other_images_is_refused_where_they_are_known_and_warned_of_else(challenge, monkeypatch):
     train, test, labels = challenge
     warned = "warning: the prediction was made from other images than t"

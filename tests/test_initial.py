@@ -54,7 +54,7 @@ def test_a_fine_tuned_run_has_its_own_normalisation_names_its_start_and_needs_it
     run, there = strict("run/run.json"), prediction.read_record("start")
     assert run["normalisation"] != there["normalisation"]
     sha256 = hashlib.sha256(Path("start.weights.h5").read_bytes()).hexdigest()
-    begun = {"weights": "start", "sha256": sha256, "trained_on": initial.sections_seen(there)}
+    begun = {"weights": "start", "sha256": sha256, "trained_on": prediction.sections_seen(there)}
     assert run["init_from"] == strict("run/best.json")["init_from"] == begun
     network, record = prediction.load_network("run/best")
     assert record["network"]["bn_momentum"] == 0

@@ -467,6 +467,17 @@ def test_a_section_that_cannot_be_read_leaves_no_output_and_a_prediction_says_wh
         assert found.made_of["weights"] == "net.weights.h5"
 
 
+def test_a_prediction_of_sections_that_trained_the_network_says_which_they_are(predict, weights):
+    sections = np.stack([section_of(32, 40, seed) for seed in range(4)])
+    file = prediction.record_file(weights)
+    record = json.loads(file.read_text()) | {"split": {"train": [0, 1], "inner": [2], "held_out": [3]}}
+    for pixels, which in ((data.sha256_pixels(sections), "0-2"), ("another", None)):
+        file.write_text(json.dumps(record | {"data": {"image_sha256": pixels}}))
+        done = predict(sections, "--force")
+        assert ("sections 0-2 of these trained the network" in done.err) is bool(which)
+        assert data.read_stack("out.tif").made_of.get("trained_on") == which
+
+
 def test_every_spelling_of_a_weight_path_means_one_file_and_the_halo_of_the_study_is_the_receptive_radius():
     for name in ("x", "x.weights", "x.weights.h5", "x.h5"):
         files = prediction.weight_file(f"weights/{name}"), prediction.record_file(f"weights/{name}")

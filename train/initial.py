@@ -11,7 +11,6 @@ from predict import prediction
 
 TIMED = 4  # updates that are timed for --minutes, after two that compile
 SHARE = 0.9  # of the minutes for the updates; the rest is for checkpoints and the scores at the end
-SEEN = ("train", "inner")  # parts of a split that a network has seen
 FEWEST_EPOCHS = 5  # of a course that is laid out for a time
 
 
@@ -39,7 +38,7 @@ def start_from(network, path, stacks=None):
         for ours_is, theirs_is in zip(ours[name].weights, theirs[name].weights, strict=True):
             ours_is.assign(keras.ops.convert_to_numpy(theirs_is))
     say(f"starts from {prediction.weight_file(path)}" + f", but for {', '.join(other)}" * bool(other))
-    trained_on, seen = sections_seen(record), seen_before(record, stacks) if stacks else []
+    trained_on, seen = prediction.sections_seen(record), seen_before(record, stacks) if stacks else []
     if seen:
         which = format_sections(seen)
         say(f"warning: {path} was trained on sections {which}, which are held out here: their scores mean nothing")
@@ -48,20 +47,9 @@ def start_from(network, path, stacks=None):
     return {"weights": str(path), "sha256": digest} | {key: value for key, value in earlier.items() if value}
 
 
-def sections_seen(record):
-    """Sections that a network, and those that it started from, were trained on or chosen by: {pixels' hash: list}."""
-    split, of, start = (prediction.part_of(record, key) for key in ("split", "data", "init_from"))
-    found = [*prediction.part_of(start, "trained_on").items(), *((of.get("image_sha256"), split.get(k)) for k in SEEN)]
-    seen = {}
-    for pixels, sections in found:
-        if isinstance(pixels, str) and isinstance(sections, list):
-            seen.setdefault(pixels, set()).update(i for i in sections if isinstance(i, int))
-    return {pixels: sorted(sections) for pixels, sections in seen.items() if sections}
-
-
 def seen_before(record, stacks):
     """Held-out sections that the network of a record was trained on, as far as the record says it."""
-    seen = sections_seen(record)
+    seen = prediction.sections_seen(record)
     return sorted({*seen.get(sha256_pixels(stacks.images.sections), ())} & {*stacks.split.held_out}) if seen else []
 
 
