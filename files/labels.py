@@ -178,7 +178,12 @@ def order_of(images, masks):
 
 def is_folder(stack):
     """Whether each section is a file with a name of its own."""
-    return os.path.isdir(stack.source) and not is_zarr(stack.source)
+    return holds_files(stack.source)
+
+
+def holds_files(path):
+    """Whether a path is a folder of sections."""
+    return os.path.isdir(path) and not is_zarr(path)
 
 
 def _last_number(name):

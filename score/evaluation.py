@@ -18,7 +18,7 @@ import data
 from files import atomic
 from files.fetching import ISBI_ROLES
 from files.flags import channel, label_value
-from files.labels import ONE_FOR_ALL, is_folder, one_for_all, order_of, require_ids
+from files.labels import ONE_FOR_ALL, holds_files, is_folder, one_for_all, order_of, require_ids
 from files.sections import size_words
 from score import report, scores
 from score.scores import FIXED_THRESHOLD, THRESHOLDS, above
@@ -171,7 +171,7 @@ def in_image_order(args, labels, notes):
                 pairs = order_of(reader, labels)
             if pairs:
                 return data.chosen(labels, pairs[0]), [*notes, pairs[1]]
-    if len(labels.sections) > 1 and is_folder(labels) and not os.path.isdir(os.path.expanduser(args.prediction)):
+    if len(labels.sections) > 1 and is_folder(labels) and not holds_files(os.path.expanduser(args.prediction)):
         notes = [*notes, "pairs: sections and labels go together by their order; with --image_path FOLDER by name"]
     return labels, notes
 
