@@ -160,9 +160,7 @@ PROTOCOL = (
     flag("--fold", "which block of kfold, from 0 (default: 0)", type=number(int, 0, 999)),
     flag("--folds", "blocks of kfold (default: 5)", type=number(int, 2, 1000)),
     flag("--gap", "sections left out beside the held-out block", type=count, default=0),
-    flag(
-        "--inner_sections", "sections that choose weights; 0: keep the last (default: an eighth, up to 3)", type=count
-    ),
+    flag("--inner_sections", "sections that choose weights; 0: keep the last (default: an eighth, 1-3)", type=count),
     flag("--val_windows", "windows that validate each epoch of --protocol published (default: 30)", type=up_to(1000)),
     tta("of the scoring at the end: "),
 )
@@ -417,6 +415,8 @@ def with_recipe(args, parser, words):
         taken.discard("window")  # whose sides are of its own
     if any(getattr(args, key) not in (None, NOT_GIVEN) for key in ("dilate", "dilate_rate", "addition")):
         taken.discard("arch")  # for the network that has these flags
+    if "arch" not in taken and plain.arch != recipe.get("arch", plain.arch):
+        taken.discard("filters")  # each has its own
     for key in recipe:
         if getattr(args, key) is NOT_GIVEN:
             setattr(args, key, recipe[key] if key in taken else getattr(plain, key))
@@ -427,7 +427,7 @@ def settle(args, plain, taken, parser):
     """Fill in; where a recipe's value is of no use with a flag given by hand, the default takes its place."""
     while wrong := next((words for wrong, words in contradictions(args, filled_in(args)) if wrong), None):
         of_recipe = taken.intersection(re.findall(r"--(\w+)", wrong))
-        useless = of_recipe - {"protocol", "clr_mode", "optimizer", "loss"}  # these are what somebody chose
+        useless = set() if "at least --lr" in wrong else of_recipe - {"protocol", "clr_mode", "optimizer", "loss"}
         if not useless:
             parser.error(wrong + "".join(f"; --recipe {args.recipe} sets --{k} {getattr(args, k)}" for k in of_recipe))
         for key in useless:

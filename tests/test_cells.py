@@ -61,6 +61,14 @@ def parsed(words):
     return dilatedUnet.parse(words.split())
 
 
+def test_a_window_whose_output_is_larger_than_the_sections_is_answered_with_the_largest_that_fits(frames, refuses):
+    """Sections of 64 px; with two levels an output lacks 20 px on each side."""
+    for window, side in (("120", 80), ("108", 68)):
+        flags = command(frames, f"--depth 2 --filters 2 --window {window}")
+        refuses(f"--window: its output, of {side} px, must fit into the sections", *flags)
+        refuses(f"so at most 104. Received: {window}", *flags)
+
+
 def test_the_architecture_brings_the_papers_recipe_unless_a_flag_says_otherwise():
     args = parsed("--arch unet2015")
     assert (args.filters, args.depth, args.padding, args.dropout) == ((64,), 4, "valid", 0.5)

@@ -136,6 +136,7 @@ REFUSED = {  # what is said of which flags
     "--window must be a multiple of 16. Received: 8": ["--window 8 --filters 1,1,1,1"],
     "--bn_momentum goes with --batch_norm": ["--arch unet2015 --bn_momentum 0.9"],
     "go with --protocol kfold; --recipe quick sets --protocol holdout": ["--recipe quick --fold 1"],
+    "--lr, 0.01. Received: 0.004; --recipe quick sets --max_lr 0.004": ["--recipe quick --lr 1e-2"],
     "--step_size is of no use with --clr_mode cosine; --recipe quick sets": ["--recipe quick --step_size 9"],
 }
 
@@ -186,6 +187,14 @@ def test_a_flag_by_hand_wins_over_the_recipe(flags, changed):
 def test_the_network_that_a_recipe_has_anyway_changes_nothing():
     assert not differing("--recipe cells", "--recipe cells --arch unet2015 --instances")
     assert differing("--recipe cells", "--recipe cells --filters 64") == {"filters"}
+
+
+def test_a_network_by_hand_has_filters_of_its_own_and_not_those_of_the_recipes_network():
+    for words, filters in (("--arch resunet", [16, 32, 64, 128, 128]), ("--dilate 1", [44, 88, 176]), ("", [16])):
+        args = parse(["--recipe", "cells", *words.split()])
+        assert [*args.filters] == filters
+        assert (args.instances, args.window) == (True, 256)
+    assert [*parse(["--recipe", "cells", "--arch", "resunet", "--filters", "4,8"]).filters] == [4, 8]
 
 
 def test_check_reads_cells_and_tells_the_split_of_the_recipe_for_cells(call, tmp_path):

@@ -1,5 +1,7 @@
 """The end of a run: what is said of a prediction that is worth nothing."""
 
+from types import SimpleNamespace
+
 import numpy as np
 from conftest import refused
 
@@ -32,3 +34,16 @@ def test_the_noise_of_a_section_is_its_own_the_same_every_time_and_of_the_size_o
     assert abs(once.std() / (0.4 * section.std()) - 1) < 0.05
     assert finish.noisy(section, 3, 1.2).dtype == np.float32
     assert np.array_equal(finish.noisy(np.full((8, 8), 7, np.float32), 0, 1.2), np.full((8, 8), 7, np.float32))
+    half = finish.noisy((section * 100).astype(np.float16), 3, 0.4)  # whose sums are beyond what 16 bits hold
+    assert abs((half - section * 100).std() / (40 * section.std()) - 1) < 0.05
+
+
+def test_cells_are_cut_by_training_sections_that_hold_some_or_else_by_the_middle():
+    """Without a background `predict --segment` would fill sections with cells."""
+    cells = np.zeros((4, 32, 32), np.int32)
+    cells[:2, 4:12, 4:12], cells[:2, 20:28, 20:28] = 1, 2
+    of = lambda labels: SimpleNamespace(cells=SimpleNamespace(sections=labels), split=SimpleNamespace(train=(0, 1, 2)))  # noqa: E731
+    found = finish.choose(of(cells), [3], lambda i: np.float32(cells[i] > 0))
+    assert found == finish.choose(of(cells), [0, 1], lambda i: np.float32(cells[i] > 0))
+    assert found["smallest_cell_px"] == 6
+    assert finish.choose(of(cells * 0), [3], lambda i: None) == {"threshold": 0.5, "background": 0.5}

@@ -113,6 +113,7 @@ def test_intensities_are_type_range_and_percentiles():
     assert (found["dtype"], found["min"], found["max"]) == ("uint16", 0, 100)
     assert found["percentiles"] == list(range(1, 100))
     assert len(records.intensity(np.ones((2, 64, 64), np.float32), pixels=100)["percentiles"]) == 99
+    assert records.intensity(sections > 50)["percentiles"][48:51] == [0, 0, 1]
 
 
 @cases(

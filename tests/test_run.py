@@ -218,6 +218,20 @@ def test_a_finished_run_does_not_take_the_weights_of_another_for_its_own(again, 
     assert files(tmp_path) == before
 
 
+def test_held_out_sections_without_interior_end_a_run_that_learns_borders_with_a_warning(
+    train, small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(prediction, "section_predictor", lambda *_, **__: lambda section: np.float32(section) / 255)
+    monkeypatch.setattr(borders, "ROUNDS", 2)
+    labels = tifffile.imread(small / "labels.tif")
+    labels[-2:] = 0
+    tifffile.imwrite("m.tif", labels)
+    words = "--protocol holdout --inner_sections 0 --merge 1 --epochs 1 --mask_path m.tif --run_dir r --weight_path w/x"
+    assert "no section of these holds interior" in train(words).err
+    record = strict(tmp_path / "r/run.json")
+    assert (record["finished"], "merge" in record, "held_out_merged" in record) == (True, True, False)
+
+
 def test_a_finished_run_may_learn_false_borders_or_average_otherwise_and_predict_uses_it(
     again, call, tmp_path, monkeypatch
 ):
@@ -544,6 +558,13 @@ def test_the_range_test_draws_a_picture_and_suggests_a_range(train, tmp_path):
     assert words[0] == "suggested:"
     assert 1e-7 < float(words[words.index("--lr") + 1]) < float(words[words.index("--max_lr") + 1]) < 1
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lr_find.png"]
+
+
+def test_the_range_test_starts_from_the_weights_that_are_named_also_beside_a_run_that_could_go_on(train, tmp_path):
+    train(f"{HOLDOUT} --epochs 1 --run_dir a --weight_path w/a")
+    words = f"{HOLDOUT} --init_from w/a --run_dir b --weight_path w/b"
+    train(f"{words} --epochs 1")
+    assert "starts from w/a.weights.h5" in train(f"{words} --epochs 2 --resume --lr_find 40").err
 
 
 def test_the_range_test_goes_on_where_single_windows_differ_and_its_advice_is_taken(train, monkeypatch):

@@ -54,7 +54,7 @@ def finish(recorder, stacks, tta, merge=False, trained_noise=0.0):
     truth = cells or stacks.masks
     shown = np.stack(list(prediction.segment_stack(interior, record))) if cells else interior
     record[role] = score(truth.sections[sections], shown, sections, bool(cells))
-    if merger:
+    if merger and (truth.sections[sections] > 0).any():
         record[f"{role}_merged"] = score_merged(stacks, sections, cut_of, merger)
     middle, course = len(sections) // 2, recorder.course
     pictures = (stacks.images.sections[sections[middle]], truth.sections[sections[middle]], shown[middle])
@@ -91,7 +91,7 @@ def finite(interior, i):
 def noisy(section, i, level):
     """The section (H, W) with noise of `level` times its standard deviation, the same for the same number `i`."""
     noise = np.random.default_rng(i).standard_normal(section.shape, np.float32)
-    return section + np.float32(level * section.std()) * noise
+    return section + np.float32(level * section.std(dtype=np.float64)) * noise
 
 
 def some(sections, most=6):
@@ -138,13 +138,14 @@ def maps_of(sections, cut_of, merger):
 
 def choose(stacks, chosen, interior_of):
     """How `predict --segment` cuts the probability into cells: what is best on some training sections."""
-    truth = (stacks.cells or stacks.masks).sections[chosen]
-    if not (truth > 0).any():
-        return {"threshold": 0.5}
-    interior = [interior_of(i) for i in chosen]
-    if not stacks.cells:
-        return {"threshold": scores.best_threshold(interior, truth)}
-    return scores.best_segmentation(interior, truth)
+    truth = (stacks.cells or stacks.masks).sections
+    if not (truth[chosen] > 0).any():  # nor does it say anything there
+        chosen = some([i for i in stacks.split.train if (truth[i] > 0).any()])
+    if not chosen:
+        return {"threshold": 0.5} | ({"background": 0.5} if stacks.cells else {})
+    best = scores.best_segmentation if stacks.cells else scores.best_threshold
+    found = best([interior_of(i) for i in chosen], truth[chosen])
+    return found if stacks.cells else {"threshold": found}
 
 
 def score(truth, shown, sections, cells=False):

@@ -237,6 +237,7 @@ def hardware():
 def intensity(sections, pixels=2**22):
     """The gray values that a network is trained on: type, range, lines, percentiles 1..99 (of every nth row)."""
     few = sections[:, :: max(1, math.ceil(sections.size / pixels))]
+    few = few.view(np.uint8) if few.dtype == bool else few
     ends = {"dtype": str(sections.dtype), "min": float(sections.min()), "max": float(sections.max())}
     ends["dark_lines"] = dark_lines(sections[[0, len(sections) // 2, -1]])
     return ends | {"percentiles": np.percentile(few, range(1, 100)).round(4).tolist()}

@@ -180,6 +180,8 @@ def load(args):
     if args.arch == "unet2015":
         with refused():
             field_of(args).check_size("--window", args.window)
+    if lost:
+        check_output(args, images, side)
     data.check_window(images, side, 1 if lost else field_of(args).multiple)
     cells = masks if args.instances else None
     if cells:
@@ -188,7 +190,19 @@ def load(args):
         masks = replace(cells, sections=data.mask_of(apart, unlabelled))
     labelled = [i for i, section in enumerate(masks.sections) if section.max() >= 0]
     split = split_of(args, len(images.sections), labelled)
+    if split.held_out and not split.inner and args.inner_sections is None:
+        say("fewer than four sections: none chooses the weights, so the last are kept, and --patience is of no use")
     return Stacks(images, masks, cells, split, data.Normalisation.fit(images.sections[list(split.train)]))
+
+
+def check_output(args, images, side):
+    """Refuse a window whose output is larger than a section: an unpadded network's is smaller than the window."""
+    field, room = field_of(args), min(images.shape[1:])
+    if side > room:
+        fits = [size for size in field.valid_sizes(count=room) if size - 2 * field.shrink <= room]
+        most = f"at most {fits[-1]}" if fits else "no window fits"
+        rule = f"of {side} px, must fit into the sections of {images.source}, so {most}"
+        raise DataError(f"--window: its output, {rule}. Received: {args.window}")
 
 
 def output_side(args):
@@ -309,7 +323,7 @@ def resumes(args, place):
 
 def starting_point(args, place, network, stacks):
     """The weights of --init_from, for the record; a run that is resumed has them already."""
-    if not args.init_from or resumes(args, place):
+    if not args.init_from or (resumes(args, place) and not args.lr_find):
         return None
     return initial.start_from(network, args.init_from, stacks)
 
