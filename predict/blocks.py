@@ -237,7 +237,7 @@ def _check_output(args, job):
     if not found:
         raise DataError(f"--resume and --force are for a prediction of this suite, and {args.output} is none.")
     if args.resume:
-        known = {*made_of, *found} - ({PIXELS} - found.keys())
+        known = {*made_of, *found} - ({PIXELS, "trained_on"} - found.keys())  # which older ones lack
         if other := [key for key in sorted(known) if made_of.get(key) != found.get(key)]:
             words = f"is made of another {', '.join(other)} (--force begins anew)"
             raise DataError(f"--resume goes on with a prediction that is made of the same, and {args.output} {words}.")

@@ -46,9 +46,11 @@ def normalisation_for(pixels, record, how, log):
         Of --normalise; with the mean and standard deviation of `pixels`, 1 and 2 are of no concern.
     """
     trained, kept = Normalisation.from_dict(record["normalisation"]), record.get("intensity")
+    pixels = np.stack([one for one in pixels if one.min() < one.max()] or [*pixels])  # but for blank sections
     dtype, white, levels = "uint8", 255.0, None  # of old records, which do not say
     if kept is not None:
-        dtype, white = kept["dtype"], float(_white(kept["dtype"], kept["max"]) or kept["max"])
+        dtype, white = kept["dtype"], _white(kept["dtype"], kept["max"])
+        white = white or next((known for known in (255.0, 65535.0) if kept["max"] <= known), float(kept["max"]))
         levels = np.array([kept["percentiles"][level - 1] for level in LEVELS])
     found, own = np.percentile(pixels.astype(np.float64), LEVELS), Normalisation.fit(pixels)
     lines = (kept or {}).get("dark_lines", 0)

@@ -264,9 +264,19 @@ def mean_of(predictors):
 
 
 def segmentation_of(records):
-    """The first record, with the mean of the thresholds that were chosen for the networks."""
-    thresholds = [record["threshold"] for record in records if "threshold" in record]
-    return records[0] | ({"threshold": sum(thresholds) / len(thresholds)} if thresholds else {})
+    """The first record, with the means of what was chosen for the networks, in whatever order they are named."""
+    found = {key: [record[key] for record in records if record.get(key) is not None] for key in SEGMENTATION}
+    means = {key: sum(values) / len(values) for key, values in found.items() if values}
+    means |= {"smallest_cell_px": round(means["smallest_cell_px"])} if "smallest_cell_px" in means else {}
+    return records[0] | {key: mean for key, mean in means.items() if key == "threshold" or key in records[0]}
+
+
+def at_size(record, shape, seen):
+    """A record whose smallest cell is in pixels of sections of `shape`, which the network sees at the size `seen`."""
+    smallest = record.get("smallest_cell_px")
+    if smallest is None or tuple(shape) == tuple(seen):
+        return record
+    return record | {"smallest_cell_px": max(1, round(smallest * math.prod(shape) / math.prod(seen)))}
 
 
 def load_windows_predictor(weights, precision, engine, normalisation):
@@ -370,6 +380,7 @@ def run_blocks(args, sections, record, norm, how):
     settings = {"network": record["network"], "normalisation": norm.to_dict(), "engine": engines.choose(how["engine"])}
     if math.prod(sections.shape) <= HASHED_PX:
         settings[blocks.PIXELS] = data.sha256_pixels(sections)
+        settings |= trained_on([record], settings[blocks.PIXELS])
     how |= {"normalisation": json.dumps(norm.to_dict())}
     about = {"weights": weight_file(weights), "how": how, "settings": settings, "log": say}
     blocks.run(args, sections, unet.field_from_settings(record["network"]), load=load_windows_predictor, **about)
@@ -406,6 +417,7 @@ def run_sections(args, sections, records, norms, sizes, how, mergers=()):
             cuts = (borders.cut(predict(section), section) for section in read) if mergers else ()
             predicted = borders.maps(cuts, mergers) if mergers else map(predict, read)
             predictions = threads.enter_context(contextlib.closing(ahead(predicted)))
+        records = [at_size(record, about["shape"], size) for record, size in zip(records, sizes, strict=True)]
         write(args, tiling.counted(predictions, "section", len(sections)), segmentation_of(records), **about)
     say(f"{args.output}: {len(sections)} sections, {'one number per cell' if args.segment else '1 = interior'}")
 
@@ -452,7 +464,9 @@ def segment_stack(sections, record):
     """Labels of each section: neurites that fill it, or where the record has a background, cells on it."""
     from score import segments
 
-    background = record.get("background")
+    threshold, background = record.get("threshold", 0.5), record.get("background")
+    if background is not None:
+        background = min(background, threshold)  # a --threshold below it finds fainter cells
     options = {"min_size": record.get("smallest_cell_px", SMALLEST_CELL_PX), "background": background}
     for section in sections:
-        yield segments.segment(section, record.get("threshold", 0.5), lines=background is None, **options)
+        yield segments.segment(section, threshold, lines=background is None, **options)

@@ -127,6 +127,7 @@ def choose(shape, field, *, max_tile=None, halo=None):
     most = max_tile or MAX_TILE - (MAX_TILE - plus) % multiple
     if most % multiple != plus:
         raise DataError(f"--tile must be a multiple of {multiple}{f' plus {plus}' if plus else ''}. Received: {most}")
+    asked = halo is not None
     if halo is None and (shrink or max(shape) <= most):
         halo = shrink
     elif halo is None:
@@ -135,6 +136,10 @@ def choose(shape, field, *, max_tile=None, halo=None):
     if halo < shrink or (halo - shrink) % multiple:
         rule = f"{shrink} (the network's own loss) plus a" if shrink else "a non-negative"
         raise DataError(f"--overlap must be {rule} multiple of {multiple}. Received: {halo}")
+    if most - 2 * halo < multiple and shrink and not asked:
+        least = round_up(2 * halo + multiple, multiple, plus)
+        rule = f"at least {least} for this network, whose output lacks {shrink} px on each side"
+        raise DataError(f"--tile must be {rule}. Received: {most}")
     if most - 2 * halo < multiple:
         raise DataError(f"--overlap must leave at least {multiple} px of a tile of {most} uncovered. Received: {halo}")
     tile = []

@@ -223,6 +223,22 @@ def test_several_networks_are_averaged_each_with_its_own_normalisation(call, wei
     assert np.abs(second - expected(section)).max() > 0.1
     records = [{"threshold": 0.75, "background": 0.1}, {"threshold": 0.25}, {}]
     assert prediction.segmentation_of(records) == {"threshold": 0.5, "background": 0.1}
+    of_cells = [{"threshold": 0.5, "background": 0.3, "smallest_cell_px": 10}, RECORD | {"background": 0.5}]
+    of_cells[1] |= {"threshold": 0.9, "smallest_cell_px": 80}
+    found = [prediction.segmentation_of(order) for order in (of_cells, of_cells[::-1])]
+    assert all((one["background"], one["smallest_cell_px"], one["threshold"]) == (0.4, 45, 0.7) for one in found)
+
+
+def test_cells_keep_their_size_when_pixels_do_not_and_a_low_threshold_finds_faint_ones():
+    cells = np.zeros((1, 40, 40), np.float32)
+    cells[0, 5:11, 5:11], cells[0, 22:28, 22:28] = 0.9, 0.4
+    record = {"threshold": 0.5, "background": 0.5, "smallest_cell_px": 200}
+    record = prediction.at_size(record, (40, 40), (160, 160))  # 36 px of these are 576 of the training
+    assert record["smallest_cell_px"] == 12
+    assert prediction.at_size({"threshold": 0.5}, (40, 40), (160, 160)) == {"threshold": 0.5}
+    for threshold, count in ((0.5, 1), (0.3, 2)):
+        (labels,) = prediction.segment_stack(cells, record | {"threshold": threshold})
+        assert labels.max() == count
 
 
 def test_networks_that_do_not_go_together_are_not_averaged(refuses, weights, tmp_path):
@@ -386,6 +402,11 @@ def looks(dtype=np.uint8, seed=0, size=300):
     return (255 * np.random.default_rng(seed).beta(3, 2, (2, size, size))).astype(np.uint8).astype(dtype)
 
 
+def dim(dtype=np.uint8, seed=0):
+    """Values that do not reach the white of their 8 bits."""
+    return np.minimum(looks(seed=seed), 180).astype(dtype)
+
+
 def trained_on(sections):
     percentiles = np.percentile(sections, range(1, 100)).tolist()
     kept = {"dtype": str(sections.dtype), "min": float(sections.min()), "max": float(sections.max())}
@@ -402,6 +423,8 @@ def trained_on(sections):
     (looks(), looks(np.float32, 1), "", looks(seed=1)),
     (looks(np.uint16) * 257, looks(seed=1), "times 257", looks(np.uint16, 1) * 257),
     ((looks() / 255).astype(np.float32), looks(seed=1), "times 0.003922", looks(seed=1) / 255),
+    (dim(np.float32), dim(np.uint16, 1) * 257, "uint16 is read as the float32 of the training", dim(seed=1)),
+    (dim(np.float32), (dim(seed=1) / 255).astype(np.float32), "times 255", dim(seed=1)),
     (looks(), 255 - looks(seed=1), "warning: the stack looks inverted", 255 - looks(seed=1)),
     (looks(), looks(seed=1) // 4, "warning: most gray values", looks(seed=1) // 4),
     (looks(), looks() * 0 + np.uint8(9), "warning: most gray values", looks() * 0 + np.uint8(9)),
@@ -413,6 +436,16 @@ def test_gray_values_are_mapped_where_that_is_certain_and_warned_about_where_not
     np.testing.assert_allclose(found(given), expected, atol=1e-5)
     assert len(words) == bool(said) + ("inverted" in said), "of which the gray values are others, too"
     assert said in "".join(words)
+
+
+def test_blank_sections_at_the_ends_of_a_stack_say_nothing_about_its_gray_values():
+    whole, words = looks(), []
+    given = np.stack([whole[0] * 0, whole[0], whole[0] * 0])
+    record = trained_on(whole)
+    intensity.normalisation_for(given, record, "training", words.append)
+    assert words == []
+    own = intensity.normalisation_for(given, record, "own", words.append)
+    assert (own.mean, own.std) == pytest.approx((whole[0].mean(), whole[0].std()))
 
 
 def test_thin_lines_tell_what_the_percentiles_of_the_shipped_weights_do_not(isbi):
@@ -476,6 +509,11 @@ def test_a_prediction_of_sections_that_trained_the_network_says_which_they_are(p
         done = predict(sections, "--force")
         assert ("sections 0-2 of these trained the network" in done.err) is bool(which)
         assert data.read_stack("out.tif").made_of.get("trained_on") == which
+    pytest.importorskip("dask")
+    file.write_text(json.dumps(record | {"data": {"image_sha256": data.sha256_pixels(sections)}}))
+    predict(sections, "--output", "out.zarr", "--workers", "0")
+    with data.iter_sections("out.zarr") as reader:
+        assert reader.made_of["trained_on"] == "0-2"
 
 
 def test_every_spelling_of_a_weight_path_means_one_file_and_the_halo_of_the_study_is_the_receptive_radius():

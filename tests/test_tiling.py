@@ -214,6 +214,7 @@ def test_a_grid_says_in_words_what_it_does(shape, field, asked, tile, halo, word
     (Field(92), {"halo": 12}, "--overlap must be a non-negative multiple of 8. Received: 12"),
     (Field(92), {"halo": -8}, "--overlap must be a non-negative multiple of 8. Received: -8"),
     (Field(92), {"halo": 32}, "--overlap must leave at least 8 px of a tile of 64 uncovered. Received: 32"),
+    (PAPER, {"max_tile": 188, "halo": None}, "--tile must be at least 204 for this network, whose output lacks 92 px"),
     (Field(92, 8, 4), {}, "--overlap must be 4 (the network's own loss) plus a multiple of 8. Received: 16"),
 )
 def test_tiles_that_cannot_be_are_refused_by_argument_rule_and_value(field, asked, words):
