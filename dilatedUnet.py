@@ -411,7 +411,7 @@ def with_recipe(args, parser, words):
     parser.of_verb["train"].set_defaults(**dict.fromkeys(recipe, NOT_GIVEN))
     args = parser.parse_args(words)
     taken = {key for key in recipe if getattr(args, key) is NOT_GIVEN}
-    if args.arch == "unet2015" != recipe.get("arch"):
+    if plain.padding == "valid" or (args.arch == "unet2015" != recipe.get("arch") and plain.padding != "same"):
         taken.discard("window")  # whose sides are of its own
     if any(getattr(args, key) not in (None, NOT_GIVEN) for key in ("dilate", "dilate_rate", "addition")):
         taken.discard("arch")  # for the network that has these flags

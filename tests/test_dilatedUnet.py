@@ -195,6 +195,9 @@ def test_a_network_by_hand_has_filters_of_its_own_and_not_those_of_the_recipes_n
         assert [*args.filters] == filters
         assert (args.instances, args.window) == (True, 256)
     assert [*parse(["--recipe", "cells", "--arch", "resunet", "--filters", "4,8"]).filters] == [4, 8]
+    for words, window in (("quick --arch unet2015", 572), ("quick --arch unet2015 --padding same", 256)):
+        assert parse(["--recipe", *words.split()]).window == window
+    assert parse(["--recipe", "cells", "--padding", "valid"]).window == 572
 
 
 def test_check_reads_cells_and_tells_the_split_of_the_recipe_for_cells(call, tmp_path):

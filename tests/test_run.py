@@ -204,6 +204,27 @@ def test_a_project_that_moved_is_resumed_and_other_weights_are_not_taken(train, 
     assert "resumed after epoch 1" in train(f"{flags}/weights/r").err
 
 
+def test_a_run_whose_folder_was_not_named_is_resumed_where_both_have_moved_to(train, tmp_path):
+    train(f"{HOLDOUT} --weight_path weights/mine --epochs 1")
+    for name in ("weights", "runs"):
+        (tmp_path / "moved").mkdir(exist_ok=True)
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    words = f"--run_dir {tmp_path}/moved/runs/mine --weight_path {tmp_path}/moved/weights/mine"
+    assert "resumed after epoch 1" in train(f"{HOLDOUT} --epochs 2 --resume {words}").err
+
+
+def test_a_run_puts_no_picture_among_the_sections(train, small, tmp_path):
+    """They would be sections of the next training."""
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+        for i, section in enumerate(tifffile.imread(small / f"{name}.tif")):
+            tifffile.imwrite(tmp_path / name / f"s{i}.tif", section)
+    words = f"{HOLDOUT} --image_path images --mask_path labels --weight_path w/x --run_dir"
+    for name in ("images", "labels"):
+        assert "--run_dir must not be an input, or a file in its folder" in train(f"{words} {name}", code=2).err
+        assert len(list((tmp_path / name).iterdir())) == 10
+
+
 def test_a_name_that_cannot_be_written_is_refused_before_the_training(train, tmp_path):
     name = 238 * "n"  # as a file's name it is short enough, but not while the file is written
     assert f"{name}.weights.h5 could not be written" in train(f"{HOLDOUT} --run_dir r --weight_path {name}", code=2).err

@@ -280,9 +280,8 @@ def check_apart(place, inputs):
     for path in named:  # by --weight_path
         if resolved.count(os.path.realpath(path)) > 1:
             raise DataError(f"--weight_path must not be one of the run's own files. Received: {place.weights}")
-    files = [path for path in inputs if path and os.path.isfile(atomic.within(path)[0])]
     for path in outputs:
-        atomic.refuse_inputs("--weight_path" if path in named else "--run_dir", path, *files)
+        atomic.refuse_inputs("--weight_path" if path in named else "--run_dir", path, *inputs)
 
 
 def check_same_run(place, before, record, defaults):
@@ -295,7 +294,8 @@ def check_same_run(place, before, record, defaults):
             raise DataError(f"--resume needs the same settings: --{key} was {was.get(key)}. Received: {now.get(key)}")
     check_same_start(before, was.get("init_from"), now.get("init_from"))
     weights = prediction.weight_file(str(was.get("weight_path") or place.folder / "best.weights"))
-    old = Path(was.get("run_dir") or place.folder)
+    default = Path("runs") / weights.name.removesuffix(".weights.h5") if was.get("weight_path") else place.folder
+    old = Path(was.get("run_dir") or default)
     moved = os.path.relpath(weights, old) == os.path.relpath(place.weights, place.folder)  # both, with their folder
     if os.path.realpath(weights) != os.path.realpath(place.weights) and not moved:
         raise DataError(f"--resume needs the same settings: --weight_path was {weights}. Received: {place.weights}")

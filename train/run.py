@@ -7,6 +7,7 @@ trained, `recorder` what happens after every epoch, `record` the run folder, `fi
 
 import contextlib
 import importlib.util
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def train(args, place, spread, defaults):
     record = new_record(args, stacks, precision, trainee.network) | {"init_from": start}
     extra = extra_callbacks(args, place) if spread.chief else []
     with contextlib.ExitStack() as locks:
-        before = together(spread, lambda: spread.chief and begin(args, place, record, defaults, locks))
+        before = together(spread, lambda: spread.chief and begin(args, place, stacks, record, defaults, locks))
         done = records.nothing_left(place, before, args) if before else None
         if spread.agree(bool(done)):
             say(f"{place.folder}: {done or 'finished already'}")
@@ -307,12 +308,15 @@ def new_record(args, stacks, precision, network):
 # -- steps of a run ---------------------------------------------------------------------------------------------
 
 
-def begin(args, place, record, defaults, locks):
+def begin(args, place, stacks, record, defaults, locks):
     """Take the folder and the weights for this process, and make them ready; the record of the run that goes on."""
     network = (prediction.weight_file(args.init_from), prediction.record_file(args.init_from)) if args.init_from else ()
     for path in (place.folder, place.weights, place.last):
         locks.enter_context(atomic.locked(path))
-    how = {"resume": args.resume, "force": args.force, "inputs": (args.image_path, args.mask_path, *network)}
+    inputs = (args.image_path, args.mask_path, *network)
+    inputs = [path for path in inputs if path and os.path.isfile(atomic.within(path)[0])]
+    inputs += [stacks.images.source, stacks.masks.source]  # a folder of sections, where it is one
+    how = {"resume": args.resume, "force": args.force, "inputs": inputs}
     return records.prepare(place, record, **how, defaults=defaults)
 
 
