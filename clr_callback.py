@@ -69,6 +69,18 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         return keras.ops.cast(self.rate(keras.ops.cast(step, "float32")), "float32")
 
 
+@keras.saving.register_keras_serializable("clr_callback")
+class CyclicSchedule(Schedule):
+    """That of a `CyclicLR` without a `scale_fn`, which is saved with a compiled model."""
+
+    def __init__(self, **config):
+        super().__init__(CyclicLR(**config).rate)
+        self.config = config
+
+    def get_config(self):
+        return self.config
+
+
 class CyclicLR(keras.callbacks.Callback):
     """Sets the learning rate of every update, and records the rate that was used.
 
@@ -130,8 +142,11 @@ class CyclicLR(keras.callbacks.Callback):
         return self.base_lr + (self.max_lr - self.base_lr) * wave(update, self.step_size) * self.scale_fn(x)
 
     def schedule(self):
-        """The same rates as a `LearningRateSchedule`."""
-        return Schedule(self.rate)
+        """The same rates as a `LearningRateSchedule`; with a `scale_fn` its optimizer cannot be saved with a model."""
+        if self.scale_fn is not None:
+            return Schedule(self.rate)
+        config = {"base_lr": float(self.base_lr), "max_lr": float(self.max_lr), "step_size": int(self.step_size)}
+        return CyclicSchedule(**config, mode=self.mode, gamma=float(self.gamma))
 
     @property
     def _optimizer(self):
@@ -150,9 +165,12 @@ class CyclicLR(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         if not self._in_graph:
+            self.update = int(self._optimizer.iterations)
             self._optimizer.learning_rate = self.rate(self.update)
 
     def on_train_batch_end(self, batch, logs=None):
+        if not self._in_graph and int(self._optimizer.iterations) == self.update:
+            return  # gradients were accumulated, or too large for float16: no update
         # `batch` is the last one of an execution, which may hold several updates.
         for _ in range(self.model.steps_per_execution):
             self.history["update"].append(self.update)

@@ -498,7 +498,7 @@ def contradictions(given, args):
 
 
 def run_train(args):
-    if not args.recipe and args.image_path not in (*DATA_SETS, "synthetic"):
+    if args.protocol == "published" and not args.recipe and args.image_path not in (*DATA_SETS, "synthetic"):
         say("without --recipe the settings are those of 2017, for hours; for your own sections: --recipe quick")
     look_for(image=args.image_path, mask=args.mask_path)
     load_backend(args)

@@ -92,6 +92,24 @@ def test_the_rate_used_moves_the_weights_and_a_second_fit_goes_on_at_the_right_u
     assert history["learning_rate"] == pytest.approx([again.rate(19), again.rate(29)])
 
 
+def test_accumulated_gradients_are_one_update_and_the_rate_goes_on_from_it():
+    callback, spy = CyclicLR(0.01, 0.09, 8), Spy()
+    fit(model(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)), callback, spy, epochs=3)
+    expected = [callback.rate(n) for n in range(15)]  # of 10 batches an epoch
+    assert callback.history["update"] == list(range(15))
+    np.testing.assert_allclose(callback.history["learning_rate"], expected, rtol=1e-6)
+    np.testing.assert_allclose(spy.rates[1::2], expected, rtol=1e-6)
+
+
+def test_a_model_with_the_schedule_is_saved_and_goes_on(tmp_path):
+    callback = CyclicLR(np.float32(0.01), 0.09, np.int64(8), mode="exp_range", gamma=0.9)
+    made = model(keras.optimizers.SGD(callback.schedule()))
+    fit(made, callback)
+    made.save(tmp_path / "m.keras")
+    rate = keras.models.load_model(tmp_path / "m.keras").optimizer._learning_rate
+    assert [float(rate(n)) for n in (0, 3, 11)] == pytest.approx([callback.rate(n) for n in (0, 3, 11)])
+
+
 @pytest.mark.parametrize("in_graph", [False, True])
 def test_float16_whose_optimizer_is_wrapped_has_the_same_rates(in_graph):
     rates = []
