@@ -435,8 +435,8 @@ def _animate(images, labels, output, every, instances):
     if instances:
         masks = np.where(masks > 0, 75 + 60 * (masks % 4), 0)
     if masks.min() < 0 or masks.max() > 255:
-        rule = "must hold 0..1 or 0..255, or numbers of cells with --instances"
-        raise ValueError(f"--mask_path {rule}. Received: {masks.min():g}..{masks.max():g}")
+        words = f"--mask_path must hold 0..1 or 0..255. Received: {masks.min():g}..{masks.max():g}"
+        raise ValueError(f"{words}; numbers of cells need --instances")
     return animation(sections[::every], masks[::every], output)
 
 

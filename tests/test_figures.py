@@ -291,7 +291,7 @@ def test_animate_shows_numbers_of_cells_in_grays_that_repeat(tmp_path, run):
     cells = np.repeat(np.uint16([[0, 300, 301, 302, 303, 304, 0, 0]]), 64, 0).repeat(8, 1)
     images, masks = (write_stack(tmp_path / f"{name}.tif", np.stack([cells] * 2)) for name in ("images", "cells"))
     words = ("animate", "--image_path", images, "--mask_path", masks, "--output", tmp_path / "a.gif")
-    assert "numbers of cells with --instances" in run(*words)[2]
+    assert "numbers of cells need --instances" in run(*words)[2]
     assert run(*words, "--instances")[0] == 0
     grays = pixels(tmp_path / "a.gif")[128, 260 + 16 :: 32, 0].astype(int)
     assert (grays[0], grays[6], grays[1]) == (0, 0, grays[5])
