@@ -284,6 +284,11 @@ def check_apart(place, inputs):
         atomic.refuse_inputs("--weight_path" if path in named else "--run_dir", path, *inputs)
 
 
+def folder_named(name):
+    """The run folder where --run_dir names none: after the weights, with or without their ending."""
+    return Path("runs") / name.removesuffix(".h5").removesuffix(".weights")
+
+
 def check_same_run(place, before, record, defaults):
     now = json.loads(json.dumps(record["settings"]))
     was = {key: defaults[key] for key in now if key in defaults} | before["settings"]
@@ -294,7 +299,7 @@ def check_same_run(place, before, record, defaults):
             raise DataError(f"--resume needs the same settings: --{key} was {was.get(key)}. Received: {now.get(key)}")
     check_same_start(before, was.get("init_from"), now.get("init_from"))
     weights = prediction.weight_file(str(was.get("weight_path") or place.folder / "best.weights"))
-    default = Path("runs") / weights.name.removesuffix(".weights.h5") if was.get("weight_path") else place.folder
+    default = folder_named(weights.name) if was.get("weight_path") else place.folder
     old = Path(was.get("run_dir") or default)
     moved = os.path.relpath(weights, old) == os.path.relpath(place.weights, place.folder)  # both, with their folder
     if os.path.realpath(weights) != os.path.realpath(place.weights) and not moved:

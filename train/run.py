@@ -156,7 +156,7 @@ def place_of(args):
     """Run folder and weight file, from the flags or from the network's name."""
     network = args.arch if args.arch != "unet2017" else ("dilated" if args.dilate else "standard") + "_unet"
     name = Path(args.weight_path).name if args.weight_path else f"{network}-{args.protocol}-{args.seed}"
-    folder = Path(args.run_dir or Path("runs") / name.removesuffix(".h5").removesuffix(".weights"))
+    folder = Path(args.run_dir or records.folder_named(name))
     return records.Place(folder, prediction.weight_file(args.weight_path or folder / "best.weights"))
 
 
@@ -183,7 +183,8 @@ def load(args):
             field_of(args).check_size("--window", args.window)
     if lost:
         check_output(args, images, side)
-    data.check_window(images, side, 1 if lost else field_of(args).multiple)
+    else:
+        data.check_window(images, side, field_of(args).multiple)
     cells = masks if args.instances else None
     if cells:
         apart = np.stack([losses.separate(np.maximum(section, 0)) > 0 for section in cells.sections])
