@@ -61,7 +61,8 @@ RECIPES = {
     "cells": {
         **{"arch": "unet2015", "instances": True, "batch_norm": True, "padding": "same", "filters": (16,), "tta": "7"},
         **{"protocol": "holdout", "gap": 2, "window": 256, "batch_size": 2, "epochs": 5, "steps_per_epoch": 100},
-        **{"optimizer": "adam", "clr_mode": "cosine", "lr": 1e-5, "max_lr": 2e-3, "ema": 0.98},
+        **{"optimizer": "adam", "clr_mode": "cosine", "lr": 1e-5, "max_lr": 2e-3},
+        **{"ema": 0.98, "augment": "all", "loss": "weighted"},
     },
 }
 RECIPES["finetune"] = RECIPES["quick"] | {"epochs": 2, "max_lr": 2e-3, "init_from": str(SHIPPED)}
@@ -302,12 +303,7 @@ PREDICT = {
         flag("--threshold", "8-bit 0/255 mask of probability > threshold; with --segment, cut there", type=fraction),
         flag("--segment", "write labels, one per cell, by seeded watershed", action="store_true"),
         flag("--merge", "take false borders away (default: 1 with --segment if learned)", **BINARY | {"default": None}),
-        flag(
-            "--rois",
-            "with --segment: the cells' outlines, too, for ImageJ's ROI Manager",
-            type=rois,
-            metavar="FILE.zip",
-        ),
+        flag("--rois", "with --segment: the cells' outlines, for ImageJ's ROI Manager", type=rois, metavar="FILE.zip"),
         flag("--force", "replace an existing output", action="store_true"),
         flag("--resume", "go on with an --output of .zarr, chunk by chunk", action="store_true"),
     ),
@@ -407,9 +403,11 @@ def parse(argv):
 
 def with_recipe(args, parser, words):
     """The recipe's values where no flag was given by hand, then the defaults that depend on other flags."""
-    recipe, plain = RECIPES.get(args.recipe, {}), args
+    recipe, plain = {"epochs": args.epochs} | RECIPES.get(args.recipe, {}), args
     parser.of_verb["train"].set_defaults(**dict.fromkeys(recipe, NOT_GIVEN))
     args = parser.parse_args(words)
+    if args.minutes and args.epochs is not NOT_GIVEN:
+        parser.error("--minutes takes the place of --epochs: choose one")
     taken = {key for key in recipe if getattr(args, key) is NOT_GIVEN}
     if plain.padding == "valid" or (args.arch == "unet2015" != recipe.get("arch") and plain.padding != "same"):
         taken.discard("window")  # whose sides are of its own
@@ -571,8 +569,7 @@ def run_export(args):
     from predict import export
 
     export.check(args)
-    if args.image_path:
-        look_for(test=args.image_path)
+    look_for(test=args.image_path)
     startup.prepare("-1")
     return export.run(args)
 

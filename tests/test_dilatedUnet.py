@@ -193,11 +193,19 @@ def test_a_network_by_hand_has_filters_of_its_own_and_not_those_of_the_recipes_n
     for words, filters in (("--arch resunet", [16, 32, 64, 128, 128]), ("--dilate 1", [44, 88, 176]), ("", [16])):
         args = parse(["--recipe", "cells", *words.split()])
         assert [*args.filters] == filters
-        assert (args.instances, args.window) == (True, 256)
+        assert (args.instances, args.window, args.augment, args.loss) == (True, 256, "all", "weighted")
     assert [*parse(["--recipe", "cells", "--arch", "resunet", "--filters", "4,8"]).filters] == [4, 8]
     for words, window in (("quick --arch unet2015", 572), ("quick --arch unet2015 --padding same", 256)):
         assert parse(["--recipe", *words.split()]).window == window
     assert parse(["--recipe", "cells", "--padding", "valid"]).window == 572
+
+
+def test_minutes_and_epochs_by_hand_contradict_each_other(capsys):
+    assert differing("--recipe quick", "--recipe quick --minutes 3") == {"minutes"}
+    for words in ("--minutes 3 --epochs 300", "--recipe quick --epochs 7 --minutes 3"):
+        with pytest.raises(SystemExit):
+            parse(words.split())
+        assert "--minutes takes the place of --epochs: choose one" in capsys.readouterr().err
 
 
 def test_check_reads_cells_and_tells_the_split_of_the_recipe_for_cells(call, tmp_path):

@@ -98,11 +98,13 @@ def test_a_prediction_corrected_in_napari_is_trained_on(call, finished, small, a
     assert strict("run/run.json")["init_from"]["weights"] == str(start)
 
 
-def test_a_run_laid_out_for_minutes_is_resumed_as_it_was_laid_out(train, monkeypatch, tmp_path):
+def test_a_run_laid_out_for_minutes_is_resumed_as_it_was_laid_out(call, train, small, monkeypatch, tmp_path):
     """However long an update takes by then; and it is the run with as many epochs by hand."""
-    for updates, more in ((12, "--epochs 1"), (700, "--resume")):
+    stack = f"--image_path {small / 'images.tif'} --mask_path {small / 'labels.tif'}"
+    timed = f"{stack} {TINY.removesuffix(' --epochs 2')} {HOLDOUT} --clr_mode cosine --minutes 3 --run_dir run"
+    for updates, more in ((12, []), (700, ["--resume"])):
         monkeypatch.setattr(initial, "updates_in", lambda minutes, trainee, batches, n=updates: n)
-        train(f"{HOLDOUT} --clr_mode cosine --minutes 3 --run_dir run {more}")
+        assert call(*timed.split(), *more).code == 0
     record = strict("run/run.json")
     assert (record["epochs"], record["settings"]["steps_per_epoch"]) == (6, 2)
     train(f"{HOLDOUT} --clr_mode cosine --epochs 6 --run_dir by-hand")

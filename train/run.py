@@ -356,7 +356,7 @@ def lay_out(args, place, stacks, precision):
         return
     if resumes(args, place) and (before := records.read_record(place.record)):
         args.epochs, args.steps_per_epoch = before["epochs"], before["settings"]["steps_per_epoch"]
-        say(f"--minutes: {args.epochs} epochs of {args.steps_per_epoch} updates, as laid out at the start")
+        say(f"--minutes: a run that goes on keeps its {args.epochs} epochs of {args.steps_per_epoch} updates")
         return
     trainee = make_trainee(args, course_of(args), stacks.normalisation, precision)
     updates = initial.updates_in(args.minutes, trainee, feed_of(args, stacks).training(0))
