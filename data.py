@@ -77,7 +77,7 @@ def _missing(path, role):
     if os.path.islink(path):
         return f"{flag(role)}: {path} is a link to {os.readlink(path)}, which does not exist."
     array = re.fullmatch(r"(.+\.\w+)[:/]+(.+)", str(path))
-    if array and os.path.isfile(array[1]):
+    if array and (os.path.isfile(array[1]) or is_zarr(array[1])):
         return f"{flag(role)}: {path} does not exist; an array of {array[1]} is named {array[1]}:/{array[2]}."
     known = f"; the data sets are {', '.join(DATA_SETS)}" if role in ISBI_ROLES else ""
     return f"{flag(role)}: {path or 'the empty name'} does not exist{known}."

@@ -70,6 +70,8 @@ def path(text):
 def file(text, endings=()):
     """A path whose last part can name a file, with one of the endings, if there are any."""
     found = path(text)
+    if found.rstrip("/\\").lower().endswith(".zarr"):  # a folder, which a shell completes with a slash
+        found = found.rstrip("/\\")
     if os.path.basename(found) in ("", ".", ".."):
         refuse("a file, not a folder", text)
     if endings and not found.lower().endswith(endings):

@@ -37,7 +37,7 @@ class ZarrReader(sections.StackReader):
 
     def __init__(self, path, array, multiscale, made_of, channel):
         self.array, self.multiscale, self.folder = array, multiscale, within(path)[0]
-        axes = "".join(axis["name"] for axis in multiscale["axes"])
+        axes = [axis["name"] for axis in multiscale["axes"]]
         self.first = {axes.index("c"): channel} if "c" in axes else {}
         super().__init__(
             self._chunks,
@@ -45,7 +45,7 @@ class ZarrReader(sections.StackReader):
             array.dtype,
             source=path,
             voxel_nm=_voxel_nm(multiscale),
-            description=f"Zarr v{array.metadata.zarr_format}, axes {axes}, chunks {array.chunks}",
+            description=f"Zarr v{array.metadata.zarr_format}, axes {''.join(axes)}, chunks {array.chunks}",
             made_of=made_of,
         )
 

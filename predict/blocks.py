@@ -30,6 +30,7 @@ import data
 from data import DataError
 from files import atomic, omezarr
 from files.sections import size_words
+from network import device
 from predict import intensity, tiling
 
 FORMAT = "dilated-unet prediction 1"
@@ -253,6 +254,13 @@ def _record(output):
         return record["made_of"] if record["format"] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def precision_of(output):
+    """That of the prediction which `output` holds, finished or not; None where it holds none."""
+    found = Path(output).exists() and _record(output)
+    precision = found.get("precision") if isinstance(found, dict) else None
+    return precision if precision in device.PRECISIONS else None
 
 
 def _begin(args, job, reader):

@@ -293,7 +293,8 @@ def run(args):
     """The `predict` verb; returns the exit code."""
     in_blocks = check_output(args)
     engine = engines.choose(args.engine)
-    precision = device.choose_precision(args.precision, engine)
+    begun = blocks.precision_of(args.output) if in_blocks and args.resume and args.precision == "auto" else None
+    precision = begun or device.choose_precision(args.precision, engine)
     say(f"{device.describe(precision, engine)}; engine: {engine}")
     records = [read_record(path) for path in args.weight_path]
     if args.segment and len({"background" in record for record in records}) > 1:

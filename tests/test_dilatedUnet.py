@@ -184,6 +184,10 @@ def test_a_flag_by_hand_wins_over_the_recipe(flags, changed):
         assert str(vars(parse(["--recipe", "quick", *flags.split()]))[name[2:]]) in (value, value + ".0")
 
 
+def test_a_zarr_may_be_named_with_the_slash_that_a_shell_adds():
+    assert parse(["predict", "--output", "out/p.zarr/"]).output == "out/p.zarr"
+
+
 def test_the_network_that_a_recipe_has_anyway_changes_nothing():
     assert not differing("--recipe cells", "--recipe cells --arch unet2015 --instances")
     assert differing("--recipe cells", "--recipe cells --filters 64") == {"filters"}

@@ -176,6 +176,7 @@ WRONG = {  # writes a file and gives its name; options; words of the refusal
     "no such file": (lambda f: f"{f}/b.h5:/raw", {}, "b.h5:/raw does not exist"),
     "no colon": (lambda f: f"{hdf5(f)}/deep/x", {}, "does not exist; an array of .*a.h5 is named .*a.h5:/deep/x"),
     "no slash": (lambda f: f"{hdf5(f)}:raw", {}, "does not exist; an array of .*a.h5 is named .*a.h5:/raw"),
+    "no slash, Zarr": (lambda f: f"{both_zarr(f)}:raw", {}, "an array of .*zarr is named .*zarr:/raw"),
     "a drive": (lambda _: "C:/b.h5", {}, "C:/b.h5 does not exist"),
 }
 

@@ -42,6 +42,16 @@ def test_an_image_is_read_section_by_section_or_in_parts(image, version, names, 
         np.testing.assert_array_equal(reader.slab(slice(0, 2), slice(0, 30), slice(4, 9)), sections[:2, :, 4:9])
 
 
+@pytest.mark.parametrize("names", [("time", "c", "y", "x"), ("time", "c", "z", "y", "x"), ("channel", "z", "y", "x")])
+def test_axes_may_be_called_by_longer_names(image, names):
+    """Only their types are fixed by the specification."""
+    sizes = {"time": 1, "channel": 1, "c": 2, "z": 3, "y": 30, "x": 50}
+    stack, channel = pixels(*(sizes[name] for name in names)), 1 if "c" in names else None
+    with iter_sections(image(stack, names=names), channel=channel) as reader:
+        wanted = stack[0] if channel is None else stack[0, 1]
+        np.testing.assert_array_equal(np.stack(list(reader)), wanted.reshape(-1, 30, 50))
+
+
 def test_the_voxel_size_is_in_nanometres_and_that_of_level_0(image):
     more = {"coordinateTransformations": [{"type": "scale", "scale": [2.0, 1.0, 1.0]}]}  # of all levels
     path = image(pixels(2, 8, 8), scale=(0.03, 0.004, 0.005), unit="micrometer", **more)

@@ -21,7 +21,7 @@ from conftest import ROOT, cases
 import data
 import dilatedUnet
 from files import sections, writing
-from network import outline, unet
+from network import device, outline, unet
 from predict import engines, intensity, prediction, tiling
 
 RECORD = {"normalisation": {"mean": 120.0, "std": 45.0, "epsilon": 1e-10}}
@@ -514,6 +514,16 @@ def test_a_prediction_of_sections_that_trained_the_network_says_which_they_are(p
     predict(sections, "--output", "out.zarr", "--workers", "0")
     with data.iter_sections("out.zarr") as reader:
         assert reader.made_of["trained_on"] == "0-2"
+
+
+def test_a_resumed_prediction_keeps_its_precision_whatever_is_faster_here(predict, monkeypatch):
+    pytest.importorskip("dask")
+    to_zarr = ("--output", "out.zarr", "--workers", "0", "--precision", "auto")
+    for faster, more, said in (("float32", (), "float32"), ("bfloat16", ("--resume",), "float32")):
+        monkeypatch.setattr(device, "choose_precision", lambda asked, *_, f=faster: f if asked == "auto" else asked)
+        assert f"precision: {said}" in predict(section_of(32, 40)[None], *to_zarr, *more).err
+    other = predict(section_of(32, 40)[None], *to_zarr, "--resume", "--precision", "bfloat16", code=2)
+    assert "is made of another precision" in other.err
 
 
 def test_every_spelling_of_a_weight_path_means_one_file_and_the_halo_of_the_study_is_the_receptive_radius():
