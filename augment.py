@@ -111,8 +111,8 @@ def draw(recipe, *, seed, epoch, index, sections, shape, window):
     """Draw the numbers of crop `index` of `epoch` from these sections of a `shape`, rows and columns.
 
     The same random numbers are consumed whatever the recipe is, so two recipes see the same crops, and a stronger
-    setting of one change leaves the others as they were. Sections are dealt like cards: in an epoch, each
-    `len(sections)` crops in a row visit all of them once.
+    setting of one change leaves the others as they were; another `elastic_grid` alone draws other blur and shade.
+    Sections are dealt like cards: in an epoch, each `len(sections)` crops in a row visit all of them once.
     """
     random = _generator(seed, epoch, index, 0)
     origin = tuple(int(random.integers(side - window + 1)) for side in shape)

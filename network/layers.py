@@ -13,6 +13,10 @@ from network.outline import EPSILON, MOMENTUM
 __all__ = ["Add", "BatchNormDropout", "Concatenate", "Conv2D", "Conv2DTranspose", "Cropping2D", "Dropout", "Input"]
 __all__ += ["Interior", "MaxPooling2D", "Model", "Upsample"]
 
+# What the networks are made for, whatever ~/.keras/keras.json says.
+keras.config.set_image_data_format("channels_last")
+keras.config.set_floatx("float32")
+
 # -- convolution ------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import venv
 from unittest.mock import Mock
 
 import pytest
-from conftest import ROOT, cases, with_ctrl_c
+from conftest import ROOT, TINY, cases, strict, with_ctrl_c
 
 import dilatedUnet
 import start
@@ -32,6 +32,14 @@ LOOKS = "TF_CONFIG must look like"
 def test_an_environment_that_makes_no_sense_is_named(refuses, monkeypatch, name, value, words):
     monkeypatch.setenv(name, value)
     refuses(words, "--distribute")
+
+
+def test_the_networks_are_what_they_are_whatever_keras_json_says(suite, small, tmp_path):
+    (tmp_path / "keras.json").write_text('{"floatx": "float16", "image_data_format": "channels_first"}')
+    stack = f"--image_path {small / 'images.tif'} --mask_path {small / 'labels.tif'}"
+    flags = f"{stack} {TINY} --protocol all --epochs 1 --run_dir run"
+    suite(*flags.split(), env=os.environ | {"KERAS_HOME": str(tmp_path)})
+    assert strict(tmp_path / "run/run.json")["finished"]
 
 
 def test_a_backend_that_cannot_start_or_is_not_installed_is_one_sentence(refuses, monkeypatch):
