@@ -1,5 +1,7 @@
 """False borders: found, learned from labels, taken away; the file that keeps what was learned."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import cases
@@ -218,3 +220,18 @@ def test_forests_run_on_one_thread_for_on_a_busy_machine_several_wait_for_each_o
         maps(smeared(2, seed=1), borders.Merger(merger.features, merger.joined))
         assert set(threads()) == {2}
     assert set(seen) == {1}
+
+
+def test_of_several_mergers_the_mean_counts():
+    def merger(false):
+        def judge(cut, look, neighbours):
+            seen.append((look, list(neighbours)))
+            return np.full(len(cut.pairs), false)
+
+        return SimpleNamespace(look=lambda cut: false, judge=judge)
+
+    labels, seen = np.repeat(np.int32([[1, 1, 2, 2]]), 4, axis=0), []
+    cut = borders.Cut(labels, *borders.borders_of(labels), None)
+    for one in borders.maps([cut, cut], [merger(0.2), merger(0.6)]):
+        np.testing.assert_allclose(one, [[1, 0.4, 0.4, 1]] * 4, rtol=1e-6)
+    assert seen == [(0.2, [0.2]), (0.6, [0.6])] * 2, "each by what it looked at itself"

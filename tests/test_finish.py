@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 from conftest import refused
 
+from predict import borders
 from train import finish
 
 
@@ -17,6 +18,34 @@ def test_a_degenerate_prediction_is_told_from_a_good_one():
     assert always == "Dice 0.889 is no better than 'always interior', which scores 0.889"
     assert "no better" in finish.degenerate(np.float32(0.2 + noise), truth)
     assert finish.degenerate(np.float32(0.8 * truth + 0.1), truth) is None
+
+
+def test_what_is_not_labelled_does_not_count_where_a_prediction_is_called_worthless():
+    truth = np.ones((2, 10, 10), np.int8)
+    truth[:, ::5], truth[..., 5:] = 0, -1
+    found = np.where(truth < 0, np.random.default_rng(0).random(truth.shape), 0.7).astype(np.float32)
+    assert "is constant (0.700)" in finish.degenerate(found, truth)
+    assert finish.degenerate(np.where(truth < 0, 0, 0.8 * truth + 0.1), truth) is None
+
+
+def test_borders_are_learned_from_training_sections_and_their_threshold_by_those_of_the_others(monkeypatch):
+    seen, used = [], []
+
+    def learned(*readings):
+        seen.append([[number for run in reading for number, _ in run] for reading in readings])
+        return len(seen)
+
+    monkeypatch.setattr(borders.Merger, "learned", learned)
+    monkeypatch.setattr(
+        finish, "maps_of", lambda near, _, trial: used.append((near, trial)) or zip(near, near, strict=True)
+    )
+    monkeypatch.setattr(finish.scores, "best_threshold", lambda maps, truth: (maps, len(truth)))
+    stacks = SimpleNamespace(masks=SimpleNamespace(sections=np.ones((8, 4, 4), np.int8)))
+    stacks.split = SimpleNamespace(train=(0, 1, 2, 3, 4))
+    found = finish.learn_borders(stacks, [0, 4], lambda i: i, lambda i: 10 + i)
+    assert seen == [[[0, 1, 2, 3, 4], [10, 11, 12, 13, 14]], [[1, 2, 3], [11, 12, 13]]]
+    assert used == [([0, 1, 3, 4], 2)], "no section that is held out judges them either"
+    assert found == (1, ([0, 4], 2))
 
 
 def test_a_prediction_that_is_not_finite_is_refused_and_few_sections_are_spread_evenly():

@@ -79,6 +79,14 @@ def test_a_fine_tuned_run_has_its_own_normalisation_names_its_start_and_needs_it
     train(f"{other} 3 --resume")
 
 
+def test_the_weights_that_a_run_starts_from_are_never_its_own_output(train):
+    train(f"{HOLDOUT} --epochs 1 --run_dir a --weight_path w/a")
+    before = files("w")
+    words = f"{HOLDOUT} --epochs 1 --run_dir b --init_from w/a --weight_path w/a --force"
+    assert "--weight_path must not be an input" in train(words, code=2).err
+    assert files("w") == before
+
+
 @cases("asked, flags, painted", ("--threshold 0.5", (), 255), ("--segment", ("--instances",), 99))
 def test_a_prediction_corrected_in_napari_is_trained_on(call, finished, small, asked, flags, painted):
     """It writes labels of 32 bits without a voxel size, and 3 or 4 sections as the colours of one picture."""

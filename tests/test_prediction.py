@@ -16,13 +16,13 @@ import keras
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, cases
+from conftest import ROOT, cases, strict
 
 import data
 import dilatedUnet
 from files import sections, writing
 from network import device, outline, unet
-from predict import engines, intensity, prediction, tiling
+from predict import borders, engines, intensity, prediction, tiling
 
 RECORD = {"normalisation": {"mean": 120.0, "std": 45.0, "epsilon": 1e-10}}
 SETTINGS = {"filters": [8, 12], "dilate": False, "dilate_rate": 1, "addition": True, "dropout": 0.3, "classes": 2}
@@ -524,6 +524,31 @@ def test_a_resumed_prediction_keeps_its_precision_whatever_is_faster_here(predic
         assert f"precision: {said}" in predict(section_of(32, 40)[None], *to_zarr, *more).err
     other = predict(section_of(32, 40)[None], *to_zarr, "--resume", "--precision", "bfloat16", code=2)
     assert "is made of another precision" in other.err
+
+
+def with_more(record, **more):
+    record.write_text(json.dumps(strict(record) | more))
+
+
+def test_the_smallest_cell_is_in_pixels_of_the_stack(trained_at_4_nm, copied, monkeypatch):
+    with_more(copied / "net.json", smallest_cell_px=100)
+    seen = []
+    monkeypatch.setattr(prediction, "write", lambda args, _, how, **__: seen.append(how["smallest_cell_px"]))
+    for words in ((), ("--rescale",)):
+        assert trained_at_4_nm(section_of(64, 96), (8, 4), "--segment", *words).code == 0
+    assert seen == [100, 50]
+
+
+def test_maps_are_cut_at_their_own_threshold_and_predicted_as_their_borders_were_learned(call, copied, monkeypatch):
+    with_more(copied / "net.json", threshold=0.8, merge={"tta": "4", "threshold": 0.3})
+    (copied / "net.borders.npz").touch()
+    tifffile.imwrite("stack.tif", section_of(32, 40))
+    seen = []
+    monkeypatch.setattr(borders, "load", lambda path: None)
+    monkeypatch.setattr(prediction, "write", lambda args, _, how, **__: seen.append((args.tta, how["threshold"])))
+    for more in ((), ("--merge", 0)):
+        call("predict", "--weight_path", "net", "--image_path", "stack.tif", "--segment", *FLOAT32, *more, code=0)
+    assert seen == [("4", 0.3), ("none", 0.8)]
 
 
 def test_every_spelling_of_a_weight_path_means_one_file_and_the_halo_of_the_study_is_the_receptive_radius():

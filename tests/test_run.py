@@ -103,6 +103,50 @@ def test_the_weights_are_those_of_the_lowest_validation_loss_the_mean_over_all_w
     assert history(finished / "runs/x")[-1]["val_loss"] == pytest.approx(np.mean(found), rel=1e-4)
 
 
+def test_the_held_out_sections_are_scored_by_the_weights_that_are_kept_not_by_the_last(train, small, monkeypatch):
+    found = iter((0.5, 0.6))
+    monkeypatch.setattr(training.Trainee, "validate", lambda *_: {"val_loss": next(found), "val_dice": 0.5})
+    train(f"{HOLDOUT} --clr_mode none --lr 1e-2 --run_dir run")
+    network, kept = prediction.load_network("run/best")
+    assert kept["after"]["epoch"] == 1
+    predict = prediction.section_predictor(network, data.Normalisation.from_dict(kept["normalisation"]))
+    images, labels = (tifffile.imread(small / name)[8:10] for name in ("images.tif", "labels.tif"))
+    scored = evaluation.score_arrays(np.stack([predict(one) for one in images]), labels // 255, ("bce",))
+    assert scored["bce"] == pytest.approx(strict("run/run.json")["held_out"]["bce"], rel=1e-5)
+
+
+def test_the_averages_of_the_weights_are_saved_and_the_training_keeps_its_own(train):
+    train(f"{HOLDOUT} --ema 0.9 --optimizer sgd --clr_mode none --lr 0.1 --epochs 1 --run_dir run")
+    held = [*arrays(Path("run/checkpoint.npz"))[0].values()]
+    network, _ = prediction.load_network("run/best")
+    trained, others = held[: len(network.variables)], held[len(network.variables) :]
+    pairs = [pair for pair in zip(network.variables, trained, strict=True) if pair[0].name == "kernel"]
+    assert any(not np.array_equal(*pair) for pair in pairs)
+    for mine, _ in pairs:
+        assert any(np.array_equal(mine, one) for one in others), "the average of the optimizer"
+
+
+def test_the_pixel_size_is_kept_with_the_weights(train, small):
+    images = tifffile.imread(small / "images.tif")
+    voxel = {"resolution": (250, 125), "metadata": {"axes": "ZYX", "spacing": 0.05, "unit": "um"}}
+    tifffile.imwrite("v.tif", images, imagej=True, **voxel)
+    train(f"{HOLDOUT} --epochs 1 --image_path v.tif --run_dir run")
+    for name in ("run", "best", "last"):
+        assert strict(f"run/{name}.json")["data"]["voxel_nm"] == pytest.approx([50, 8, 4])
+
+
+def test_borders_are_learned_from_sections_with_noise_as_well(train, monkeypatch):
+    """Twice what the training adds to them, and 0.2."""
+    levels, seen = [], []
+    monkeypatch.setattr(finish, "noisy", lambda section, i, level: levels.append(level) or 255 - section)
+    monkeypatch.setattr(borders, "cut", lambda interior, section: interior)
+    monkeypatch.setattr(finish, "learn_borders", lambda *how: seen.extend(cut(0) for cut in how[2:]) or (None, None))
+    train(f"{HOLDOUT} --merge 1 --augment all --epochs 1 --run_dir run")
+    plain, noisy = seen
+    assert (plain != noisy).any()
+    assert levels == [pytest.approx(0.4)]
+
+
 def test_a_run_says_first_what_it_runs_on_and_at_the_start_where_the_weights_will_be(finished):
     text = (finished / "stderr.txt").read_text()
     lines = [line for line in text.splitlines() if "--recipe" not in line]
@@ -161,6 +205,23 @@ def test_another_setting_is_refused_by_name_on_resume(again, tmp_path, flags, wo
     assert done.err.splitlines()[-1].startswith("dilatedUnet.py: --resume needs")
     assert words in done.err.splitlines()[-1]
     assert files(tmp_path) == before
+
+
+def test_a_run_does_not_go_on_with_other_labels_or_another_split(again, tmp_path):
+    tifffile.imwrite("other.tif", 255 - tifffile.imread("labels.tif"))
+    before = files(tmp_path)
+    assert "--resume needs the same data" in again("--resume --epochs 5 --mask_path other.tif", code=2).err
+    assert files(tmp_path) == before
+    record = strict("runs/x/run.json")
+    record["split"]["train"].pop()
+    Path("runs/x/run.json").write_text(json.dumps(record))
+    assert "--resume needs the same split" in again("--resume --epochs 5", code=2).err
+
+
+def test_a_cosine_cannot_be_given_more_epochs(train):
+    words = f"{HOLDOUT} --clr_mode cosine --run_dir run --epochs"
+    train(f"{words} 1")
+    assert "--epochs may not change on --resume with --clr_mode cosine" in train(f"{words} 2 --resume", code=2).err
 
 
 def test_an_older_run_whose_paths_are_spelled_otherwise_goes_on_and_keeps_its_scores(again, tmp_path, monkeypatch):
