@@ -167,3 +167,10 @@ def test_a_run_that_ends_in_mid_cycle_is_told_and_the_range_test_suggests_rates_
     assert low < high
     with pytest.raises(ValueError, match="never fell"):
         clr.suggest_range([1, 2, 3], [1.0, 2.0, 3.0])
+
+
+@cases("updates, rise", (40, 2), (4000, 100))
+def test_a_cosine_rises_for_a_twentieth_of_its_updates_at_most_100(updates, rise):
+    rates = clr.rate_of("cosine", 0.1, 1.0, 1, updates=updates)(np.arange(updates))
+    assert (np.argmax(rates), rates[-1]) == (rise, pytest.approx(0.1))
+    assert rates[0] == pytest.approx(1 / (rise + 1))

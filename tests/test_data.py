@@ -459,3 +459,13 @@ def test_real_instance_masks_are_recognised_and_paired(hela):
     refused("looks like an instance mask", read_labels, "dic-hela")
     borders = Stack(instances.sections > 0, names=instances.names, source=instances.source)
     assert "pairs: by name, t000 with man_seg000, and so on" in load_pair("dic-hela", borders)[2]
+
+
+def test_check_and_training_read_the_channel_that_is_named(tmp_path):
+    two = np.random.default_rng(0).integers(0, 255, (5, 2, 64, 64), dtype=np.uint8)
+    two[:, 1] = 7
+    tifffile.imwrite(tmp_path / "i.tif", two, imagej=True, metadata={"axes": "ZCYX"})
+    assert "  values 7 to 7, mean 7, standard deviation 0" in describe(tmp_path / "i.tif", channel=1)
+    for channel in (0, 1):
+        images, *_ = load_pair(tmp_path / "i.tif", mask_stack(two[:, 0] > 99), channel=channel)
+        np.testing.assert_array_equal(images.sections, two[:, channel])

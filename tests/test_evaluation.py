@@ -391,3 +391,32 @@ def test_the_table_shows_value_threshold_and_published_results(files, capsys, la
     assert "4 sections: 2-5" in lines
     for name, board in report.PUBLISHED.items():
         assert list(board.values()) == sorted(board.values(), reverse=evaluation.SCORES[name].higher_is_better)
+
+
+def test_the_raw_images_are_not_written_over_even_with_force(files, labelled):
+    tifffile.imwrite("raw.tif", labelled[1], photometric="minisblack")
+    flags = [*files(), "--image_path", "raw.tif", "--json", "raw.tif", "--force"]
+    refused("--json must not be an input", evaluate, flags)
+
+
+def test_the_raw_images_may_have_channels(files, labelled):
+    two, flags = np.stack([labelled[1], 255 - labelled[1]], axis=1), files()
+    tifffile.imwrite("raw.tif", two, imagej=True, metadata={"axes": "ZCYX"})
+    evaluate([*flags, "--scores", "dice", "--image_path", "raw.tif", "--channel", 1, "--report", "r"])
+
+
+def test_scores_of_cells_have_the_numbers_of_their_sections(files, labelled):
+    cells = np.stack([segments.components(section > 0) for section in labelled[1]]).astype(np.uint16)
+    found = numbers([*files(cells, cells), "--instances", "--sections", "2,4"])
+    assert (found["sections"], [one["section"] for one in found["per_section"]]) == ([2, 4], [2, 4])
+
+
+def test_the_raw_section_of_each_section_with_labels_is_shown(files, labelled, monkeypatch):
+    shown, real = [], report.section_pictures
+    monkeypatch.setattr(report, "section_pictures", lambda *given: shown.append(given[-1]) or real(*given))
+    labels, flags = labelled[1] // 255 + 1, files()
+    labels[1] = 0
+    tifffile.imwrite("l.tif", labels, photometric="minisblack")
+    tifffile.imwrite("raw.tif", np.arange(6 * 64 * 80, dtype=np.uint16).reshape(6, 64, 80))
+    evaluate([*flags, "--ignore_label", 0, "--image_path", "raw.tif", "--report", "r", "--scores", "dice"])
+    assert sorted(raw[0, 0] // (64 * 80) for raw in shown) == [0, 2, 3, 4, 5]

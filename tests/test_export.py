@@ -206,3 +206,10 @@ def test_gray_values_that_hardly_differ_are_refused(export, refuses, tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps(record))
     refuses("standard deviation of at least 1e-6", "export", "--weight_path", "mine", "--output", "x.zip")
     assert not (tmp_path / "x.zip").exists()
+
+
+def test_height_and_width_of_a_pixel_are_not_taken_for_each_other():
+    sizes = {"min": 92, "step": 4, "shrink": 0, "halo": 44}
+    for part in exporting._axes({"data": {"voxel_nm": [40, 8, 4]}}, sizes):
+        scales = {axis["id"]: axis["scale"] for axis in part["axes"] if axis["type"] == "space"}
+        assert scales == {"y": 0.008, "x": 0.004}

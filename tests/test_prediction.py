@@ -16,13 +16,13 @@ import keras
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, cases, strict
+from conftest import ROOT, cases, refused, strict
 
 import data
 import dilatedUnet
 from files import sections, writing
 from network import device, outline, unet
-from predict import borders, engines, intensity, prediction, tiling
+from predict import borders, engines, intensity, prediction, rescale, tiling
 
 RECORD = {"normalisation": {"mean": 120.0, "std": 45.0, "epsilon": 1e-10}}
 SETTINGS = {"filters": [8, 12], "dilate": False, "dilate_rate": 1, "addition": True, "dropout": 0.3, "classes": 2}
@@ -682,3 +682,44 @@ def test_blocks_are_made_of_the_engine_that_computes_not_of_the_word_auto(predic
         predict(section_of(64, 72)[None], "--output", "x.zarr", "--engine", "auto")
     assert [how["engine"] for how, _ in seen] == ["auto", "auto"]
     assert [settings["engine"] for _, settings in seen] == ["openvino", "keras"]
+
+
+def test_a_section_is_smoothed_before_it_shrinks():
+    stripes, seen = np.arange(63) % 2 * 200.0 * np.ones((63, 1)), []
+    rescale.seen_at((21, 21), lambda section: seen.append(section) or section)(stripes)
+    assert np.ptp(seen[0][3:-3, 3:-3]) < 20
+
+
+def test_each_network_sees_its_own_pixel_size_and_an_unknown_one_is_refused():
+    stack, said = data.Stack(np.zeros((1, 64, 96)), voxel_nm=(50, 8, 4)), []
+    records = [{"data": {"voxel_nm": [50, y, x]}} for y, x in ((4, 4), (8, 8), (8, 4))]
+    assert rescale.seen_sizes(stack, records, True, said.append) == [(128, 96), (64, 48), (64, 96)]
+    words = "pixel size of the training sections, and no file says it"
+    refused(words, rescale.seen_sizes, stack, [records[0], {}], True, said.append)
+
+
+def test_a_network_of_bright_lines_takes_dark_ones_for_inverted_and_not_its_own():
+    bright = 255 - data.synthetic(3, (300, 300))[0].sections
+    record = trained_on(bright)
+    record["intensity"]["dark_lines"] = intensity.dark_lines(bright)
+    for given, inverted in ((bright, False), (255 - bright, True)):
+        words = []
+        intensity.normalisation_for(given, record, "training", words.append)
+        assert any("inverted" in said for said in words) == inverted
+
+
+def test_the_centres_of_the_first_the_middle_and_the_last_section_are_looked_at():
+    stack = np.arange(5 * 6 * 8).reshape(5, 6, 8)
+    with data.iter_sections(data.Stack(stack)) as reader:
+        np.testing.assert_array_equal(intensity.sample(reader, side=4), stack[[0, 2, 4], 1:5, 2:6])
+    wide = np.random.default_rng(0).integers(0, 255, (1, 512, 1024), dtype=np.uint8)
+    wide[..., 256:768] //= np.indices((512, 512), np.uint8).sum(axis=0) % 8 + 1
+    centre = wide[..., 256:768]
+    assert intensity.dark_lines(wide) == intensity.dark_lines(centre)
+    assert intensity.dark_lines(wide.swapaxes(1, 2)) == intensity.dark_lines(centre.swapaxes(1, 2))
+
+
+def test_gray_values_that_are_far_too_wide_are_refused():
+    words = r"the network knows no such values \(--normalise own"
+    given = (looks(np.float32, 1) - 153) * 9 + 153
+    refused(words, intensity.normalisation_for, given, trained_on(looks()), "training", print)

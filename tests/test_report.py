@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import tifffile
+from conftest import cases
 from scipy import ndimage
 
 from score import evaluation, report, scores, segments
@@ -102,3 +103,26 @@ def test_the_report_of_six_real_sections_stays_small(isbi, tmp_path):
     proposal = np.stack([ndimage.gaussian_filter(s.astype(np.float32) / 255, 2) for s in raw])
     result = evaluation.score_arrays(proposal, labels, ("v_rand", "v_info", "pixel_error"), sections=range(24, 30))
     assert report.write(tmp_path, result, proposal, labels, raw).stat().st_size < 8e6
+
+
+def test_errors_are_counted_and_coloured_at_the_best_threshold():
+    """Two cells joined, one cut up by a wall of 0.6; two that only what is not labelled joins."""
+    reference, prediction = np.zeros((40, 72), np.int8), np.zeros((40, 72), np.float32)
+    for left in (2, 17, 36):
+        reference[4:36, left : left + 14] = 1
+    reference[4:36, 54:70] = 1
+    reference[18:22, 50:] = -1
+    prediction[reference != 0] = 0.9
+    prediction[4:36, 16] = 0.9
+    prediction[18:21, 36:50] = 0.6
+    picture, words = report.section_pictures({"best_thresholds": {"v_rand": 0.7}}, prediction, reference)["Errors"]
+    assert "at threshold 0.7" in words
+    assert "1 cells split, 2 cells merged" in words
+    for column, (more, less) in ((8, (0, 2)), (42, (2, 0))):  # orange is joined, blue is cut up
+        found = picture[10:70, 2 * column : 2 * column + 2].mean(axis=(0, 1))
+        assert found[more] > found[less] + 20, column
+
+
+@cases("name, values", ("v_rand", [0.9, None, 0.1]), ("bce", [0.1, None, 0.9]))
+def test_the_worst_section_is_the_first_and_one_without_a_value_the_last(name, values):
+    assert report.worst_first({"per_section": {name: values}}) == [2, 0, 1]

@@ -847,3 +847,22 @@ def test_the_keys_that_are_read_are_the_keys_that_training_writes():
     keys += " precision receptive_field_px versions hardware device image_sha256 epoch loss dice val_loss val_dice"
     for key in (*keys.split(), "run.json", "history.csv", "checkpoint.npz"):
         assert f'"{key}"' in source, key
+
+
+def test_a_finished_record_is_not_replaced_by_a_run_that_is_half_way(reproduced):
+    reproduced(*ONE, "--collect")
+    before = COMMITTED.read_text()
+    reproduced(*ONE, "--collect", "--runs", "elsewhere", suite=Suite(stop={"unet": 130}))
+    assert COMMITTED.read_text() == before
+    assert "finished" not in kept("unet")["published-f0-s0"]
+
+
+def test_a_published_run_that_learned_nothing_is_named(reproduced):
+    err = reproduced(*ONE, suite=scored("unet", {"degenerate": LOW}))[2]
+    assert f"not reproduced: unet-published-f0-s0: {LOW}" in err
+
+
+@cases("stop", 130, 143)
+def test_after_ctrl_c_or_sigterm_no_other_run_starts(reproduced, stop):
+    code, _, _, calls = reproduced("table", "--seeds", 1, suite=Suite(stop={"unet-a": stop}))
+    assert (code, len(calls)) == (130, 3)

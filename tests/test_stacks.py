@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import resource
 import struct
 import tracemalloc
 import zlib
@@ -636,3 +637,15 @@ def test_an_existing_file_needs_force_before_anything_is_computed_and_4_gb_a_big
     assert "axes ZYX, OME BigTIFF" in stack.description
     assert stack.voxel_nm == VOXEL
     np.testing.assert_array_equal(stack.sections, sections)
+
+
+def test_a_folder_has_the_voxel_size_of_its_files(tmp_path):
+    about = {"imagej": True, "resolution": (250, 125), "metadata": {"axes": "YX", "unit": "um"}}
+    for i in range(2):
+        tifffile.imwrite(tmp_path / f"{i}.tif", np.zeros((8, 9), np.uint8), **about)
+    assert read_stack(tmp_path).voxel_nm == pytest.approx((None, 8, 4))
+
+
+def test_the_memory_is_no_more_than_ulimit_says(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (10**6, -1))
+    assert sections_module.memory_limit() == 10**6

@@ -159,3 +159,10 @@ def test_the_shipped_weights_predict_what_they_did_when_they_were_trained():
     windows = data.Normalisation.from_dict(record["normalisation"])(images.sections)[..., None]
     interior = np.asarray(network(windows)).reshape(4, 32, 4, 32)
     np.testing.assert_allclose(interior.mean(axis=(1, 3)) * 1000, SHIPPED, atol=1.5)
+
+
+def test_what_is_dropped_out_stands_behind_each_batch_norm_but_the_last_two_and_each_pooling():
+    made = unet.build(filters=(2, 3), centre_dilations=(1, 2), dropout=0.5)
+    dropped = {layer.name for layer in made.layers if getattr(layer, "kept", 256) == 128}
+    names = "down1_bn1 down1_bn2 down1_drop down2_bn1 down2_bn2 down2_drop centre_bn1 up1_bn1 up2_bn1"
+    assert dropped == {*names.split()}
