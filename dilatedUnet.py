@@ -241,7 +241,6 @@ TRAINING = (
         "border weights (default of unet2015)",
         choices=("bce_dice", "bce", "dice", "weighted"),
     ),
-    flag("--centre_line", "weight of gaps in the membrane's centre line", type=number(float, 0, 100), default=0.0),
     flag("--w0", "weight of the gaps between cells in --loss weighted (default: 10)", type=number(float, 0, 1000)),
     flag("--sigma", "its reach, standard deviation in px (default: 5)", type=number(float, 0, 1000, above=True)),
     flag(
@@ -451,9 +450,10 @@ def filled_in(args):
 
 def contradictions(given, args):
     """Pairs (whether it is so, words); `given` by flags or recipe, `args` with the network's defaults."""
-    published, nothing = args.protocol == "published", args.protocol in ("published", "all")
-    cyclic = args.clr_mode in ("triangular", "triangular2", "exp_range")
+    published, kfold = args.protocol == "published", args.protocol == "kfold"
+    nothing = args.protocol in ("published", "all")
     no_validation = args.inner_sections == 0 or args.protocol == "all"
+    cyclic = args.clr_mode in ("triangular", "triangular2", "exp_range")
     multiple, execution = 2 ** (len(args.filters) - (args.arch == "resunet")), args.steps_per_execution or 1
     of_2015, weighted = args.arch == "unet2015", args.loss == "weighted"
     only_2015 = args.depth or args.padding or args.batch_norm
@@ -461,7 +461,7 @@ def contradictions(given, args):
     pixels, high = args.batch_size * args.window**2, args.max_lr or LATE["max_lr"]
     return (
         (args.val_sections and args.protocol != "holdout", "--val_sections goes with --protocol holdout"),
-        (args.protocol != "kfold" and {args.fold, args.folds} != {None}, "--fold and --folds go with --protocol kfold"),
+        (not kfold and {args.fold, args.folds} != {None}, "--fold and --folds go with --protocol kfold"),
         (args.gap and nothing, "--gap needs held-out sections: --protocol holdout or kfold"),
         (args.inner_sections is not None and nothing, "--inner_sections goes with --protocol holdout or kfold"),
         (args.val_windows and not published, "--val_windows goes with --protocol published"),
@@ -485,7 +485,6 @@ def contradictions(given, args):
         (only_2015 and not of_2015, "--depth, --padding and --batch_norm go with --arch unet2015"),
         (args.arch != "unet2017" and dilated, "--dilate, --dilate_rate and --addition go with --arch unet2017"),
         ((args.w0 is not None or args.sigma) and not weighted, "--w0 and --sigma go with --loss weighted"),
-        (args.centre_line and weighted, "--centre_line is of no use with --loss weighted"),
         (args.merge and args.instances, "--merge is of no use with --instances"),
         (args.merge and args.protocol == "published", "--merge goes with --protocol holdout, kfold or all"),
         (args.instances and args.invert_mask, "--invert_mask is of no use with --instances"),

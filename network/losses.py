@@ -58,16 +58,6 @@ def bce_dice(truth, interior, labelled=None):
     return bce(truth, interior, labelled) + dice(truth, interior, labelled)
 
 
-def gaps(lines, interior):
-    """1 - soft recall of the membrane's centre lines: the share of them that is taken for interior.
-
-    `lines` is 1 on a line and else 0 (`score.segments.thin_borders`), of shape (B, h, w). A gap there merges two cells,
-    however few pixels it has: the recall of skeletons of arXiv 2404.03010, for two classes.
-    """
-    of_gaps, of_lines = ops.unstack(distribution.total(ops.stack([ops.sum(lines * interior), ops.sum(lines)])))
-    return of_gaps / (of_lines + SMOOTHING)
-
-
 LOSSES = {"bce_dice": bce_dice, "bce": bce, "dice": dice}  # `weighted_cross_entropy` takes other arguments
 
 

@@ -146,10 +146,9 @@ def best_rows(quick: bool) -> Table:
     """The strongest recipe, its last weights, rotations averaged, every fold reported."""
     recipe, standard = {"recipe": "quick" if quick else "strong"}, (QUICK_ADAM if quick else STRONG_ADAM) | {"tta": 8}
     other = "broad" if quick else "all"  # than the recipe's own augmentation
-    changes = {f"best-{other}": {"augment": other}, "best-line": {"centre_line": 0.3}}
-    networks = {"best": recipe} | {name: recipe | change for name, change in changes.items()}
+    networks = {"best": recipe, f"best-{other}": recipe | {"augment": other}}
     networks |= {"best-standard": standard, "best-dilated": standard | {"dilate": 1, "dilate_rate": 2}}
-    minutes = dict.fromkeys(networks, 11 if quick else 6) | dict.fromkeys(("best", *changes), 8 if quick else 3)
+    minutes = dict.fromkeys(networks, 11 if quick else 6) | dict.fromkeys(("best", f"best-{other}"), 8 if quick else 3)
     wanted = {"v_rand": 0.975} if quick else {"v_rand": 0.985, "v_info": 0.99}
     targets = {"best": {f"held_out_merged_{score}": value for score, value in wanted.items()}}
     rows = tuple(
@@ -159,8 +158,7 @@ def best_rows(quick: bool) -> Table:
     pairs = {"dilated against standard": ("best-dilated", "best-standard")}
     pairs |= {"the recipe against the standard network": ("best", "best-standard")}
     pair = ("best-broad", "best") if quick else ("best", "best-all")
-    more = {"augmentation broad against all": pair, "the centre lines in the loss": ("best-line", "best")}
-    compared = comparisons_of(more, (*HELD_OUT, *MERGED))
+    compared = comparisons_of({"augmentation broad against all": pair}, (*HELD_OUT, *MERGED))
     compared += comparisons_of(pairs, HELD_OUT)
     return Table("best", "The strongest recipe on held-out sections", rows, quick, compared)
 

@@ -106,10 +106,6 @@ REFUSED = {  # what is said of which flags
     "argument --output: must be a path. Received: ''": ["predict --output="],
     "--image_path: nowhere.tif does not exist": ["check --image_path nowhere.tif"],
     # flags that contradict each other
-    "--centre_line is of no use with --loss weighted": [
-        "--centre_line 1 --loss weighted",
-        "--recipe cells --centre_line 1",
-    ],
     "--val_sections goes with --protocol holdout": ["--val_sections 3-4", "--val_sections 3-4 --protocol kfold"],
     "--fold and --folds go with --protocol kfold": ["--fold 0", "--folds 3 --protocol holdout"],
     "--gap needs held-out sections": ["--gap 1"],

@@ -27,12 +27,6 @@ def test_loss_and_metric_are_those_worked_out_by_hand_and_finite():
     assert 15 < float(losses.bce(empty + 1, empty)) < 17
 
 
-def test_gaps_are_the_share_of_the_centre_lines_that_is_taken_for_interior():
-    lines = np.array([[[0.0, 1.0], [1.0, 1.0]]], np.float32)
-    assert float(losses.gaps(lines, INTERIOR)) == pytest.approx((0.6 + 0.2 + 0.5) / (3 + 1))
-    assert float(losses.gaps(0 * lines, INTERIOR)) == 0
-
-
 @pytest.mark.parametrize("name", [*losses.LOSSES, "weighted"])
 def test_what_is_not_labelled_counts_nowhere_in_a_loss(name):
     """The loss is that of the labelled pixels alone, and exactly the same whatever the network says elsewhere."""

@@ -135,26 +135,6 @@ def test_the_pixel_size_is_kept_with_the_weights(train, small):
         assert strict(f"run/{name}.json")["data"]["voxel_nm"] == pytest.approx([50, 8, 4])
 
 
-def test_the_centre_lines_of_the_training_sections_have_a_part_in_the_loss(train, small):
-    labels = np.full((10, 64, 80), 255, np.uint8)
-    labels[:, :, 20:25] = 0
-    labels[:, 50:] = 7
-    tifffile.imwrite("wide.tif", labels)
-    words = f"{HOLDOUT} --mask_path wide.tif --ignore_label 7 --clr_mode none --lr 1e-9 --epochs 1"
-    stacks = training.load(
-        dilatedUnet.parse([*TINY.split(), *words.split(), "--image_path", f"{small / 'images.tif'}"])
-    )
-    sections, rows, columns = np.nonzero(training.centre_lines(stacks))
-    assert {*sections} == {*stacks.split.train, *stacks.split.inner}
-    assert ({*columns}, {*rows}) == ({22}, {*range(50)})
-    found = []
-    for weight in (0, 9):
-        train(f"{words} --centre_line {weight} --run_dir run{weight}")
-        found.append(history(Path(f"run{weight}"))[0])
-    for name in ("loss", "val_loss"):
-        assert 1 < found[1][name] - found[0][name] < 9
-
-
 def test_borders_are_learned_from_sections_with_noise_as_well(train, monkeypatch):
     """Twice what the training adds to them, and 0.2."""
     levels, seen = [], []

@@ -25,15 +25,6 @@ def trainee(words=""):
     return training.make_trainee(args, training.course_of(args), data.Normalisation(128.0, 40.0), args.precision)
 
 
-def test_gaps_in_the_centre_lines_weigh_what_the_flag_says():
-    rng = np.random.default_rng(0)
-    interior, mask, lines = rng.random((3, 2, 6, 8)).astype(np.float32) > 0.5, *rng.integers(0, 2, (2, 2, 6, 8))
-    interior, mask, lines = (array.astype(np.float32) for array in (interior, mask, lines))
-    plain, more = trainee(), trainee("--centre_line 0.3")
-    added = more.compute_loss(y_pred=(interior, mask, lines)) - plain.compute_loss(y_pred=(interior, mask))
-    assert float(added) == pytest.approx(0.3 * float(losses.gaps(lines, interior)), rel=1e-4)
-
-
 @cases(
     "flags, kind, settings",
     ("", optimizers.RMSprop, {"momentum": 0.0, "use_ema": False}),

@@ -37,8 +37,7 @@ class Stacks:
 class Feed:
     """Windows of `side` px, `context` px around them, of images and labels of shape (S, H, W).
 
-    `weights` are those of the pixels (float32), for the weighted loss, or 1 on the membrane's centre lines, where these
-    have a part in the loss; else None.
+    `weights` are those of the pixels (float32), for the weighted loss; else None.
     """
 
     images: np.ndarray
@@ -155,13 +154,4 @@ def pixel_weights(stacks, w0, sigma):
     for i in {*split.train, *split.inner}:
         labels = losses.separate(np.maximum(cells.sections[i], 0)) if cells else segments.components(masks[i] > 0)
         found[i] = losses.border_weights(labels, w0=w0, sigma=sigma, balance=balance) * (masks[i] >= 0)
-    return found
-
-
-def centre_lines(stacks):
-    """1 on the centre lines of the membranes of the training sections, else 0; float32 of shape (S, H, W)."""
-    masks, split = stacks.masks.sections, stacks.split
-    found = np.zeros(masks.shape, np.float32)
-    for i in {*split.train, *split.inner}:
-        found[i] = (segments.thin_borders(masks[i] > 0) == 0) & (masks[i] == 0)
     return found

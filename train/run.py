@@ -26,7 +26,7 @@ from network import device, distribution, layers, losses, optimizers, unet
 from predict import prediction
 from train import initial
 from train import record as records
-from train.feed import Feed, Stacks, centre_lines, pixel_weights
+from train.feed import Feed, Stacks, pixel_weights
 from train.finish import draw_weights, finish
 from train.recorder import Recorder
 from train.trainee import Course, Trainee, find_rates
@@ -90,7 +90,7 @@ def train(args, place, spread, defaults):
         say(f"run record: {place.folder}; weights: {place.weights} (Keras 3 saves weights as .weights.h5)")
         if spread.chief:
             atomic.write_json(place.record, record)  # first of all files: it makes the others this run's
-            if args.loss == "weighted":
+            if feed.weights is not None:
                 draw_weights(stacks, feed.weights, place.picture("weights"))
         validation = feed.validation()
         recorder = Recorder(place, record, course, journal, validation=validation, spread=spread, copy=copy)
@@ -229,7 +229,6 @@ def split_of(args, count, labelled=None):
 
 def feed_of(args, stacks):
     weights = pixel_weights(stacks, args.w0, args.sigma) if args.loss == "weighted" else None
-    weights = centre_lines(stacks) if args.centre_line else weights
     side, context = output_side(args)
     labels = (stacks.images.sections, stacks.masks.sections, weights)
     sizes = {"side": side, "context": context, "batch_size": args.batch_size, "val_windows": args.val_windows}
@@ -269,7 +268,6 @@ def make_trainee(args, course, normalisation, precision, spread=None):
         network = unet.from_settings(network_settings(args), precision=precision, seed=args.seed)
         how = {"recipe": recipe_of(args), "window": args.window, "loss": args.loss, "shrink": output_side(args)[1]}
         how |= {"partly": args.ignore_label is not None, "warmup": args.average_warmup}
-        how |= {"centre_line": args.centre_line}
         trainee = Trainee(network, normalisation=normalisation, **how)
         options = {"learning_rate": clr_callback.Schedule(course.rate)}
         if args.optimizer in ("sgd", "rmsprop"):

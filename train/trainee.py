@@ -59,13 +59,10 @@ class Trainee(keras.Model):
     Its input is what `augment.batch` returns; its output holds the interior probability and the mask that was warped
     with the image, and for the weighted loss the weights, warped likewise, and the logits. An unpadded network loses
     `shrink` px on each side, and so do mask and weights. `partly`: pixels whose mask is below 0 are left out.
-    `warmup`: batch norm's averages are warmed up. `centre_line`: what gaps in the membrane's centre lines, which come
-    in place of the weights, weigh in the loss.
+    `warmup`: batch norm's averages are warmed up.
     """
 
-    def __init__(
-        self, network, *, recipe, window, normalisation, loss, shrink=0, partly=False, warmup=False, centre_line=0
-    ):
+    def __init__(self, network, *, recipe, window, normalisation, loss, shrink=0, partly=False, warmup=False):
         super().__init__(name="trainee")
         self.network, self.shrink, self.partly = network, shrink, partly
         self.with_logits = unet.with_logits(network) if loss == "weighted" else None
@@ -73,9 +70,7 @@ class Trainee(keras.Model):
         constants = {"window": window, "mean": normalisation.mean, "std": normalisation.std}
         self.warp_training = device.fused(partial(augment.warp, recipe=recipe, **constants))
         self.warp_validation = device.fused(partial(augment.warp, recipe=augment.RECIPES["none"], **constants))
-        self.loss_function = (
-            weighted_loss if self.with_logits else partial(plain_loss, losses.LOSSES[loss], centre_line)
-        )
+        self.loss_function = weighted_loss if self.with_logits else partial(plain_loss, losses.LOSSES[loss])
         self.dice = keras.metrics.Mean(name="dice")
         self.updates = self.add_weight(initializer="zeros", trainable=False, name="updates") if warmup else None
         for layer in network.layers if warmup else ():
@@ -135,9 +130,8 @@ class Trainee(keras.Model):
         }
 
 
-def plain_loss(loss, weight, interior, mask, lines=None, *, labelled):
-    found = loss(mask, interior, labelled)
-    return found if lines is None else found + weight * losses.gaps(lines, interior)
+def plain_loss(loss, interior, mask, labelled):
+    return loss(mask, interior, labelled)
 
 
 def weighted_loss(interior, mask, weights, logits, labelled):
