@@ -302,3 +302,8 @@ def strict(path):
         raise AssertionError(f"{path} holds {word}")
 
     return json.loads(Path(path).read_text(), parse_constant=refuse)
+
+
+def with_(**changed):
+    """A function that writes these values into a JSON file."""
+    return lambda path: path.write_text(json.dumps(strict(path) | changed))

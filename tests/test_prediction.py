@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, cases, refused, strict
+from conftest import ROOT, cases, refused, with_
 
 import data
 import dilatedUnet
@@ -526,12 +526,8 @@ def test_a_resumed_prediction_keeps_its_precision_whatever_is_faster_here(predic
     assert "is made of another precision" in other.err
 
 
-def with_more(record, **more):
-    record.write_text(json.dumps(strict(record) | more))
-
-
 def test_the_smallest_cell_is_in_pixels_of_the_stack(trained_at_4_nm, copied, monkeypatch):
-    with_more(copied / "net.json", smallest_cell_px=100)
+    with_(smallest_cell_px=100)(copied / "net.json")
     seen = []
     monkeypatch.setattr(prediction, "write", lambda args, _, how, **__: seen.append(how["smallest_cell_px"]))
     for words in ((), ("--rescale",)):
@@ -540,7 +536,7 @@ def test_the_smallest_cell_is_in_pixels_of_the_stack(trained_at_4_nm, copied, mo
 
 
 def test_maps_are_cut_at_their_own_threshold_and_predicted_as_their_borders_were_learned(call, copied, monkeypatch):
-    with_more(copied / "net.json", threshold=0.8, merge={"tta": "4", "threshold": 0.3})
+    with_(threshold=0.8, merge={"tta": "4", "threshold": 0.3})(copied / "net.json")
     (copied / "net.borders.npz").touch()
     tifffile.imwrite("stack.tif", section_of(32, 40))
     seen = []
@@ -594,7 +590,7 @@ def test_a_layer_that_only_keras_knows_is_left_to_keras(weights, monkeypatch, go
 
 
 def record_with(**changes):
-    return lambda record, weights: record.write_text(json.dumps(json.loads(record.read_text()) | changes))
+    return lambda record, weights: with_(**changes)(record)
 
 
 def network_with(**changes):

@@ -18,7 +18,20 @@ import keras
 import numpy as np
 import pytest
 import tifffile
-from conftest import FINISHED, HOLDOUT, ROOT, TINY, arrays, assert_same_run, cases, files, history, same_weights, strict
+from conftest import (
+    FINISHED,
+    HOLDOUT,
+    ROOT,
+    TINY,
+    arrays,
+    assert_same_run,
+    cases,
+    files,
+    history,
+    same_weights,
+    strict,
+    with_,
+)
 
 import clr_callback
 import data
@@ -374,10 +387,6 @@ def test_a_run_that_goes_to_another_machine_may_change_its_precision_and_says_so
     device = record["hardware"]["device"]
     assert ran_on(record) == f"{device} in float32, after epoch 3 {device}"
     assert record["precision"] == "bfloat16"
-
-
-def with_(**changed):
-    return lambda path: path.write_text(json.dumps(strict(path) | changed))
 
 
 @cases(
