@@ -160,6 +160,8 @@ def _write_package(args, network, record, sizes, path):
     from ruyaml import YAML
 
     logger.disable("bioimageio")
+    if (std := record["normalisation"]["std"]) < LEAST_STD:
+        raise DataError(f"--format bioimageio needs a standard deviation of at least 1e-6. Received: {std}")
     beside = {"dir": path.parent, "prefix": f"{path.name[:60]}-"}  # on the disk that has to hold it
     with tempfile.TemporaryDirectory(**beside) as folder, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as package:
         folder = Path(folder)
@@ -225,7 +227,8 @@ def _section(args, side, norm, record):
     if args.image_path:
         with data.iter_sections(data.resolve(args.image_path, "test", log=say), channel=args.channel) as sections:
             parts = intensity.sample(sections, side)
-        return _centre(parts[len(parts) // 2], side)
+        seen = intensity.normalisation_for(parts, record, "training", say)
+        return _centre(parts[len(parts) // 2], side) * (norm.std / seen.std)
     painted = data.synthetic(1, (side, side))[0].sections[0].astype(np.float32)
     painted = norm.mean + norm.std * (painted - painted.mean()) / painted.std()
     dtype = np.dtype((record.get("intensity") or {"dtype": "float32"})["dtype"])
@@ -242,8 +245,6 @@ def _centre(section, side):
 def _description(args, network, record, sizes):
     """What bioimageio.yaml says, but for the weights."""
     norm, dataset, shipped = record["normalisation"], _training_data(record), bool(_card(args))
-    if norm["std"] < LEAST_STD:
-        raise DataError(f"--format bioimageio needs a standard deviation of at least 1e-6. Received: {norm['std']}")
     normalise = {"id": "fixed_zero_mean_unit_variance", "kwargs": {"mean": norm["mean"], "std": norm["std"]}}
     authors = args.author or ["The dilated U-net training suite authors"] * shipped
     seen = f" Trained on {dataset['name']}." if dataset else ""

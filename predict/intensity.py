@@ -123,6 +123,7 @@ def _judge(found, factor, levels, trained, log, enough):
     times = f", which is {factor * found[0]:.4g} to {factor * found[-1]:.4g} there" if factor != 1.0 else ""
     words = f"most gray values of the training sections lie from {training}, of this stack from {stack}{times}"
     if enough and (away > REFUSE_SD or ratio > REFUSE_RANGE or 0 < ratio < 1 / REFUSE_RANGE):
-        raise DataError(f"--image_path: {words}: the network knows no such values (--normalise own adapts them).")
+        advice = "`predict --normalise own` adapts them"
+        raise DataError(f"--image_path: {words}: the network knows no such values ({advice}).")
     if away > WARN_SD or not 1 / WARN_RANGE < ratio < WARN_RANGE:
         log(f"warning: {words}; compare with --normalise own.")

@@ -7,12 +7,15 @@ import re
 import socket
 import sys
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
+import tifffile
 from conftest import ROOT, cases, file_limit
 from test_engines import trained_like, windows_of
 
+from data import Normalisation
 from predict import export as exporting
 from predict import prediction
 
@@ -84,8 +87,6 @@ def test_a_package_that_was_changed_fails_the_test_of_bioimage_io(export, tmp_pa
 def test_a_package_says_what_is_known_and_nothing_of_somebodys_files(export, tmp_path):
     words = ("--name", "Ada net (2)", "--author", "Ada Lovelace", "--license", "CC-BY-4.0", "--image_path", "raw.tif")
     raw = np.arange(90 * 70, dtype=np.uint16).reshape(1, 90, 70) * 8
-    import tifffile
-
     tifffile.imwrite(tmp_path / "raw.tif", raw)
     run = export()
     assert run("--output", "x.zip", *words).code == 0
@@ -119,6 +120,16 @@ def test_the_shipped_network_is_exported_with_its_card_licence_and_training_data
     with Image.open(package.open("cover.png")) as cover:
         assert cover.width == 2 * cover.height
         assert np.std(np.asarray(cover)[:, cover.height :]) > 40, "the network sees no membranes in its own cover"
+
+
+def test_a_section_of_another_bit_depth_is_mapped_to_the_gray_values_of_the_training(tmp_path):
+    record = prediction.read_record(ROOT / "weights/isbi2012")
+    norm = Normalisation.from_dict(record["normalisation"])
+    made = partial(exporting._section, side=256, norm=norm, record=record)
+    painted = made(argparse.Namespace(image_path=None))
+    tifffile.imwrite(tmp_path / "raw.tif", (painted * 257).astype(np.uint16))
+    given = argparse.Namespace(image_path=str(tmp_path / "raw.tif"), channel=None)
+    np.testing.assert_allclose(made(given), painted, rtol=1e-6)
 
 
 def test_a_card_is_that_of_the_weights_in_its_title_and_of_no_other_word_in_it(tmp_path):

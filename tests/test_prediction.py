@@ -465,7 +465,7 @@ def test_thin_lines_tell_what_the_percentiles_of_the_shipped_weights_do_not(isbi
 
 def test_gray_values_beyond_all_sense_are_refused_but_with_the_stacks_own_normalisation():
     record, given, words = trained_on(looks()), looks(np.uint16, 1) * 16, []
-    with pytest.raises(data.DataError, match=r"the network knows no such values \(--normalise own"):
+    with pytest.raises(data.DataError, match=r"the network knows no such values \(`predict --normalise own"):
         intensity.normalisation_for(given, record, "training", words.append)
     found = intensity.normalisation_for(given, record, "own", words.append)(given)
     assert abs(found.mean()) < 1e-4
@@ -716,6 +716,6 @@ def test_the_centres_of_the_first_the_middle_and_the_last_section_are_looked_at(
 
 
 def test_gray_values_that_are_far_too_wide_are_refused():
-    words = r"the network knows no such values \(--normalise own"
+    words = r"the network knows no such values \(`predict --normalise own"
     given = (looks(np.float32, 1) - 153) * 9 + 153
     refused(words, intensity.normalisation_for, given, trained_on(looks()), "training", print)
