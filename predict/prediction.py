@@ -23,6 +23,8 @@ FORMAT = "dilated-unet weights 1"
 SUFFIX = ".weights.h5"
 HASHED_PX = 2**34  # most pixels of a stack that is read from end to end before it is predicted in blocks
 LARGE_PX = 2**26  # of a section: from there on it is read in parts, and no second one is predicted ahead
+MERGE_BYTES = 130  # a pixel, to judge borders by the neighbouring sections, too; measured on ISBI-2012, tiled
+SAID_BYTES = 2**30  # of memory: less is nothing to speak of
 SMALLEST_CELL_PX = 9  # of a seed for `--segment`; smaller ones are specks
 SEEN = ("train", "inner")  # parts of a split that a network has seen
 SEGMENTATION = ("threshold", "background", "smallest_cell_px")  # of a record: how `--segment` cuts cells
@@ -403,8 +405,8 @@ def run_sections(args, sections, records, norms, sizes, how, mergers=()):
     predict = mean_of([rescale.seen_at(*one) for one in zip(sizes, predictors, strict=True)])
     if mergers:
         records = [record | {"threshold": record["merge"]["threshold"]} for record in records]
-    if large:
-        say_memory(args, sections, grid.tile[0] if by_rows else sections.shape[1])
+    if large or mergers:
+        say_memory(args, sections, grid.tile[0] if by_rows else sections.shape[1], MERGE_BYTES * bool(mergers))
     weights = ",".join(quote(weight_file(path).name) for path in args.weight_path)
     made_of = {"pixels_sha256": data.sha256_pixels(sections), "weights": weights, "normalise": args.normalise}
     made_of |= ({"merged": 1} if mergers else {}) | trained_on(records, made_of["pixels_sha256"])
@@ -423,14 +425,15 @@ def run_sections(args, sections, records, norms, sizes, how, mergers=()):
     say(f"{args.output}: {len(sections)} sections, {'one number per cell' if args.segment else '1 = interior'}")
 
 
-def say_memory(args, sections, rows):
-    """Say what so many rows of a large section take, and refuse what does not fit."""
-    bytes_per_px = 4 * min(2, len(args.weight_path)) + 40 * args.segment
+def say_memory(args, sections, rows, bytes_per_px):
+    """Say what so many rows of a large section take, `bytes_per_px` of them for borders; refuse what does not fit."""
+    bytes_per_px += 4 * min(2, len(args.weight_path)) + 40 * args.segment
     bytes_per_px += sections.dtype.itemsize if args.tta != "none" else 0
     bytes_per_px += 12 * args.rescale
     needed = bytes_per_px * rows * sections.shape[2]
     require_memory(needed, f"--image_path: the prediction of a section of {size_words(sections.shape)} px")
-    say(f"each section takes about {memory_words(needed)} of memory, and the network its own")
+    if needed > SAID_BYTES or math.prod(sections.shape[1:]) > LARGE_PX:
+        say(f"each section takes about {memory_words(needed)} of memory, and the network its own")
 
 
 class Unread:

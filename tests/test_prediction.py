@@ -535,16 +535,38 @@ def test_the_smallest_cell_is_in_pixels_of_the_stack(trained_at_4_nm, copied, mo
     assert seen == [100, 50]
 
 
-def test_maps_are_cut_at_their_own_threshold_and_predicted_as_their_borders_were_learned(call, copied, monkeypatch):
+@pytest.fixture
+def with_borders(call, copied, monkeypatch):
+    """`predict --segment` by a network that knows false borders; a function that is called in place of `write`."""
     with_(threshold=0.8, merge={"tta": "4", "threshold": 0.3})(copied / "net.json")
     (copied / "net.borders.npz").touch()
     tifffile.imwrite("stack.tif", section_of(32, 40))
-    seen = []
     monkeypatch.setattr(borders, "load", lambda path: None)
-    monkeypatch.setattr(prediction, "write", lambda args, _, how, **__: seen.append((args.tta, how["threshold"])))
+    words = ("predict", "--weight_path", "net", "--image_path", "stack.tif", "--segment", *FLOAT32)
+
+    def run(*more, write=lambda *_, **__: None, code=0):
+        monkeypatch.setattr(prediction, "write", write)
+        return call(*words, *more, code=code)
+
+    return run
+
+
+def test_maps_are_cut_at_their_own_threshold_and_predicted_as_their_borders_were_learned(with_borders):
+    seen = []
     for more in ((), ("--merge", 0)):
-        call("predict", "--weight_path", "net", "--image_path", "stack.tif", "--segment", *FLOAT32, *more, code=0)
+        with_borders(*more, write=lambda args, _, how, **__: seen.append((args.tta, how["threshold"])))
     assert seen == [("4", 0.3), ("none", 0.8)]
+
+
+def test_what_it_takes_to_judge_borders_is_said_where_it_is_much_and_refused_where_it_is_too_much(
+    with_borders, monkeypatch
+):
+    assert "of memory" not in with_borders().err
+    monkeypatch.setattr(prediction, "SAID_BYTES", 32 * 40 * 130)
+    assert "each section takes about 0.22 MB of memory" in with_borders().err
+    assert "of memory" not in with_borders("--merge", 0).err
+    monkeypatch.setattr(sections, "memory_limit", lambda: 32 * 40 * 130)
+    assert "the prediction of a section of 32 x 40 px would take" in with_borders(code=2).err
 
 
 def test_every_spelling_of_a_weight_path_means_one_file_and_the_halo_of_the_study_is_the_receptive_radius():
