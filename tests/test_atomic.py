@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -95,6 +96,20 @@ def test_what_a_dead_process_left_half_written_goes_and_nothing_else(tmp_path):
     (tmp_path / f".part{DEAD}_{atomic.HOST}-p.zarr").mkdir()
     atomic.write_text(tmp_path / "other", "new")
     assert sorted(os.listdir(tmp_path)) == sorted([*kept, "other"])
+
+
+def test_what_a_process_of_another_user_is_writing_stays(tmp_path, monkeypatch):
+    (tmp_path / f".part{DEAD}_{atomic.HOST}-p.tif").write_text("half")
+    monkeypatch.setattr(os, "kill", Mock(side_effect=PermissionError))
+    atomic.write_text(tmp_path / "other", "new")
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl", reason="no such locks on this system")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with atomic.locked(tmp_path / "x"), atomic.locked(tmp_path / "x"):
+        pass
 
 
 NO_RECORDS = [b"", b'{"a": ', b"\xff\xfe\xff", b"[" * 100_000, b"1" * 5000, b"[1]", b"null"]

@@ -218,6 +218,12 @@ def test_frames_without_a_mask_are_left_out(frames, tmp_path):
     images, _, messages = data.load_pair(frames / "01", frames / "01_ST/SEG/man_seg004.tif", instances=True)
     assert images.names == ["t004"]
     assert "pairs: by number, t004 with man_seg004" in messages
+    for folder, source in (("dated", frames / "01"), ("dated_SEG", tmp_path / "SEG")):  # a number before the frame's
+        (tmp_path / folder).mkdir()
+        for path in source.iterdir():
+            (tmp_path / folder / f"2017_{path.name}").write_bytes(path.read_bytes())
+    images, _, _ = data.load_pair(tmp_path / "dated", tmp_path / "dated_SEG", instances=True)
+    assert images.names == ["2017_t001", "2017_t004"]
 
 
 def test_instance_labels_are_whole_numbers_and_not_taken_for_membranes_by_mistake(frames, tmp_path):

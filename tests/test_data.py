@@ -134,6 +134,7 @@ def test_what_is_not_labelled_is_no_cell_and_no_background():
     cells, messages = data.read_instances(mask_stack(PARTLY.astype(np.uint32) * (2**31 - 1)), ignore=2**32 - 2)
     assert (cells.sections == np.where(PARTLY == 2, -1, PARTLY * (2**31 - 1))).all()
     assert "sections without labels, which neither train nor are scored: 1" in messages
+    assert not any(line.startswith("warning") for line in read_labels(mask_stack(PARTLY), ignore=2)[1])
     bare = "warning: sections that are all background: 1; if they are not labelled"
     assert any(line.startswith(bare) for line in data.read_instances(mask_stack(PARTLY * (PARTLY < 2)))[1])
     refused("must not be 0 with --instances", data.read_instances, mask_stack(PARTLY), ignore=0)
@@ -175,6 +176,7 @@ def test_folders_are_paired_by_name_and_it_is_said(tmp_path, images, masks, word
     (["t1", "t2"], ["one", "two"], "t1"),
     (["t1", "t2"], ["1", "01"], "t2"),
     (["1", "01"], ["t1", "t2"], "01"),
+    (["s7", "s07"], ["m7", "m07"], "s07"),
 )
 def test_names_that_do_not_pair_are_refused_with_the_first_that_differs(tmp_path, images, masks, first):
     with pytest.raises(DataError, match=rf"--mask_path: the names in .*m \(.*\) must be those in .* for {first}$"):

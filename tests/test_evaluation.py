@@ -386,7 +386,10 @@ def test_the_table_shows_value_threshold_and_published_results(files, capsys, la
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if line.startswith("V_rand"))
     curve = scores.v_rand(labelled[0][2:], labelled[1][2:])
-    assert re.search(rf"V_rand +{curve.value:.5f} +higher +{curve.threshold:.1f} .* 0.97276 +0.98680 \(SFCNNs\)", row)
+    span = rf"{min(curve.per_section):.5f} \.\. {max(curve.per_section):.5f}"
+    assert re.search(
+        rf"V_rand +{curve.value:.5f} +higher +{curve.threshold:.1f} +{span} +0.97276 +0.98680 \(SFCNNs\)", row
+    )
     assert any(line.startswith("Warping error") and "0.000353" in line for line in lines)
     assert "4 sections: 2-5" in lines
     for name, board in report.PUBLISHED.items():
@@ -409,6 +412,9 @@ def test_scores_of_cells_have_the_numbers_of_their_sections(files, labelled):
     cells = np.stack([segments.components(section > 0) for section in labelled[1]]).astype(np.uint16)
     found = numbers([*files(cells, cells), "--instances", "--sections", "2,4"])
     assert (found["sections"], [one["section"] for one in found["per_section"]]) == ([2, 4], [2, 4])
+    cells[2] = 0
+    found = numbers([*files(cells, cells), "--instances", "--sections", "2,4"])
+    assert (found["sections"], [one["section"] for one in found["per_section"]]) == ([2, 4], [4])
 
 
 def test_the_raw_section_of_each_section_with_labels_is_shown(files, labelled, monkeypatch):

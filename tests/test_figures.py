@@ -12,9 +12,9 @@ from PIL import Image
 import figures
 
 HISTORY = {
-    "epoch": np.arange(1, 7),
+    "epoch": np.array([1, 2, 3, 5, 6, 8]),
     "loss": [1.5, 0.9, 0.5, 0.3, 0.2, 0.1],
-    "val_loss": [1.6, 1.0, 0.6, 0.4, 0.5, 0.7],
+    "val_loss": [1.6, 1.0, 0.6, 0.4, 0.4, 0.7],
     "dice": [0.5, 0.6, 0.7, 0.8, 0.9, 0.95],
     "val_dice": [0.4, 0.5, 0.6, 0.7, 0.8, 0.85],
     "lr": [1e-5, 1e-4, 1e-3, 1e-2, 1e-3, 1e-4],
@@ -111,7 +111,7 @@ def test_curves_hold_the_history_against_epochs_from_one_and_ring_the_kept_weigh
             np.testing.assert_array_equal(line.get_xydata(), np.transpose([HISTORY["epoch"], HISTORY[column]]))
     np.testing.assert_array_equal(rate.lines[0].get_ydata(), HISTORY["lr"])
     assert [axes.get_ylabel() for axes in (loss, dice, rate)] == ["loss", "Dice", "learning rate"]
-    np.testing.assert_array_equal(lines(loss)["best: 0.4 in epoch 4"].get_xydata(), [[4, 0.4]])
+    np.testing.assert_array_equal(lines(loss)["best: 0.4 in epoch 5"].get_xydata(), [[5, 0.4]])
     assert all(len(set(kind)) == len(figures.STYLES) for kind in zip(*figures.STYLES, strict=True))
     histories = (HISTORY, {"loss": [1.0, 0.5]}, {"loss": [5.0, -0.1]})
     assert [draw("curves", one).axes[0].get_yscale() for one in histories] == ["log", "linear", "linear"]
@@ -199,6 +199,16 @@ def test_a_preview_shows_which_window_was_made_brighter(draw):
     one, other = draw("preview", np.stack([window, window + 300]), np.stack([disc(32, 9)] * 2)).axes
     assert one.images[0].get_clim() == other.images[0].get_clim()
     assert one.images[0].get_clim()[1] > 540
+
+
+def test_a_preview_has_all_windows_and_grays_what_is_not_labelled(draw):
+    masks = np.stack([disc(32, 9)] * 5).astype(np.int8)
+    masks[4, :8] = -1
+    shown = [axes.images for axes in draw("preview", noisy((5, 32, 32)), masks).axes]
+    assert [len(images) for images in shown] == [1, 1, 1, 1, 2, 0, 0, 0]
+    np.testing.assert_array_equal(~np.ma.getmaskarray(shown[4][1].get_array()), masks[4] < 0)
+    truth = draw("panel", noisy((32, 32)), masks[4], disc(32, 9), titles="abc").axes[1].images[0]
+    np.testing.assert_array_equal(truth.get_array(), np.where(masks[4] < 0, 0.5, masks[4]))
 
 
 def test_a_panel_shows_section_labels_and_prediction_in_this_order_with_the_interior_white(draw):

@@ -10,13 +10,15 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT, call_here, cases, with_ctrl_c
 
 import dilatedUnet
 from files.atomic import locked
-from studies import records, reproduce, rows
+from studies import records, reproduce, rows, verdicts
 
 GOOD = {"loss": 0.06, "val_loss": 0.1, "dice": 0.985, "val_dice": 0.979}
 SCORES = {"v_rand": 0.96, "v_info": 0.98, "dice": 0.95, "bce": 0.12, "pixel_error": 0.05}
@@ -346,6 +348,21 @@ def test_a_half_finished_run_is_shown_with_its_epoch_not_judged_and_resumed_in_i
     assert "finished" not in kept("unet")["published-f0-s0"]
 
 
+def up_to(epochs):
+    """The columns of a history of so many epochs."""
+    columns = {"update": 0, "learning_rate": 0.1} | GOOD
+    return {"epoch": list(range(1, epochs + 1))} | {key: [value] * epochs for key, value in columns.items()}
+
+
+def test_of_half_finished_runs_the_one_that_has_come_furthest_is_shown(reproduced):
+    words = ("table", "--only", "unet", "--protocol", "published", "--seeds", 3)
+    reproduced(*words, suite=Suite({"unet": lambda args: up_to((2, 4, 3)[args.seed])}))
+    for seed in range(3):
+        change_record(f"unet-published-f0-s{seed}", lambda record: record.update(finished=False))
+    found = cells(reproduced(*words, "--render")[1], "unet", "train loss")
+    assert found[4:7] == ["0.0600", "± 0.03", "not judged: epoch 4 of 500"]
+
+
 @pytest.mark.parametrize("change", [{"epochs": 10}, {"dilate_rate": 3}, {"filters": [1, 2]}])
 def test_a_run_with_other_settings_counts_as_missing_and_is_left_alone(reproduced, change):
     reproduced(*ONE)
@@ -399,6 +416,18 @@ def test_a_history_that_is_cut_off_is_named(reproduced, text):
     assert f"cannot run: {folder}/history.csv is cut off or damaged: move the folder away" in err
 
 
+def test_a_history_without_validation_has_no_such_columns(tmp_path):
+    (tmp_path / "history.csv").write_text("epoch,loss,val_loss\n1,0.5,\n2,0.4,\n")
+    assert records.read_history(tmp_path / "history.csv") == {"epoch": [1, 2], "loss": [0.5, 0.4]}
+
+
+def test_a_run_that_changed_its_machine_names_both_and_the_epoch_between(tmp_path):
+    first, second = ({"hardware": {"device": device}, "precision": p} for device, p in (("A", "bfloat16"), ("B", "x")))
+    sittings = [first | {"from_epoch": 0}, first | {"from_epoch": 2}, second | {"from_epoch": 3}]
+    assert records.ran_on(second | {"sittings": sittings}) == "A in bfloat16, after epoch 3 B"
+    assert records.ran_on(first) == "A"
+
+
 def test_what_starts_from_the_shipped_network_says_where_it_must_run(reproduced):
     refused(reproduced, "study starts from weights/isbi2012: run it in", "study", "finetune", "--quick")
 
@@ -418,6 +447,15 @@ def test_of_two_at_once_none_trains_the_others_row_or_loses_its_record(reproduce
         code, _, err, calls = reproduced(*ONE)
     assert (code, calls) == (1, ["unet-holdout-f0-s0"])
     assert "unet-published-f0-s0 is left to another process" in err
+    """It has trained the second run before it is our turn."""
+
+    class Both(Suite):
+        def __call__(self, argv, watch=None):
+            super().__call__([word.replace("published", "holdout") for word in argv])
+            self.calls.pop()
+            return super().__call__(argv)
+
+    assert reproduced(*ONE, "--runs", "shared", suite=Both())[3] == ["unet-published-f0-s0"]
     """Another process has the file for a moment, and adds a record meanwhile."""
     reproduced("table", "--only", "dilated", "--seeds", 1, "--collect")
     theirs = COMMITTED.read_text()
@@ -483,6 +521,22 @@ def test_the_budget_ends_a_run_after_an_epoch_in_words(child, capsys):
     assert re.search(r"the budget of .* hours is used up in unet-published-f0-s0: the same command goes on", err)
     assert (folder / "checkpoint.npz").exists()
     assert not Path("runs/reproduce/table/unet-holdout-f0-s0").exists()
+
+
+@cases("epochs, late", (3, [False, False, True]), (2, [False, False, False]))
+def test_a_run_stops_after_an_epoch_when_no_other_fits_but_ends_after_its_last(tmp_path, monkeypatch, epochs, late):
+    """Epochs of 10 s, and 25 s of time."""
+    clock, found = Mock(return_value=0), []
+    monkeypatch.setattr(reproduce, "time", SimpleNamespace(monotonic=clock))
+    watch = reproduce.Watch(tmp_path, epochs, deadline=25)
+    for clock.return_value, done in ((9, 0), (10, 1), (20, 2)):
+        if done:
+            (tmp_path / "history.csv").write_text("epoch\n" + "1\n" * done)
+            (tmp_path / "checkpoint.npz").touch()
+            os.utime(tmp_path / "checkpoint.npz", (done, done))
+        found.append(watch())
+    assert (found, watch.late) == (late, late[-1])
+    assert [reproduce.Watch(tmp_path, epochs, deadline).late for deadline in (20, 21)] == [True, False]
 
 
 def test_a_run_is_the_suite_in_a_process_of_its_own_with_jax_s_compilations_kept(child, monkeypatch):
@@ -607,6 +661,13 @@ def test_the_study_says_of_each_conclusion_whether_it_was_confirmed(reproduced):
     for base, other, verdict in ((falling, stagnant, "confirmed"), (stagnant, falling, "not confirmed")):
         out = reproduced("study", "depth", "--runs", verdict, suite=Suite({"base": base, "depth-3": other}))[1]
         assert re.findall(r"^\| (?:with depth|depth 4 ends).*\| (.*) \|$", out, re.M) == [verdict] * 3
+
+
+@cases("values", up_to(3), {"val_loss": [1.0, 0.5, 0.1, 0.0]})
+def test_a_history_too_short_or_not_above_zero_is_not_judged(reproduced, values):
+    names = {row.name for row in rows.study_rows(quick=False).rows}
+    code, out, _, _ = reproduced("study", suite=Suite(dict.fromkeys(names, values)))
+    assert (code, out.count("| - | too few runs |")) == (0, sum(map(len, verdicts.CONCLUSIONS.values())))
 
 
 def scored(row, score):
@@ -748,6 +809,9 @@ def test_collecting_keeps_what_was_collected_before_and_one_line_per_run(reprodu
     result = kept("unet")["holdout-f0-s0"]
     assert (result["device"], result["versions"]["keras"]) == ("Testing Machine, 2 cores", "3.15.1")
     assert result["metrics"]["held_out_v_rand"] == 0.96
+    seen = kept("unet")["published-f0-s0"]["metrics"]
+    assert seen["seen_v_rand"] == 0.96
+    assert not [name for name in seen if name.startswith("held_out")], "its sections trained it"
 
 
 def test_a_long_history_is_thinned_to_what_a_figure_shows():
@@ -855,6 +919,13 @@ def test_a_finished_record_is_not_replaced_by_a_run_that_is_half_way(reproduced)
     reproduced(*ONE, "--collect", "--runs", "elsewhere", suite=Suite(stop={"unet": 130}))
     assert COMMITTED.read_text() == before
     assert "finished" not in kept("unet")["published-f0-s0"]
+
+
+def test_a_record_that_is_half_way_is_not_replaced_by_one_that_has_come_less_far(reproduced):
+    for epochs, expected in ((2, 2), (4, 4), (3, 4)):
+        suite = Suite({"unet": up_to(epochs)}, stop={"unet": 130})
+        reproduced(*ONE, "--collect", "--runs", f"runs-{epochs}", suite=suite)
+        assert kept("unet")["published-f0-s0"]["epoch"] == expected
 
 
 def test_a_published_run_that_learned_nothing_is_named(reproduced):

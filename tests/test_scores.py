@@ -416,6 +416,7 @@ def test_segment_floods_from_the_seeds_that_are_large_enough_and_v_rand_chooses_
     assert not segments.segment(p, 0.95, background=0.5).any()
     assert (segments.segment(p, 0.5, background=0.5)[:, 10] == 0).all()
     assert segments.segment(p, 0.5, min_size=9 * 10).max() == 1, "the cell with the hole has a pixel less"
+    assert segments.segment(p, 0.5, min_size=9 * 10, background=0.5)[:, 11:].all(), "the other is just large enough"
     truth = blocks()
     p = np.where(truth > 0, 0.95, 0.65)[None]  # only thresholds 0.7, 0.8 and 0.9 see the walls
     assert scores.best_threshold(p, truth[None]) == scores.THRESHOLDS[7]

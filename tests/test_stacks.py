@@ -89,6 +89,25 @@ def test_every_encoding_gives_the_same_pixels_in_any_order_and_in_parts(tmp_path
             np.testing.assert_array_equal(reader.slab(slice(2, 4), rows, columns), sections[2:4, rows, columns])
 
 
+@pytest.mark.parametrize("nodata", [0, 7])
+def test_a_tile_of_which_nothing_is_stored_has_the_value_for_no_data_whole_and_in_parts(tmp_path, nodata):
+    sections, tag = gray(), (42113, "s", 0, str(nodata), True)  # GDAL_NODATA
+    options = {"tile": (16, 16), "compression": "zlib", "extratags": [tag], "metadata": None}
+    tifffile.imwrite(tmp_path / "a.tif", sections, photometric="minisblack", **options)
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    with tifffile.TiffFile(tmp_path / "a.tif") as tif:
+        for name in ("TileOffsets", "TileByteCounts"):
+            tag = tif.pages[0].tags[name]
+            step = tag.valuebytecount // tag.count
+            content[tag.valueoffset + step : tag.valueoffset + 2 * step] = bytes(step)
+    (tmp_path / "a.tif").write_bytes(content)
+    sections[0, :16, 16:32] = nodata
+    np.testing.assert_array_equal(read_stack(tmp_path / "a.tif").sections, sections)
+    with iter_sections(tmp_path / "a.tif") as reader:
+        for rows, columns in PARTS:
+            np.testing.assert_array_equal(reader.part(0, rows, columns), sections[0, rows, columns])
+
+
 @pytest.mark.parametrize("options", [{}, {"imagej": True}, {"ome": True}, {"compression": "lzw"}])
 def test_a_single_section_is_a_stack_of_one(tmp_path, options):
     section = gray((1, 33, 21))[0]
@@ -111,6 +130,8 @@ def test_white_is_zero_and_palettes_of_grays_read_as_they_look_but_not_numbers_o
     for kind in ({}, {"ome": True, "metadata": {"axes": "ZYX"}}, {"imagej": True, "metadata": {"axes": "ZYX"}}):
         tifffile.imwrite(tmp_path / "grays.tif", gray(), photometric="palette", colormap=palette, **kind)
         np.testing.assert_array_equal(read_stack(tmp_path / "grays.tif").sections, ~gray())
+    tifffile.imwrite(tmp_path / "grays.tif", gray(), photometric="palette", colormap=palette >> 8)  # of 8 bits
+    np.testing.assert_array_equal(read_stack(tmp_path / "grays.tif").sections, ~gray())
     for options in ({"photometric": "palette", "colormap": COLOURS}, {"photometric": "miniswhite"}):
         tifffile.imwrite(tmp_path / "cells.tif", gray(), **options)
         with iter_sections(tmp_path / "cells.tif", what="mask", ids=True) as reader:
@@ -307,6 +328,12 @@ def zeros_in_section_3(content, tif):
     return content
 
 
+def no_page_after_section_3(content, tif):
+    end = tif.pages[3].offset + tif.tiff.tagnosize + len(tif.pages[3].tags) * tif.tiff.tagsize
+    content[end : end + 4] = bytes(4)
+    return content
+
+
 GRAY = {"photometric": "minisblack"}
 PLAIN = {**GRAY, "metadata": None}
 IMAGEJ = {**GRAY, "imagej": True, "metadata": {"axes": "ZYX"}}
@@ -324,6 +351,7 @@ BAD_TIFF = {  # pixels, how tifffile writes them, what happens to the file, word
     "ImageJ's single header, half": (gray(), IMAGEJ | {"truncate": True}, cut(0.5), "cut off"),
     "half of the pages": (gray(), PLAIN | {"rowsperstrip": 40}, cut(0.5), "cut off"),
     "the last bytes": (gray(), PLAIN, cut(0.995), "cut off"),
+    "two pages that no other leads to": (gray(), PLAIN, no_page_after_section_3, "damaged"),
     "a damaged section": (gray(), PLAIN | {"compression": "zlib"}, zeros_in_section_3, r"section 3 \(a\[3\]\) is dam"),
     **{f"{tag} {value}": (gray(), PLAIN, with_tag(tag, value), "") for tag, value in WRONG_TAGS},
     **{f"no {tag}": (gray(), PLAIN, without_tag(tag), "") for tag in ("ImageWidth", "ImageLength", "StripOffsets")},

@@ -201,3 +201,14 @@ def test_histories_as_the_study_saw_them_confirm_each_conclusion_and_the_contrar
     for conclusion in conclusions:
         assert conclusion.rule
         assert set(conclusion.levels) <= set(rows.FACTORS[factor].levels)
+
+
+@cases(
+    "factor, which, levels",
+    ("depth", 0, {"3": (FLAT, FLAT)}),
+    ("depth", 1, {"4": (FLAT, FALLS)}),
+    ("augmentation", 2, {"augmented": (FLAT, FALLS)}),
+    ("lr", 0, {"1e-5": (FALLS, FLAT), "1e-4": (FALLS, FALLS)}),
+)
+def test_a_conclusion_of_which_only_the_validation_half_is_true_is_not_confirmed(factor, which, levels):
+    assert verdicts.holds([verdicts.CONCLUSIONS[factor][which].sample(over_seeds(levels))]) != ["confirmed"]
