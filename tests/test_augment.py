@@ -143,6 +143,13 @@ def test_flips_and_turns_are_drawn_evenly_and_angles_scales_and_shifts_fill_thei
         assert 0.97 * most < found.max() <= most * 1.0001
         assert abs(found.mean()) < 0.075 * most
     assert abs(np.corrcoef(maps[:, :, 2].T)[0, 1]) < 0.15
+    drawn = [draw(Recipe(max_shear_deg=20, contrast=1, brightness=0.5, gamma=3), i) for i in range(500)]
+    gray, shear = np.array([one.gray for one in drawn]), [one.affine[1, 0] for one in drawn]
+    shears = np.rad2deg(np.arctan(shear))
+    for found, most in ((shears, 20), (np.log2(gray[:, 0]), 1), (gray[:, 1], 0.5), (np.log2(gray[:, 2]), 2)):
+        assert -most * 1.0001 <= found.min() < -0.97 * most
+        assert 0.97 * most < found.max() <= most * 1.0001
+        assert abs(found.mean()) < 0.075 * most
 
 
 def test_the_image_is_normalised_as_the_raw_values_are_and_the_mask_keeps_its_values():
@@ -168,16 +175,19 @@ def test_the_warp_keeps_labelled_and_unlabelled_together(made):
 
 def test_a_window_without_labels_is_moved_to_some_and_the_others_stay():
     masks = np.full((4, 70, 90), -1, np.int8)
-    masks[:, 60, 3] = masks[:2, 5, 80] = 1
+    masks[:, 60, 3], masks[:2, 5, 80] = 0, 1
     plain, moved = (
         [draw(index=i, sections=range(4), shape=(70, 90), window=16) for i in range(60)],
         batch(masks, masks, RECIPES["none"], indices=range(60), window=16),
     )
-    assert (moved["mask"].max(axis=(1, 2)) == 1).all()
+    assert set(moved["mask"].max(axis=(1, 2))) == {0, 1}, "what is labelled may be background"
+    places = set()
     for one in plain:
         after = augment.onto_labels(one, masks)
         held = augment.labelled(masks[one.section], one.origin, 16)
         assert (after == one) if held else augment.labelled(masks[one.section], after.origin, 16)
+        places |= set() if held else {(one.section, after.origin)}
+    assert places == {*((section, (52, 0)) for section in range(4)), (0, (0, 72)), (1, (0, 72))}
 
 
 @GEOMETRY
@@ -228,7 +238,10 @@ def extreme_draws(made, window):
         yield affine, np.float32(grid * augment.CLIP_SD * made.elastic_sd_px)
 
 
-@GEOMETRY
+FINE = Recipe(elastic_sd_px=10, elastic_grid=16)  # whose displacements add up between the nodes near a border
+
+
+@pytest.mark.parametrize("made", [*SINGLE.values(), FINE], ids=[*SINGLE, "fine"])
 @pytest.mark.parametrize("window", [16, 31])
 def test_no_draw_reaches_beyond_the_source_window_and_little_of_it_is_idle(made, window):
     affines, grids = zip(*extreme_draws(made, window), strict=True)
@@ -296,6 +309,16 @@ def test_context_beyond_the_border_is_mirrored_however_far(shape, margin):
         source = augment.cut(images, one, margin)
         assert source.dtype == np.uint16
         np.testing.assert_array_equal(source, padded[rows, columns])
+
+
+def test_context_is_what_a_larger_window_around_the_same_crop_has():
+    made, masks = SINGLE["everything"], stack(seed=1)
+    one = draw(made, sections=(2,), shape=(70, 90), window=16)
+    one = replace(one, origin=(20, 30))
+    wide = replace(one, origin=(4, 14), window=48)
+    found, expected = (augment.collate(stack(), masks, [each], made, n) for each, n in ((one, 16), (wide, 0)))
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
 def gray_warp(z, contrast=1.0, brightness=0.0, gamma=1.0):

@@ -109,7 +109,7 @@ class Place:
             **machine | {"batch_size": 1, "tta": "none", "tile": 32, "overlap": None, "channel": None} | flags
         )
         how = {"settings": {"normalisation": {"mean": 1.0}}, "how": {"precision": precision}, "log": self.said.append}
-        with data.iter_sections(source) as sections:
+        with data.iter_sections(source, channel=args.channel) as sections:
             blocks.run(args, sections, field, load=network, weights=self.weights, **how)
         return zarr.open_group(str(self.output), mode="r")["0"]
 
@@ -178,6 +178,23 @@ def test_a_block_is_no_deeper_than_its_pixels_may_be_many(here, monkeypatch):
     sections = pixels(7, 40, 40)
     here.check(here.zarr(sections, chunks=(7, 40, 40)), sections, overlap=4)
     assert here.said[-1] == "12 blocks"  # 2 x 2 tiles, three sections deep
+
+
+def test_the_channel_that_is_named_is_predicted_and_written_alone(here):
+    channels = pixels(2, 3, 40, 50)
+    source = here.zarr(channels, names="czyx", scale=(1.0, *NM))
+    found = here.predict(source, channel=1)
+    assert found.shape == (1, 3, 40, 50)
+    np.testing.assert_array_equal(found[0], here.expected(channels[1]))
+
+
+def load_beyond(weights, precision):
+    return lambda windows: windows / np.float32(100)
+
+
+def test_a_probability_that_rounding_took_beyond_1_is_written_as_1(here):
+    found = here.predict(here.tiff(pixels(1, 20, 24)), network=load_beyond)[:]
+    np.testing.assert_array_equal(found, np.minimum(pixels(1, 20, 24) / np.float32(100), 1))
 
 
 def attributes_of(path, version):

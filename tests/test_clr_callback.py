@@ -169,6 +169,18 @@ def test_a_run_that_ends_in_mid_cycle_is_told_and_the_range_test_suggests_rates_
         clr.suggest_range([1, 2, 3], [1.0, 2.0, 3.0])
 
 
+def test_the_range_test_suggests_where_a_tenth_of_the_smoothed_fall_is_made_to_a_third_of_where_it_ends():
+    rates = np.geomspace(1e-6, 1.0, 101)
+    losses = np.interp(np.arange(101), [0, 20, 70, 90, 100], [1, 2, 0.2, 0.2, 5])  # first it rises
+    losses[5] = 0  # of a single window
+    curve, (low, high) = clr.smoothed(losses)[:91], clr.suggest_range(rates, losses)
+    assert high == pytest.approx(rates[20 + curve[20:].argmin()] / 3)
+    onset = [*rates].index(low)
+    assert curve[onset] <= 0.9 * curve.max() + 0.1 * curve[20:].min() < curve[onset - 1]
+    sudden = clr.suggest_range(rates, np.r_[np.ones(60), np.zeros(5), np.full(36, 9)])
+    assert sudden == pytest.approx((rates[64] / 9, rates[64] / 3))
+
+
 @cases("updates, rise", (40, 2), (4000, 100))
 def test_a_cosine_rises_for_a_twentieth_of_its_updates_at_most_100(updates, rise):
     rates = clr.rate_of("cosine", 0.1, 1.0, 1, updates=updates)(np.arange(updates))

@@ -86,8 +86,9 @@ def test_a_package_that_was_changed_fails_the_test_of_bioimage_io(export, tmp_pa
 
 def test_a_package_says_what_is_known_and_nothing_of_somebodys_files(export, tmp_path):
     words = ("--name", "Ada net (2)", "--author", "Ada Lovelace", "--license", "CC-BY-4.0", "--image_path", "raw.tif")
-    raw = np.arange(90 * 70, dtype=np.uint16).reshape(1, 90, 70) * 8
-    tifffile.imwrite(tmp_path / "raw.tif", raw)
+    words += ("--channel", "1")
+    raw = np.arange(3 * 2 * 90 * 70, dtype=np.uint16).reshape(3, 2, 90, 70)
+    tifffile.imwrite(tmp_path / "raw.tif", raw, imagej=True, metadata={"axes": "ZCYX"})
     run = export()
     assert run("--output", "x.zip", *words).code == 0
     assert run("--output", "y.zip").code == 0
@@ -96,7 +97,7 @@ def test_a_package_says_what_is_known_and_nothing_of_somebodys_files(export, tmp
     assert (said["name"], said["authors"], said["license"]) == ("Ada net (2)", [{"name": "Ada Lovelace"}], "CC-BY-4.0")
     section = np.load(io.BytesIO(ours.read("test-input.npy")))
     assert section.shape[2] >= 2 * 44 + 128
-    np.testing.assert_array_equal(section[0, 0, 63:153, 73:143], raw[0])
+    np.testing.assert_array_equal(section[0, 0, 63:153, 73:143], raw[1, 1])
     assert b"3 sections" in ours.read("README.md")
     said = description(plain)
     assert (said["authors"], said["license"], said["training_data"]) == ([], None, None)

@@ -40,7 +40,9 @@ def test_batch_norm_equals_kerass_own_and_its_averages_take_in_what_their_moment
     layer(np.full((1, 4, 4, 2), 8, np.float32), training=True)
     np.testing.assert_allclose(layer.moving_mean, 2 / 4 + 8 * 3 / 4)
     assert unet.build(filters=(2,), centre_dilations=(1,)).get_layer("down1_bn1").momentum == 0.99
-    assert unet.build_2015(filters=1, levels=1, batch_norm=True, bn_momentum=0.9).get_layer("up1_bn1").momentum == 0.9
+    padded = unet.build_2015(filters=1, levels=1, batch_norm=True, bn_momentum=0.9)
+    for made in (padded, unet.build_residual(filters=(1, 1), bn_momentum=0.9)):
+        assert made.get_layer("up1_bn1").momentum == 0.9
 
 
 @pytest.mark.jax

@@ -153,6 +153,21 @@ def test_a_damaged_chunk_is_refused(image, version, damage):
         reader.slab(slice(0, 2), slice(0, 8), slice(0, 8))
 
 
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("key", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_chunk_that_is_cut_off_is_found_wherever_a_part_reaches_into_it_and_only_there(image, version, key):
+    path = image(pixels(1, 30, 30), version)
+    chunk = path / "s0" / ("0.{}.{}" if version == "0.4" else "c/0/{}/{}").format(*key)
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    reader = omezarr.open_zarr(path)
+    with pytest.raises(DataError, match=r"section 0 .* is damaged or cut off"):
+        reader[0]
+    with pytest.raises(DataError, match="is damaged or cut off"):
+        reader.part(0, *(slice(23 * k, 23 + 2 * k) for k in key))
+    others = [slice(24 * (1 - k), 30 - 6 * k) for k in key]
+    np.testing.assert_array_equal(reader.part(0, *others), pixels(1, 30, 30)[0][tuple(others)])
+
+
 def test_values_that_are_not_finite_are_refused(image):
     sections = pixels(2, 30, 30).astype(np.float32)
     sections[1, 20, 20] = np.inf

@@ -95,6 +95,12 @@ def test_a_section_of_any_size_is_predicted(predict, shape):
     np.testing.assert_allclose(found, expected(section), atol=1e-6)
 
 
+def test_the_channel_that_is_named_is_predicted(predict):
+    channels = np.stack([section_of(64, 80, seed=seed) for seed in (0, 1)])
+    predict(channels[None], "--channel", "1", imagej=True, metadata={"axes": "ZCYX"})
+    np.testing.assert_allclose(tifffile.imread("out.tif"), expected(channels[1]), atol=1e-6)
+
+
 @cases("shape, tile", ((150, 203), 112), ((97, 260), 128))
 def test_tiles_equal_the_whole_image_where_the_halo_covers_the_receptive_field(shape, tile):
     network, section = network_of(seed=1), section_of(*shape, seed=1)
@@ -702,10 +708,12 @@ def test_blocks_are_made_of_the_engine_that_computes_not_of_the_word_auto(predic
     assert [settings["engine"] for _, settings in seen] == ["openvino", "keras"]
 
 
-def test_a_section_is_smoothed_before_it_shrinks():
+def test_a_section_is_smoothed_before_it_shrinks_and_so_is_its_probability_on_the_way_back():
     stripes, seen = np.arange(63) % 2 * 200.0 * np.ones((63, 1)), []
     rescale.seen_at((21, 21), lambda section: seen.append(section) or section)(stripes)
     assert np.ptp(seen[0][3:-3, 3:-3]) < 20
+    back = rescale.seen_at((63, 63), lambda section: np.float32(stripes))(np.zeros((21, 21)))
+    assert np.ptp(back[3:-3, 3:-3]) < 20
 
 
 def test_each_network_sees_its_own_pixel_size_and_an_unknown_one_is_refused():
@@ -737,7 +745,10 @@ def test_the_centres_of_the_first_the_middle_and_the_last_section_are_looked_at(
     assert intensity.dark_lines(wide.swapaxes(1, 2)) == intensity.dark_lines(centre.swapaxes(1, 2))
 
 
-def test_gray_values_that_are_far_too_wide_are_refused():
+@cases("times, more", (9, 0), (1 / 9, 0), (1, 600), (1, -600))
+def test_gray_values_that_are_far_too_wide_or_narrow_or_elsewhere_are_refused_but_of_a_few_pixels(times, more):
     words = r"the network knows no such values \(`predict --normalise own"
-    given = (looks(np.float32, 1) - 153) * 9 + 153
+    given, said = (looks(np.float32, 1) - 153) * times + 153 + more, []
     refused(words, intensity.normalisation_for, given, trained_on(looks()), "training", print)
+    intensity.normalisation_for(given[:1, :30, :30], trained_on(looks()), "training", said.append)
+    assert said[-1].startswith("warning: most gray values")

@@ -104,8 +104,9 @@ def test_an_environment_that_was_left_half_made_is_made_again(tmp_path, monkeypa
     (False, {}, ["--resume"]),
     (False, {"--resume": 2}, ["--resume"]),
     (False, {"--resume": 130}, ["--resume"]),
+    (True, {"--force": 2}, ["--force"]),
 )
-def test_the_main_job_goes_on_with_a_training_that_is_half_done(tmp_path, monkeypatch, finished, codes, how):
+def test_the_main_job_goes_on_with_a_training_that_is_half_done(tmp_path, monkeypatch, capsys, finished, codes, how):
     done = []
 
     def run(words, **_):
@@ -124,6 +125,7 @@ def test_the_main_job_goes_on_with_a_training_that_is_half_done(tmp_path, monkey
     assert [words[-1] for words in done if words[0] == "--recipe"] == how
     assert failed == codes.get(how[-1], 0)
     assert (done[-1][0] == "predict") == (not failed)
+    assert ("remove this folder" in capsys.readouterr().out) == bool(failed and how == ["--resume"])
 
 
 @cases(
