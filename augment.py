@@ -179,10 +179,9 @@ def margin(recipe, window):
     if not recipe.resamples:
         return 0
     shear = 1 + np.tan(np.deg2rad(recipe.max_shear_deg))
-    angle, peak = np.deg2rad(recipe.max_rotation_deg), np.arctan(1 / shear)
-    # the angles at which the bounds on the two row sums of |A| are largest
-    a, b = min(angle, peak), min(angle, np.pi / 2 - peak)
-    stretch = max(shear * np.cos(a) + np.sin(a), shear * np.sin(b) + np.cos(b)) / recipe.scale[0]
+    # the angle at which the bound on the larger row sum of |A| is largest
+    angle = min(np.deg2rad(recipe.max_rotation_deg), np.arctan(1 / shear))
+    stretch = (shear * np.cos(angle) + np.sin(angle)) / recipe.scale[0]
     overshoot = np.abs(bicubic(window, recipe.elastic_grid)).sum(axis=1).max() ** 2
     moved = recipe.max_shift_px + CLIP_SD * recipe.elastic_sd_px * overshoot
     # one more for the right-hand neighbour of linear sampling and for float32 rounding
