@@ -18,6 +18,7 @@ from network.field import field_of
 from network.outline import MOMENTUM
 
 FILTERS, RESIDUAL_FILTERS = (44, 88, 176), (16, 32, 64, 128, 128)
+CENTRE_DILATIONS = (1, 2, 4, 8, 16, 32)
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # and the dtype policy of each
 
 
@@ -27,7 +28,7 @@ def build(
     dilate=True,  # centre convolutions dilated by `centre_dilations` instead of 1
     dilate_rate=2,  # dilation of the second convolution of each contracting level
     addition=True,  # the centre's output is the sum of its convolutions instead of the last one alone
-    centre_dilations=(1, 2, 4, 8, 16, 32),
+    centre_dilations=CENTRE_DILATIONS,
     dropout=0.3,  # fraction dropped after each batch norm but the last two, and after each pooling
     bn_momentum=MOMENTUM,  # of batch norm's moving averages, in [0, 1); a run of few updates wants 0.9
     classes=2,  # channels of the softmax; class 1 is the interior

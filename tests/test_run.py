@@ -37,7 +37,7 @@ import clr_callback
 import data
 import dilatedUnet
 from files import atomic, shell
-from network import device, distribution, losses
+from network import device, distribution, losses, unet
 from predict import borders, prediction
 from score import evaluation, scores
 from studies.records import ran_on
@@ -641,6 +641,13 @@ def test_the_preview_draws_what_the_network_will_see_and_trains_nothing(train, t
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
     assert "seen.png exists already" in train(f"--augment_preview {seen}", code=2).err
     train(f"--augment_preview {seen} --force")
+
+
+@cases("flags, warned", ("--dilate 1 --window 16", True), ("--dilate 1 --window 20", False), ("--window 16", False))
+def test_a_window_that_the_widest_dilation_reaches_beyond_is_warned_of(train, monkeypatch, flags, warned):
+    monkeypatch.setattr(unet, "CENTRE_DILATIONS", (1, 2, 4))  # at a quarter of the resolution
+    said = train(f"{HOLDOUT} --dilate 0 {flags} --augment_preview seen.png").err
+    assert ("the widest dilation looks 16 px far, which windows of 16 px never show" in said) is warned
 
 
 def test_the_range_test_draws_a_picture_and_suggests_a_range(train, tmp_path):
