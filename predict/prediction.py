@@ -405,8 +405,8 @@ def run_sections(args, sections, records, norms, sizes, how, mergers=()):
     predict = mean_of([rescale.seen_at(*one) for one in zip(sizes, predictors, strict=True)])
     if mergers:
         records = [record | {"threshold": record["merge"]["threshold"]} for record in records]
-    if large or mergers:
-        say_memory(args, sections, grid.tile[0] if by_rows else sections.shape[1], MERGE_BYTES * bool(mergers))
+    if large or args.merge:
+        say_memory(args, sections, grid.tile[0] if by_rows else sections.shape[1])
     weights = ",".join(quote(weight_file(path).name) for path in args.weight_path)
     made_of = {"pixels_sha256": data.sha256_pixels(sections), "weights": weights, "normalise": args.normalise}
     made_of |= ({"merged": 1} if mergers else {}) | trained_on(records, made_of["pixels_sha256"])
@@ -425,9 +425,9 @@ def run_sections(args, sections, records, norms, sizes, how, mergers=()):
     say(f"{args.output}: {len(sections)} sections, {'one number per cell' if args.segment else '1 = interior'}")
 
 
-def say_memory(args, sections, rows, bytes_per_px):
-    """Say what so many rows of a large section take, `bytes_per_px` of them for borders; refuse what does not fit."""
-    bytes_per_px += 4 * min(2, len(args.weight_path)) + 40 * args.segment
+def say_memory(args, sections, rows):
+    """Say what so many rows of a section take, if it is large or that is much, and refuse what does not fit."""
+    bytes_per_px = 4 * min(2, len(args.weight_path)) + 40 * args.segment + MERGE_BYTES * args.merge
     bytes_per_px += sections.dtype.itemsize if args.tta != "none" else 0
     bytes_per_px += 12 * args.rescale
     needed = bytes_per_px * rows * sections.shape[2]

@@ -185,7 +185,8 @@ def load(args):
         check_output(args, images, side)
     else:
         data.check_window(images, side, field_of(args).multiple)
-    if args.arch == "unet2017" and args.dilate and args.window <= (reach := outer_weights(args)):
+    reach = max(unet.CENTRE_DILATIONS) * field_of(args).multiple  # a pixel of the centre is that many wide
+    if args.arch == "unet2017" and args.dilate and args.window <= reach:
         words = f"the widest dilation looks {reach} px far, which windows of {args.window} px never show"
         say(f"warning: {words}: what it weighs there is not learned, but acts on larger sections")
     cells = masks if args.instances else None
@@ -208,11 +209,6 @@ def check_output(args, images, side):
         most = f"at most {fits[-1]}" if fits else "no window fits"
         rule = f"of {side} px, must fit into the sections of {images.source}, so {most}"
         raise DataError(f"--window: its output, {rule}. Received: {args.window}")
-
-
-def outer_weights(args):
-    """How far, in px, the outer weights of the most dilated convolution lie from its middle."""
-    return max(unet.CENTRE_DILATIONS) * 2 ** len(args.filters)
 
 
 def output_side(args):
